@@ -1,0 +1,269 @@
+"""One run as typed data: what the science needs. How it runs here (ZeRO stage, precision, buckets) is the DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scalekd_ds.errors import UserError
+
+
+def _require(holds: bool, key: str, value: Any, need: str) -> None:
+    if not holds:
+        raise UserError(f"{key} is {value!r}: it must be {need}.")
+
+
+@dataclass
+class DataConfig:
+    """Images on disk and how they become batches.
+
+    Attributes:
+        root: Folder that holds the two folders below.
+        train: Training images below `root`, one folder per class.
+        val: Validation images below `root`, with the same classes.
+        image_size: Side of the square that the student sees, in pixels.
+        train_images: Use only this many training images (drawn with the seed), or all when None.
+        subset_seed: Seed of that draw; None takes the run's seed.
+        crop_scale: Share of the image's area that random resized crop keeps, lowest and highest.
+        crop_ratio: Aspect ratio of that crop, lowest and highest.
+        random_crop: False resizes the whole image instead of cropping (for images that are already cut out).
+        hflip: Probability of a horizontal flip.
+        interpolation: Filter of every resize.
+        eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and the
+            image as it is where it has that size already.
+        eval_batch_size: Validation images in a forward pass on one rank.
+        threads: DALI's decoding threads on each rank.
+        prefetch: Batches that DALI prepares ahead.
+    """
+
+    root: str = ""
+    train: str = "train"
+    val: str = "val"
+    image_size: int = 224
+    train_images: int | None = None
+    subset_seed: int | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    random_crop: bool = True
+    hflip: float = 0.5
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    eval_resize: int | None = None
+    eval_batch_size: int = 64
+    threads: int = 2
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
+        _require(0.0 <= self.hflip <= 1.0, "data.hflip", self.hflip, "a probability, 0 to 1")
+        low, high = self.crop_scale
+        _require(0.0 < low <= high <= 1.0, "data.crop_scale", self.crop_scale, "two shares, 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require(0.0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios, 0 < low <= high")
+        _require(self.train_images is None or self.train_images > 0, "data.train_images", self.train_images, "positive")
+        _require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1")
+        _require(self.threads > 0, "data.threads", self.threads, "at least 1")
+        _require(self.prefetch > 0, "data.prefetch", self.prefetch, "at least 1")
+        if self.eval_resize is not None:
+            _require(self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize, "at least image_size")
+
+
+@dataclass
+class DistillConfig:
+    """ScaleKD's terms. Weights of 0 switch a term off.
+
+    Attributes:
+        kd_weight: a in (1-a) CE + a KD; 0 trains on CE alone beside the feature terms.
+        temperature: Temperature of logit KD.
+        features: False leaves the projectors out: plain logit KD.
+        weights_s3: (spatial, frequency) weights of the stage n-1 terms, which pass through the teacher's last stage.
+        weights_s4: (spatial, frequency) weights of the last stage's terms.
+        heads_s3: Attention heads of the stage n-1 projectors; None takes the teacher's own.
+        heads_s4: Attention heads of the last stage's projectors; None takes the teacher's own.
+        softmax_scale: gamma in softmax(gamma QK^T / sqrt(d)).
+        norm: Norm after the projector's convolution.
+        cut: Side of the lowest DCT frequencies that the frequency view drops, k x k.
+    """
+
+    kd_weight: float = 0.5
+    temperature: float = 1.0
+    features: bool = True
+    weights_s3: tuple[float, float] = (0.08, 0.06)
+    weights_s4: tuple[float, float] = (0.08, 0.06)
+    heads_s3: int | None = None
+    heads_s4: int | None = None
+    softmax_scale: float = 5.0
+    norm: Literal["batch", "layer"] = "batch"
+    cut: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.kd_weight <= 1.0, "distill.kd_weight", self.kd_weight, "0 to 1")
+        _require(self.temperature > 0.0, "distill.temperature", self.temperature, "positive")
+        _require(self.softmax_scale > 0.0, "distill.softmax_scale", self.softmax_scale, "positive")
+        _require(self.cut >= 1, "distill.cut", self.cut, "at least 1 (1 drops the mean alone)")
+        for name in ("weights_s3", "weights_s4"):
+            _require(min(getattr(self, name)) >= 0.0, f"distill.{name}", getattr(self, name), "not negative")
+        for name in ("heads_s3", "heads_s4"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"distill.{name}", value, "positive")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and its step.
+
+    Attributes:
+        name: Optimizer.
+        lr: Learning rate for the whole global batch, after warm-up.
+        weight_decay: Decoupled for AdamW and LAMB, L2 for SGD.
+        no_decay_1d: No decay for norms, biases and other one-dimensional parameters, position embeddings and queries.
+        momentum: SGD only (Nesterov off).
+        betas: AdamW and LAMB.
+        eps: AdamW and LAMB.
+        clip: Largest global gradient norm; 0 is no clipping.
+    """
+
+    name: Literal["sgd", "adamw", "lamb"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    no_decay_1d: bool = True
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0.0, "optim.lr", self.lr, "positive")
+        _require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
+        _require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, a pure function of the step.
+
+    Attributes:
+        name: `cosine`, `multistep` or `constant`.
+        epochs: Length of the run in passes over the training images.
+        warmup_epochs: Linear warm-up from `warmup_factor` * lr to lr.
+        warmup_factor: Where warm-up starts, as a share of lr.
+        min_lr: Where cosine ends.
+        milestones: Epochs after which `multistep` multiplies by gamma.
+        gamma: That factor.
+    """
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    epochs: float = 100.0
+    warmup_epochs: float = 0.0
+    warmup_factor: float = 1e-3
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = (30.0, 60.0, 90.0)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0.0, "schedule.epochs", self.epochs, "positive")
+        _require(0.0 <= self.warmup_epochs < self.epochs, "schedule.warmup_epochs", self.warmup_epochs, "in [0, epochs)")
+        _require(0.0 <= self.warmup_factor <= 1.0, "schedule.warmup_factor", self.warmup_factor, "0 to 1")
+
+
+@dataclass
+class RunDirConfig:
+    """Where the run writes and how often.
+
+    Attributes:
+        dir: The run's folder: checkpoints/, tensorboard/, config.json, student.safetensors at the end.
+        ds_config: DeepSpeed JSON: a path, or a name in ds_configs/ (`zero1`, `zero2`, ...).
+        resume: `auto` goes on from the newest checkpoint in `dir` if there is one, `never` refuses a used folder, a path
+            takes that checkpoint.
+        log_every: Steps between two lines of scalars.
+        eval_every: Epochs between two evaluations; 0 evaluates at the end only.
+        save_every: Steps between two checkpoints; 0 saves at the end only.
+        keep_last: Checkpoints kept.
+        stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs it out.
+        progress: `auto` draws a bar on a terminal and writes plain lines elsewhere.
+    """
+
+    dir: str = "runs/default"
+    ds_config: str = "zero1"
+    resume: str = "never"
+    log_every: int = 20
+    eval_every: float = 1.0
+    save_every: int = 500
+    keep_last: int = 2
+    stop_after: int | None = None
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.log_every > 0, "run.log_every", self.log_every, "at least 1")
+        _require(self.keep_last > 0, "run.keep_last", self.keep_last, "at least 1")
+        _require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
+        _require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
+
+
+@dataclass
+class RunConfig:
+    """One run of `launch/train.py`.
+
+    Attributes:
+        recipe: Name this config started from.
+        student: timm name.
+        student_kwargs: Further arguments of the student's constructor, as JSON.
+        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors file.
+        teacher: timm name, a consolidated .safetensors with its card beside it, or `none` for supervised training.
+        teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
+        teacher_weights: `pretrained`, a .safetensors file, or `none` (random; for tests).
+        teacher_image_size: Side that the teacher sees, in pixels; None is its own, or the student's where its
+            constructor takes an image size.
+        loss: Student loss on the labels; bce is summed over classes and averaged over the batch.
+        label_smoothing: For `ce`.
+        global_batch_size: Images in one optimizer step over all ranks; the same on any number of ranks.
+        micro_batch_size: Most images in one forward pass on one rank; gradients are accumulated up to the global batch.
+        seed: Seed of every generator.
+    """
+
+    recipe: str = ""
+    student: str = "resnet50"
+    student_kwargs: dict[str, Any] = field(default_factory=dict)
+    student_weights: str = "none"
+    teacher: str = "none"
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_weights: str = "pretrained"
+    teacher_image_size: int | None = None
+    loss: Literal["ce", "bce"] = "ce"
+    label_smoothing: float = 0.0
+    global_batch_size: int = 256
+    micro_batch_size: int = 32
+    seed: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch_size > 0, "global_batch_size", self.global_batch_size, "at least 1")
+        _require(self.micro_batch_size > 0, "micro_batch_size", self.micro_batch_size, "at least 1")
+        _require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", self.label_smoothing, "0 to 1")
+        _require(
+            self.label_smoothing == 0.0 or self.loss == "ce", "label_smoothing", self.label_smoothing, "0 with loss bce"
+        )
+
+    def batches(self, world_size: int) -> tuple[int, int]:
+        """(micro batch, accumulation steps) on `world_size` ranks.
+
+        Raises:
+            UserError: The global batch cannot be split evenly.
+        """
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size is {self.global_batch_size}, which {world_size} ranks cannot share evenly: choose a "
+                f"multiple of {world_size}."
+            )
+        per_rank = self.global_batch_size // world_size
+        # the largest micro batch that divides a rank's share: the optimizer step is then the same on any world size
+        micro = next(m for m in range(min(self.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0)
+        return micro, per_rank // micro
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested data, for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,45 @@
+"""The one exception for what a user can get wrong, and helpers that phrase it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: the thing, what it was, what to do."""
+
+
+def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    if not near:
+        # a prefix or an infix is a typo that edit distance rates low on long names
+        near = [k for k in known if name and name.lower() in k.lower()][:count]
+    return f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main`, turning a UserError into one line on stderr and exit status 2, without a traceback.
+
+    Every rank of a job meets the same mistake. Ranks other than 0 wait a moment before they print, so that the
+    launcher, which ends the others as soon as one fails, normally leaves exactly one line to read.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(1.5)
+        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
+        message = " ".join(str(error).split())
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        # os._exit would lose buffered output; a process group that is half set up must not hang the exit
+        sys.stdout.flush()
+        os._exit(2)
+    sys.exit(status or 0)
