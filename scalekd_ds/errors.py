@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake the user can mend. The message is one line: the thing, what it was, what to do."""
 
 

@@ -1,0 +1,32 @@
+"""Entry point of the projector's attention: checks its arguments and picks the implementation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Multi-head cross attention of the projector (ScaleKD section 3.1).
+
+    Args:
+        q: (G, Q, N, D) queries; G is 1 where the batch shares one learned query, else B.
+        k: (B, S, N, D) keys; strided views are fine.
+        v: (B, S, N, D) values.
+        scale: Factor of q k^T, the softmax scale folded in.
+
+    Returns:
+        (B, Q, N, D), token-major, so that heads join by a view.
+
+    Raises:
+        ValueError: Shapes that do not fit, naming the argument.
+    """
+    if k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: both must be (B, S, heads, head size).")
+    if q.dim() != 4 or q.shape[2:] != k.shape[2:] or q.shape[0] not in (1, k.shape[0]):
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}: it must be (1 or {k.shape[0]}, queries, {k.shape[2]}, {k.shape[3]})."
+        )
+    q = q.expand(k.shape[0], -1, -1, -1)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)

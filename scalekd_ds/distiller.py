@@ -1,0 +1,286 @@
+"""ScaleKD: the one trainable module. It holds the student and the projectors; the teacher stands outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scalekd_ds.errors import UserError
+from scalekd_ds.losses import dual_view_loss, label_loss, logit_kd
+from scalekd_ds.models import Preprocessing, build_model, num_parameters
+from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.student import Student, StudentOutput
+from scalekd_ds.teacher import Teacher, TeacherTargets
+
+VIEWS = ("spatial", "frequency")
+
+
+class ScaleKD(nn.Module):
+    """Distils a frozen teacher into a student (Fan et al., ScaleKD, NeurIPS 2024).
+
+    Args:
+        student: timm name, built model, or `Student`.
+        teacher: timm name, consolidated .safetensors, built model, `Teacher`, or None for plain supervised training.
+        image_size: (h, w) or side of the training images in pixels; None is the student's own, else the teacher's.
+        num_classes: Head of a student built by name; None is the teacher's.
+        kd_weight: a in (1-a) CE + a KD.
+        temperature: Of logit KD.
+        features: False leaves out the projectors and the four feature terms.
+        weights_s3: (spatial, frequency) weights of the stage n-1 terms (TPP).
+        weights_s4: (spatial, frequency) weights of the last stage's terms.
+        heads_s3: Attention heads of the stage n-1 projectors; None is the teacher's.
+        heads_s4: Attention heads of the last stage's projectors; None is the teacher's.
+        softmax_scale: gamma of the projectors' attention.
+        norm: `batch` or `layer`, of the projectors.
+        cut: Side of the block of lowest frequencies that the frequency view drops.
+        loss: Student loss on the labels, `ce` or `bce`.
+        label_smoothing: For `ce`.
+        verbose: Prints the pairing as a table.
+
+    Attributes:
+        student: The bare timm model; its state-dict is timm's.
+        projectors: `s3_spatial`, `s3_frequency`, `s4_spatial`, `s4_frequency`; those with weight 0 are left out.
+        teacher: `Teacher` or None. It is no submodule: never in the state-dict, the optimizer or ZeRO; `.to()` moves it.
+
+    Raises:
+        UserError: A pair that does not fit: the classes with KD on, an image size, heads that do not divide the width,
+            a student grid larger than the teacher's.
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module | None,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        num_classes: int | None = None,
+        kd_weight: float = 0.5,
+        temperature: float = 1.0,
+        features: bool = True,
+        weights_s3: tuple[float, float] = (0.08, 0.06),
+        weights_s4: tuple[float, float] = (0.08, 0.06),
+        heads_s3: int | None = None,
+        heads_s4: int | None = None,
+        softmax_scale: float = 5.0,
+        norm: str = "batch",
+        cut: int = 1,
+        loss: str = "ce",
+        label_smoothing: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        side = (image_size, image_size) if isinstance(image_size, int) else image_size
+        features = features and teacher is not None
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher, image_size=side[0] if side else None, features=features)
+        # a tuple, so that the teacher is not registered as a submodule
+        self._teacher = (teacher,)
+        if isinstance(student, str):
+            classes = num_classes or (teacher.num_classes if teacher is not None else None)
+            student = build_model(student, classes, image_size=side[0] if side else None)
+        self._taps = (student if isinstance(student, Student) else Student(student),)
+        self.student = self._taps[0].model
+
+        self.kd_weight = kd_weight if teacher is not None else 0.0
+        self.temperature, self.cut = temperature, cut
+        self.loss, self.label_smoothing = loss, label_smoothing
+        self.feature_weights = {
+            f"{view}_{stage}": weight
+            for stage, weights in (("s3", weights_s3), ("s4", weights_s4))
+            for view, weight in zip(VIEWS, weights, strict=True)
+            if features and weight > 0.0
+        }
+        own, theirs = self._taps[0].preprocessing, teacher.preprocessing if teacher is not None else None
+        self.image_size = side or own.size or (theirs.size if theirs else None) or (224, 224)
+        self._shapes = self._taps[0].shapes(self.image_size)
+        if teacher is not None:
+            self._check_classes(teacher)
+            self._register_normalisation(own, theirs)
+            self._check_teacher_size(teacher)
+        self.projectors = nn.ModuleDict()
+        if features:
+            self._build_projectors(teacher, heads_s3, heads_s4, softmax_scale, norm)
+        if verbose:
+            print(self.pairing(), flush=True)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _check_classes(self, teacher: Teacher) -> None:
+        classes = self._shapes.logits.shape[-1]
+        if self.kd_weight > 0.0 and teacher.num_classes != classes:
+            raise UserError(
+                f"the teacher has {teacher.num_classes} classes and the student {classes}: logit KD needs the same; "
+                "fine-tune the teacher on these classes, or set --distill.kd_weight 0."
+            )
+
+    def _register_normalisation(self, own: Preprocessing, theirs: Preprocessing) -> None:
+        """Images come in the student's normalisation; scale and shift take them to the teacher's."""
+        same = None in (own.mean, own.std, theirs.mean, theirs.std) or (own.mean, own.std) == (theirs.mean, theirs.std)
+        self.teacher_scale = self.teacher_shift = None
+        if not same:
+            mean, std, t_mean, t_std = (torch.tensor(v) for v in (own.mean, own.std, theirs.mean, theirs.std))
+            self.register_buffer("teacher_scale", (std / t_std)[:, None, None], persistent=False)
+            self.register_buffer("teacher_shift", ((mean - t_mean) / t_std)[:, None, None], persistent=False)
+
+    def _check_teacher_size(self, teacher: Teacher) -> None:
+        parameter = next(teacher.parameters())
+        images = torch.zeros(1, 3, *self.image_size, device=parameter.device, dtype=parameter.dtype)
+        try:
+            targets = self.teacher_targets(images)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = teacher.preprocessing.size or self.image_size
+            raise UserError(
+                f"the teacher ({type(teacher.model).__name__}) cannot take {size[0]}x{size[1]} images: {error}"
+            ) from None
+        if teacher.last_output is not None:
+            stage, shape = teacher.last_output, tuple(targets.tokens.shape[1:])
+            if shape != (stage.grid[0] * stage.grid[1], stage.dim):
+                raise UserError(
+                    f"the teacher ({type(teacher.model).__name__}) gives {shape[0]} tokens of {shape[1]} channels for "
+                    f"{self.image_size[0]}x{self.image_size[1]} images, not the {stage.grid[0]}x{stage.grid[1]} of "
+                    f"{stage.dim} that it was built for: set --teacher_image_size."
+                )
+
+    def _build_projectors(
+        self, teacher: Teacher, heads_s3: int | None, heads_s4: int | None, softmax_scale: float, norm: str
+    ) -> None:
+        places = {
+            "s3": (self._shapes.before, teacher.last_input, heads_s3),
+            "s4": (self._shapes.last, teacher.last_output, heads_s4),
+        }
+        for key in self.feature_weights:
+            view, stage = key.split("_")
+            student_map, place, heads = places[stage]
+            grid = tuple(student_map.shape[-2:])
+            if stage == "s3" and (grid[0] > place.grid[0] * 2 or grid[1] > place.grid[1] * 2):
+                raise UserError(
+                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the teacher's "
+                    f"{place.grid[0]}x{place.grid[1]} there: choose a student with more stages, or smaller images."
+                )
+            try:
+                self.projectors[f"{stage}_{view}"] = CrossAttentionProjector(
+                    student_map.shape[1],
+                    place.dim,
+                    grid,
+                    place.grid,
+                    heads or place.heads,
+                    softmax_scale,
+                    # TPP gives the last stage its queries, view by view; without it the projector learns its own
+                    learned_query=stage == "s3" or f"{view}_s3" not in self.feature_weights,
+                    norm=norm,
+                )
+            except ValueError as error:
+                raise UserError(f"projector {stage}_{view}: {error}") from None
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, outside the module tree."""
+        return self._teacher[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ScaleKD:
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def weights(self) -> dict[str, float]:
+        """The factor that each term of `forward` has been multiplied by."""
+        terms = {"ce": 1.0 - self.kd_weight}
+        if self.kd_weight > 0.0:
+            terms["kd"] = self.kd_weight
+        return terms | self.feature_weights
+
+    def pairing(self) -> str:
+        """Student and teacher side by side, as a table in plain text."""
+        s, t = self._shapes, self.teacher
+        size = f"{self.image_size[0]}x{self.image_size[1]}"
+        rows = [("", "student", "teacher")]
+        rows.append(("model", type(self.student).__name__, type(t.model).__name__ if t else "none"))
+        rows.append(
+            ("parameters", f"{num_parameters(self.student) / 1e6:.2f} M", f"{num_parameters(t) / 1e6:.2f} M" if t else "")
+        )
+        t_size = t.preprocessing.size if t else None
+        rows.append(("image", size, (f"{t_size[0]}x{t_size[1]}" if t_size else size) if t else ""))
+        rows.append(("classes", str(s.logits.shape[-1]), str(t.num_classes) if t else ""))
+
+        def shown(grid: tuple[int, ...], dim: int) -> str:
+            return f"{grid[0]}x{grid[1]} x {dim}"
+
+        for label, tap, place in (
+            ("before last stage", s.before, t and t.last_input),
+            ("last stage", s.last, t and t.last_output),
+        ):
+            theirs = f"{shown(place.grid, place.dim)}, {place.heads} heads" if place else ""
+            rows.append((label, shown(tap.shape[-2:], tap.shape[1]), theirs))
+        if self.projectors:
+            heads = " ".join(f"{n}:{p.num_heads}" for n, p in self.projectors.items())
+            rows.append(("projectors", f"{num_parameters(self.projectors) / 1e6:.2f} M", f"heads {heads}"))
+        rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in self.weights().items()), ""))
+        widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def teacher_targets(self, images: torch.Tensor) -> TeacherTargets:
+        """The teacher's tokens and logits for images (B, 3, H, W) in the student's normalisation."""
+        if self.teacher_scale is not None:
+            images = images * self.teacher_scale + self.teacher_shift
+        size = self.teacher.preprocessing.size
+        if size is not None and size != tuple(images.shape[-2:]):
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        return self.teacher.targets(images)
+
+    def project(self, student: StudentOutput) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Projected tokens (B, P, C) of both stages by view; stage n-1 has passed through the teacher's last stage."""
+        before = {v: self.projectors[f"s3_{v}"](student.before) for v in VIEWS if f"s3_{v}" in self.projectors}
+        if before:
+            # both views go through the frozen last stage as one batch
+            stacked = self.teacher.last_stage(torch.cat(list(before.values())))
+            before = dict(zip(before, stacked.chunk(len(before)), strict=True))
+        last = {
+            v: self.projectors[f"s4_{v}"](student.last, before.get(v)) for v in VIEWS if f"s4_{v}" in self.projectors
+        }
+        return before, last
+
+    def forward(
+        self, images: torch.Tensor, targets: torch.Tensor, teacher_targets: TeacherTargets | None = None
+    ) -> dict[str, torch.Tensor]:
+        """One step's losses, each already weighted, so that `loss/total` is their sum.
+
+        Args:
+            images: (B, 3, H, W) in the student's normalisation.
+            targets: (B,) class indices or (B, K) probabilities.
+            teacher_targets: Of the same images, where the caller has them already.
+
+        Returns:
+            `loss/ce`, `loss/kd`, `loss/spatial_s3`, `loss/frequency_s3`, `loss/spatial_s4`, `loss/frequency_s4` (those
+            with a weight) and `loss/total`; scalars. `weights()` has the factors.
+        """
+        student = self._taps[0](images)
+        ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
+        losses = {"loss/ce": (1.0 - self.kd_weight) * ce}
+        if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
+            teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
+            if self.kd_weight > 0.0:
+                losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
+            if self.projectors:
+                losses |= self._feature_losses(student, teacher.tokens)
+        losses["loss/total"] = torch.stack(list(losses.values())).sum()
+        return losses
+
+    def _feature_losses(self, student: StudentOutput, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        losses = {}
+        for stage, projected in zip(("s3", "s4"), self.project(student), strict=True):
+            if not projected:
+                continue
+            weights = tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS)
+            # a view that is switched off has no projector; the other one's tokens stand in, with weight 0
+            stand_in = next(iter(projected.values())).detach()
+            pair = [projected.get(view, stand_in) for view in VIEWS]
+            values = dual_view_loss(*pair, tokens, self.teacher.last_output.grid, weights, self.cut)
+            losses |= {f"loss/{v}_{stage}": x for v, x in zip(VIEWS, values, strict=True) if v in projected}
+        return losses

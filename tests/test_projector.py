@@ -1,0 +1,120 @@
+"""CAP against the official AttentionProjector: outputs, every gradient and BatchNorm's statistics (golden a*, b*)."""
+
+import pytest
+import torch
+from golden_files import golden, relative_error
+from golden_map import projector_name, projector_state
+
+from scalekd_ds.projector import CrossAttentionProjector
+
+CASES = [
+    "a1_cap_self_7x7_w1_s5",
+    "a4_cap_self_8x8_w2_s1",
+    "a7_cap_convnext_self_7x7_w1_s1",
+    "b1_cap_query_q7_k14_s5",
+    "b4_cap_query_q7_k7_s5_v2",
+]
+# analytically zero: a bias before train-mode BatchNorm, and a shift that softmax does not see
+ZERO = {"conv.bias", "k.bias"}
+
+
+def build(case, dtype=torch.float32):
+    file = golden(case)
+    meta = file.meta
+    layer_norm = "fmd_convnext" in meta["module"]
+    cap = CrossAttentionProjector(
+        meta["student_dims"],
+        meta["teacher_dims"],
+        meta["pos_hw"],
+        meta["query_hw"],
+        meta["num_heads"],
+        meta["softmax_scale"],
+        learned_query=meta["self_query"],
+        norm="layer" if layer_norm else "batch",
+        windows=meta["window_shapes"],
+    )
+    cap.load_state_dict(projector_state(file.below("param") | file.below("buffer_before")))
+    return file, cap.to(dtype), ZERO - ({"conv.bias"} if layer_norm else set())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_backward_and_statistics(case):
+    file, cap, zero = build(case)
+    x = file["input.x"].clone().requires_grad_()
+    query = file["input.query"].clone().requires_grad_() if "input.query" in file.tensors else None
+
+    cap.eval()
+    with torch.no_grad():
+        assert relative_error(cap(x, query), file["output.out_eval"]) < 1e-5
+
+    cap.train()
+    out = cap(x, query)
+    assert relative_error(out, file["output.out"]) < 1e-5
+    loss = (out * file["input.cotangent"]).sum()
+    assert abs(loss.item() - file["output.loss"].item()) < 5e-5
+    loss.backward()
+    assert relative_error(x.grad, file["grad_input.x"]) < 1e-5
+    if query is not None:
+        assert relative_error(query.grad, file["grad_input.query"]) < 1e-5
+    grads = {name: p.grad for name, p in cap.named_parameters()}
+    compared = projector_state(file.below("grad_param"))
+    assert set(compared) == set(grads)
+    for name, expected in compared.items():
+        if name in zero:
+            assert grads[name].abs().max() < 1e-4, name
+        else:
+            assert relative_error(grads[name], expected) < 1e-5, name
+    state = cap.state_dict()
+    for official, expected in file.below("buffer_after").items():
+        assert relative_error(state[projector_name(official)], expected) < 1e-6, official
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_block(case):
+    file, cap, _ = build(case)
+    cap.train()
+    attended = cap.attend(file["input.x"], file.tensors.get("input.query"))
+    assert relative_error(attended, file["inter.pos_attention"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_loss(case):
+    file, cap, _ = build(case, torch.float64)
+    cap.train()
+    query = file.tensors.get("input.query")
+    out = cap(file["input.x"].double(), None if query is None else query.double())
+    loss = (out * file["input.cotangent"].double()).sum()
+    assert loss.item() == pytest.approx(file["output.loss64"].item(), rel=1e-9)
+
+
+def test_the_learned_query_is_not_repeated_over_the_batch():
+    cap = CrossAttentionProjector(8, 16, (4, 4), (2, 2), 4)
+    seen = []
+    cap.query_mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    cap(torch.randn(6, 8, 4, 4))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_heads": 5}, "num_heads is 5"),
+        ({"norm": "group"}, "norm is 'group'"),
+        ({"windows": (3, 3)}, "windows is (3, 3)"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:
+        CrossAttentionProjector(8, 16, (4, 4), (4, 4), **({"num_heads": 4} | arguments))
+    assert words in str(error.value)
+
+
+def test_wrong_inputs_are_named():
+    cap = CrossAttentionProjector(8, 16, (4, 4), (2, 2), 4)
+    with pytest.raises(ValueError, match=r"grid \(5, 5\)"):
+        cap(torch.randn(1, 8, 5, 5))
+    with pytest.raises(ValueError, match="learned one"):
+        cap(torch.randn(1, 8, 4, 4), torch.randn(1, 4, 16))
+    given = CrossAttentionProjector(8, 16, (4, 4), (2, 2), 4, learned_query=False)
+    with pytest.raises(ValueError, match="query is missing"):
+        given(torch.randn(1, 8, 4, 4))
