@@ -35,6 +35,7 @@ setup(
         "tensorboard>=2.18",
         "safetensors>=0.5",
         "jsonargparse>=4.49",
+        "docstring-parser",
         "rich>=13",
         "psutil",
         # DeepSpeed builds its CPU communication op with ninja at the first run

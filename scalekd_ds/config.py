@@ -162,7 +162,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0.0, "schedule.epochs", self.epochs, "positive")
-        _require(0.0 <= self.warmup_epochs < self.epochs, "schedule.warmup_epochs", self.warmup_epochs, "in [0, epochs)")
+        _require(
+            0.0 <= self.warmup_epochs < self.epochs, "schedule.warmup_epochs", self.warmup_epochs, "in [0, epochs)"
+        )
         _require(0.0 <= self.warmup_factor <= 1.0, "schedule.warmup_factor", self.warmup_factor, "0 to 1")
 
 

@@ -201,7 +201,11 @@ class ScaleKD(nn.Module):
         rows = [("", "student", "teacher")]
         rows.append(("model", type(self.student).__name__, type(t.model).__name__ if t else "none"))
         rows.append(
-            ("parameters", f"{num_parameters(self.student) / 1e6:.2f} M", f"{num_parameters(t) / 1e6:.2f} M" if t else "")
+            (
+                "parameters",
+                f"{num_parameters(self.student) / 1e6:.2f} M",
+                f"{num_parameters(t) / 1e6:.2f} M" if t else "",
+            )
         )
         t_size = t.preprocessing.size if t else None
         rows.append(("image", size, (f"{t_size[0]}x{t_size[1]}" if t_size else size) if t else ""))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from scalekd_ds.errors import UserError, suggest
@@ -98,16 +98,16 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"{name} cannot be built with {shown}: {error}") from None
 
 
-def _needs_img_size(name: str, kwargs: dict[str, Any], image_size: int | None) -> bool:
-    """Whether the constructor has to be told the image size: transformers with fixed grids, not CNNs."""
-    if image_size is None or "img_size" in kwargs:
-        return False
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and not cfg.fixed_input_size:
-        # convolutional, or a transformer that takes any size as it is
-        architecture = timm.model_entrypoint(name.split(".", 1)[0]).__module__
-        return any(family in architecture for family in ("vision_transformer", "swin", "eva", "beit", "deit"))
-    return True
+# transformers in timm that are built for one grid of patches, though some of them also run on others
+_GRID_FAMILIES = ("vision_transformer", "swin", "eva", "beit", "deit", "mlp_mixer")
+
+
+def constructor_kwargs(name: str, kwargs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """`kwargs`, with the image size among them where the model's grid of patches depends on it."""
+    module = timm.model_entrypoint(name.split(".", 1)[0]).__module__.rpartition(".")[2]
+    if image_size is None or "img_size" in kwargs or not module.startswith(_GRID_FAMILIES):
+        return dict(kwargs)
+    return {**kwargs, "img_size": image_size}
 
 
 def build_model(
@@ -130,7 +130,6 @@ def build_model(
     Raises:
         UserError: Unknown name, arguments that the constructor refuses, weights that do not fit or cannot be had.
     """
-    kwargs = dict(kwargs or {})
     if name.endswith(".safetensors"):
         card = read_card(name)
         for key in ("architecture", "num_classes"):
@@ -145,10 +144,9 @@ def build_model(
         )
         return model
     check_name(name)
+    kwargs = constructor_kwargs(name, kwargs or {}, image_size)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if _needs_img_size(name, kwargs, image_size):
-        kwargs["img_size"] = image_size
     if weights == "pretrained":
         try:
             return _create(name, pretrained=True, **kwargs)
@@ -167,11 +165,12 @@ def build_model(
     return model
 
 
+def normalisation_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the model's pixels are normalised with, in units of 0 to 1; ImageNet's where it says nothing."""
+    own = Preprocessing.of(model)
+    return own.mean or IMAGENET_DEFAULT_MEAN, own.std or IMAGENET_DEFAULT_STD
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters of a module, whole ones also where ZeRO-3 has sharded them."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter."""
-    return next(model.parameters()).device

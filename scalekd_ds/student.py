@@ -106,7 +106,9 @@ class Student(nn.Module):
             out = self(images)
         except (RuntimeError, AssertionError, ValueError) as error:
             name = type(self.model).__name__
-            raise UserError(f"the student ({name}) cannot take {image_size[0]}x{image_size[1]} images: {error}") from None
+            raise UserError(
+                f"the student ({name}) cannot take {image_size[0]}x{image_size[1]} images: {error}"
+            ) from None
         finally:
             for module, mode in modes.items():
                 module.training = mode

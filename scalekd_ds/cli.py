@@ -1,0 +1,138 @@
+"""From the command line to a RunConfig: `--recipe NAME`, then any field as `--dotted.key value`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.recipes import RECIPES
+
+
+def _parser(prog: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a teacher.",
+        epilog="One process: python launch/train.py --recipe fashion-ce. Two: deepspeed --num_accelerators 2 "
+        "launch/train.py ... A cluster: deepspeed --hostfile launch/hosts launch/train.py ...",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
+    parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
+    parser.add_argument("--config", type=str, metavar="FILE", help="start from such a file instead of a recipe")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _flags(parser: ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _one_line(error: ArgumentError, parser: ArgumentParser) -> str:
+    message = str(error)
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        flag = unknown[1].split("=", 1)[0]
+        return f"unknown argument {flag!r}.{suggest(flag, _flags(parser))} --help lists them all."
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.findall(r"Expected an? (.*?)(?:\. |$)", message, re.M)
+    if key and value:
+        kinds = (re.sub(r"<class '(\w+)'>", r"\1", e).replace("typing.Literal", "one of ") for e in expected)
+        wants = " or ".join(dict.fromkeys(kinds)) or "of its type"
+        return f"--{key[1]} is {value[1]!r}: it must be {wants}."
+    return " ".join(message.split())
+
+
+def _base(args: list[str]) -> RunConfig:
+    """The recipe or file that the arguments start from."""
+    chosen: dict[str, str] = {}
+    for flag in ("--recipe", "--config"):
+        for position, arg in enumerate(args):
+            if arg == flag and position + 1 < len(args):
+                chosen[flag] = args[position + 1]
+            elif arg.startswith(f"{flag}="):
+                chosen[flag] = arg.split("=", 1)[1]
+    if "--config" in chosen:
+        return read_config(Path(chosen["--config"]))
+    name = chosen.get("--recipe")
+    if name is None:
+        return RunConfig()
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}.{suggest(name, RECIPES)} Known: {', '.join(RECIPES)}.")
+    return RECIPES[name]()
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
+    """A RunConfig from plain nested data, checked as the command line is.
+
+    Raises:
+        UserError: An unknown key or a value of the wrong type, naming `source`.
+    """
+    parser = _parser("config")
+    try:
+        parsed = parser.parse_object(values)
+    except ArgumentError as error:
+        raise UserError(f"{source}: {_one_line(error, parser)}") from None
+    return _instantiate(parser, parsed)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads what --dump-config wrote.
+
+    Raises:
+        UserError: The file is missing, is not JSON, or holds an unknown key.
+    """
+    if not path.is_file():
+        raise UserError(f"config file {str(path)!r} does not exist.")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"config file {path} is not JSON: {error}.") from None
+    return config_from_dict(values, str(path))
+
+
+def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    values = parser.instantiate(parsed)
+    fields = {name: values[name] for name in RunConfig.__dataclass_fields__}
+    return RunConfig(**fields)
+
+
+def parse_run(args: list[str] | None = None, prog: str = "launch/train.py") -> tuple[RunConfig, Path | None] | None:
+    """Parses a training command line.
+
+    Returns:
+        The run, and the file that --dump-config asks for; None where the arguments only asked for a listing.
+
+    Raises:
+        UserError: Unknown recipe, key or value.
+    """
+    args = sys.argv[1:] if args is None else args
+    warnings.filterwarnings("ignore", module="jsonargparse")
+    if "--list-recipes" in args:
+        print_recipes()
+        return None
+    parser = _parser(prog)
+    base = _base(args)
+    parser.set_defaults(base.as_dict())
+    try:
+        parsed = parser.parse_args(args)
+        run = _instantiate(parser, parsed)
+    except ArgumentError as error:
+        raise UserError(_one_line(error, parser)) from None
+    return run, Path(parsed.dump_config) if parsed.dump_config else None
+
+
+def print_recipes() -> None:
+    """One line for each recipe: its name and what it is."""
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+        print(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")

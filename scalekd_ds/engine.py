@@ -1,0 +1,157 @@
+"""DeepSpeed: processes, devices, and the one engine that holds student and projectors."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import nullcontext
+from typing import Any
+
+import deepspeed
+import numpy as np
+import psutil
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from scalekd_ds import lamb
+from scalekd_ds.config import RunConfig
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.errors import UserError
+from scalekd_ds.optim import build_optimizer, build_schedule
+
+
+def check_hostfile() -> None:
+    """Refuses a hosts file that does not exist.
+
+    DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a 32-GPU job into an
+    8-GPU one. The launcher's command line is the only place where the name can still be read.
+    """
+    for process in psutil.Process().parents():
+        try:
+            command, folder = process.cmdline(), process.cwd()
+        except psutil.Error:
+            continue
+        if not any(os.path.basename(part) in ("deepspeed", "ds", "runner.py") for part in command[:3]):
+            continue
+        for position, part in enumerate(command):
+            flag, _, value = part.partition("=")
+            if flag in ("--hostfile", "-H"):
+                value = value or (command[position + 1] if position + 1 < len(command) else "")
+                if not os.path.isfile(os.path.join(folder, value)):
+                    raise UserError(
+                        f"hosts file {value!r} does not exist: DeepSpeed would train on this node alone. Give the right "
+                        "path to --hostfile, or leave it out for one machine."
+                    )
+            # what follows the script's name belongs to the script
+            if part.endswith(".py") and os.path.basename(part) != "runner.py":
+                break
+
+
+def start_processes() -> torch.device:
+    """Joins the job's process group, alone where no launcher started it, and returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update({k: v for k, v in alone.items() if k not in os.environ})
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    deepspeed.init_distributed(verbose=False)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(), local_rank)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_engine(
+    distiller: ScaleKD, cfg: RunConfig, ds_config: dict[str, Any], steps_per_epoch: float, total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """One engine for student and projectors, with the recipe's optimizer and schedule.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+    optimizer = build_optimizer(distiller, cfg.optim)
+    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        # taps call forward_intermediates(), not forward(), so what the root module owns itself (position embeddings,
+        # class token) has to be fetched with the distiller's forward
+        for parameter in distiller.student.parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(distiller, parameter)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=distiller,
+            optimizer=optimizer,
+            lr_scheduler=lambda opt: build_schedule(opt, cfg.schedule, steps_per_epoch, total_steps, cfg.optim.lr),
+            config=ds_config,
+        )
+    except deepspeed.runtime.config.DeepSpeedConfigError as error:
+        raise UserError(f"DeepSpeed refuses {cfg.run.ds_config}: {error}") from None
+    if isinstance(optimizer, lamb.Lamb):
+        lamb.attach(optimizer, engine)
+    return engine
+
+
+def autocast_of(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """The engine's own autocast context, for the teacher's pass outside of it."""
+    if not engine.torch_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype())
+
+
+@torch.no_grad()
+def synchronise_buffers(module: nn.Module) -> None:
+    """Makes BatchNorm's statistics the mean over ranks.
+
+    ZeRO never communicates buffers: each rank's drift apart, and checkpoints keep rank 0's.
+    """
+    if dist.get_world_size() == 1:
+        return
+    buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel()]
+    if not buffers:
+        return
+    flat = torch.cat([b.flatten().float() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def student_state(distiller: ScaleKD) -> dict[str, torch.Tensor]:
+    """The student's whole state-dict on the CPU, from any ZeRO stage. Collective: every rank calls it.
+
+    Buffers are this rank's: call `synchronise_buffers` first.
+    """
+    state = {}
+    for name, tensor in distiller.student.state_dict(keep_vars=True).items():
+        sharded = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
+            state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank where it is True on one."""
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

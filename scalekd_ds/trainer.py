@@ -1,0 +1,312 @@
+"""The training run: build, resume, loop, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from scalekd_ds import checkpoint, ds_config
+from scalekd_ds.card import student_card
+from scalekd_ds.config import RunConfig
+from scalekd_ds.data import EvalLoader, ImageFolder, StreamSampler, TrainLoader
+from scalekd_ds.data.source import check_same_classes, index_folder, subset
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine import (
+    autocast_of,
+    build_engine,
+    check_hostfile,
+    seed_everything,
+    start_processes,
+    student_state,
+    synchronise_buffers,
+)
+from scalekd_ds.errors import UserError
+from scalekd_ds.evaluation import evaluate, evaluate_module
+from scalekd_ds.models import build_model, normalisation_of
+from scalekd_ds.monitor import Monitor, Reporter
+from scalekd_ds.teacher import Teacher
+from scalekd_ds.timing import StepTimer
+
+
+def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
+    """Student, teacher and projectors of a run, with the run's seed.
+
+    Raises:
+        UserError: Names, arguments or a pair that do not fit.
+    """
+    seed_everything(cfg.seed)
+    size, d = cfg.data.image_size, cfg.distill
+    teacher = None
+    if cfg.teacher != "none":
+        teacher = Teacher(
+            cfg.teacher, cfg.teacher_image_size or size, cfg.teacher_weights, features=d.features, **cfg.teacher_kwargs
+        )
+        # a teacher that is built must not shift the student's initialisation
+        seed_everything(cfg.seed)
+    student = build_model(cfg.student, num_classes, cfg.student_kwargs, cfg.student_weights, size)
+    return ScaleKD(
+        student,
+        teacher,
+        image_size=size,
+        loss=cfg.loss,
+        label_smoothing=cfg.label_smoothing,
+        verbose=verbose,
+        **vars(d),
+    )
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs, and what it counts."""
+
+    cfg: RunConfig
+    device: torch.device
+    engine: Any
+    monitor: Monitor
+    classes: list[str]
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    total_steps: int
+    steps_per_epoch: float
+    step: int = 0
+    cpu_seconds: float = 0.0
+    teacher_accuracy: dict[str, float] | None = None
+    accuracy: dict[str, float] | None = None
+
+    @property
+    def distiller(self) -> ScaleKD:
+        return self.engine.module
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.distiller.teacher
+
+
+def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tensor]:
+    """One optimizer step; returns the mean losses of its micro batches, still on the device."""
+    sums: dict[str, torch.Tensor] = {}
+    accumulation = run.engine.gradient_accumulation_steps()
+    for _ in range(accumulation):
+        with timer.part("data_wait", host=True):
+            images, labels = next(batches)
+        targets = None
+        if run.teacher is not None:
+            with timer.part("teacher"), autocast_of(run.engine):
+                targets = run.distiller.teacher_targets(images)
+        losses = run.engine(images, labels, targets)
+        run.engine.backward(losses["loss/total"])
+        run.engine.step()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+    return {name: loss / accumulation for name, loss in sums.items()}
+
+
+def mean_over_ranks(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    """One all-reduce and one host sync; a NaN on any rank is a NaN on every rank."""
+    means = torch.stack([loss.float() for loss in losses.values()]) / dist.get_world_size()
+    dist.all_reduce(means)
+    return dict(zip(losses, means.tolist(), strict=True))
+
+
+def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, steps: int) -> dict[str, float]:
+    """Everything that TensorBoard gets at a logged step."""
+    scalars = mean_over_ranks(losses)
+    if not math.isfinite(scalars["loss/total"]):
+        raise FloatingPointError(f"non-finite loss at step {run.step}: {scalars}")
+    scalars |= {f"weight/{name}": weight for name, weight in run.distiller.weights().items()}
+    scalars["optim/lr"] = run.engine.get_lr()[0]
+    norm = run.engine.get_global_grad_norm()
+    if norm is not None:
+        scalars["optim/grad_norm"] = float(norm)
+    wall, shares = timer.read()
+    scalars["perf/images_per_s"] = steps * run.cfg.global_batch_size / wall
+    scalars["perf/data_wait_share"] = shares.get("data_wait", 0.0)
+    if run.teacher is not None:
+        scalars["perf/teacher_share"] = shares.get("teacher", 0.0)
+    scalars["progress/epoch"] = run.step / run.steps_per_epoch
+    return scalars
+
+
+def validate(run: Run, reporter: Reporter) -> None:
+    """Top-1 and top-5 of the student, and once of the teacher; collective."""
+    synchronise_buffers(run.distiller)
+    run.accuracy = evaluate_module(run.distiller.student, run.val_loader, run.device)
+    teacher = run.teacher
+    if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
+        with autocast_of(run.engine):
+            run.teacher_accuracy = evaluate(
+                lambda images: run.distiller.teacher_targets(images).logits, run.val_loader, run.device
+            )
+    scalars = {"val/top1": run.accuracy["top1"], "val/top5": run.accuracy["top5"]}
+    line = f"step {run.step}  val top-1 {run.accuracy['top1']:.2f}%  top-5 {run.accuracy['top5']:.2f}%"
+    if run.teacher_accuracy:
+        scalars |= {f"val/teacher_{k}": run.teacher_accuracy[k] for k in ("top1", "top5")}
+        line += f"  (teacher {run.teacher_accuracy['top1']:.2f}%)"
+    run.monitor.log(run.step, scalars)
+    reporter.line(line)
+
+
+def save(run: Run) -> Path:
+    """A checkpoint of this step; collective."""
+    state = {
+        "step": run.step,
+        "samples": run.step * run.cfg.global_batch_size,
+        "world_size": dist.get_world_size(),
+        "zero_stage": run.engine.zero_optimization_stage(),
+        "cpu_seconds": run.cpu_seconds,
+        "accuracy": run.accuracy,
+        "teacher_accuracy": run.teacher_accuracy,
+        "config": run.cfg.as_dict(),
+    }
+    card = student_card(run.cfg, run.distiller, run.classes, run.step, run.accuracy, run.teacher_accuracy)
+    return checkpoint.save(run.engine, Path(run.cfg.run.dir), state, card, run.cfg.run.keep_last)
+
+
+def build(cfg: RunConfig) -> Run:
+    """Everything up to the first step: data index, processes, models, engine, resume.
+
+    Raises:
+        UserError: Whatever the user can have got wrong, before any training.
+    """
+    check_hostfile()
+    ds_json = ds_config.read(cfg.run.ds_config)
+    run_dir = Path(cfg.run.dir)
+    resume_from = checkpoint.choose(run_dir, cfg.run.resume)
+    train, val = read_sources(cfg)
+    device = start_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
+    steps_per_epoch = len(train.paths) / cfg.global_batch_size
+    total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
+    engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
+    # ranks draw different dropout and stochastic depth
+    seed_everything(cfg.seed + rank)
+    state = checkpoint.load(engine, resume_from) if resume_from else {}
+    if rank == 0:
+        checkpoint.write_json(run_dir_made(run_dir) / "config.json", cfg.as_dict())
+        if resume_from:
+            print(f"resuming {run_dir} from {resume_from.name}", flush=True)
+        elif cfg.run.resume == "auto":
+            print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
+    mean, std = normalisation_of(distiller.student)
+    micro, accumulation = cfg.batches(world_size)
+    sampler = StreamSampler(len(train.paths), cfg.seed, cfg.global_batch_size, micro, rank, world_size)
+    step = state.get("step", 0)
+    return Run(
+        cfg,
+        device,
+        engine,
+        Monitor(ds_config.monitors(ds_json, run_dir)),
+        train.classes,
+        TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step, accumulation=accumulation),
+        EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
+        total_steps,
+        steps_per_epoch,
+        step,
+        state.get("cpu_seconds", 0.0),
+        state.get("teacher_accuracy"),
+        state.get("accuracy"),
+    )
+
+
+def run_dir_made(run_dir: Path) -> Path:
+    """The run's folder, there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir is {str(run_dir)!r}, which cannot be made: {error}.") from None
+    return run_dir
+
+
+def read_sources(cfg: RunConfig) -> tuple[ImageFolder, ImageFolder]:
+    """Index of the training images (the subset that the run uses) and of the validation images.
+
+    Raises:
+        UserError: A folder that is missing, empty, or has other classes than its counterpart.
+    """
+    if not cfg.data.root:
+        raise UserError("data.root is not set: give the folder that holds train/ and val/ as --data.root DIR.")
+    root = Path(cfg.data.root)
+    train = index_folder(root / cfg.data.train, "data.train")
+    val = index_folder(root / cfg.data.val, "data.val")
+    check_same_classes(train, val)
+    if cfg.data.train_images is not None:
+        seed = cfg.seed if cfg.data.subset_seed is None else cfg.data.subset_seed
+        train = subset(train, cfg.data.train_images, seed)
+    return train, val
+
+
+def train(cfg: RunConfig) -> dict[str, Any]:
+    """Runs `cfg` to its end, or to `run.stop_after`; returns what `results.json` holds."""
+    run = build(cfg)
+    last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
+    reporter = Reporter(last, run.step, cfg.run.progress)
+    try:
+        _loop(run, reporter, last)
+    finally:
+        reporter.close()
+        run.train_loader.close()
+    return _finish(run, reporter)
+
+
+def _loop(run: Run, reporter: Reporter, last: int) -> None:
+    cfg = run.cfg.run
+    eval_steps = round(cfg.eval_every * run.steps_per_epoch)
+    batches, timer = iter(run.train_loader), StepTimer(run.device)
+    run.engine.train()
+    logged, cpu = run.step, time.process_time()
+    while run.step < last:
+        losses = train_step(run, batches, timer)
+        run.step += 1
+        reporter.step(run.step)
+        if run.step % cfg.log_every == 0 or run.step == last:
+            scalars = scalars_of(run, losses, timer, run.step - logged)
+            logged = run.step
+            run.monitor.log(run.step, scalars)
+            reporter.scalars(run.step, scalars)
+        evaluating = (eval_steps and run.step % eval_steps == 0) or run.step == last
+        saving = (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
+        if not evaluating and not saving:
+            continue
+        # evaluation and saving are not training time
+        run.cpu_seconds += time.process_time() - cpu
+        if evaluating:
+            validate(run, reporter)
+        if saving:
+            save(run)
+        timer.reset()
+        logged, cpu = run.step, time.process_time()
+
+
+def _finish(run: Run, reporter: Reporter) -> dict[str, Any]:
+    run_dir = Path(run.cfg.run.dir)
+    weights = student_state(run.distiller)
+    results = {
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "top1": run.accuracy["top1"],
+        "top5": run.accuracy["top5"],
+        "teacher_top1": (run.teacher_accuracy or {}).get("top1"),
+        "cpu_seconds": run.cpu_seconds,
+        "world_size": dist.get_world_size(),
+    }
+    if dist.get_rank() == 0:
+        card = student_card(run.cfg, run.distiller, run.classes, run.step, run.accuracy, run.teacher_accuracy)
+        checkpoint.write_student(run_dir / "student.safetensors", weights, card)
+        checkpoint.write_json(run_dir / "results.json", results)
+        reporter.line(
+            f"top-1 {results['top1']:.2f}% after {run.step} steps; weights: {run_dir / 'student.safetensors'}"
+        )
+    dist.barrier()
+    return results
