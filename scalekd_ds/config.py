@@ -30,8 +30,8 @@ class DataConfig:
         random_crop: False resizes the whole image instead of cropping (for images that are already cut out).
         hflip: Probability of a horizontal flip.
         interpolation: Filter of every resize.
-        eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and the
-            image as it is where it has that size already.
+        eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and
+            image_size itself below 64 pixels, where a margin would cost too much.
         eval_batch_size: Validation images in a forward pass on one rank.
         threads: DALI's decoding threads on each rank.
         prefetch: Batches that DALI prepares ahead.
@@ -52,6 +52,13 @@ class DataConfig:
     eval_batch_size: int = 64
     threads: int = 2
     prefetch: int = 2
+
+    @property
+    def eval_shorter_side(self) -> int:
+        """Pixels of the shorter side before the centre crop."""
+        if self.eval_resize is not None:
+            return self.eval_resize
+        return self.image_size if self.image_size < 64 else round(self.image_size / 0.875)
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")

@@ -119,11 +119,12 @@ class ScaleKD(nn.Module):
     def _register_normalisation(self, own: Preprocessing, theirs: Preprocessing) -> None:
         """Images come in the student's normalisation; scale and shift take them to the teacher's."""
         same = None in (own.mean, own.std, theirs.mean, theirs.std) or (own.mean, own.std) == (theirs.mean, theirs.std)
-        self.teacher_scale = self.teacher_shift = None
+        scale = shift = None
         if not same:
             mean, std, t_mean, t_std = (torch.tensor(v) for v in (own.mean, own.std, theirs.mean, theirs.std))
-            self.register_buffer("teacher_scale", (std / t_std)[:, None, None], persistent=False)
-            self.register_buffer("teacher_shift", ((mean - t_mean) / t_std)[:, None, None], persistent=False)
+            scale, shift = (std / t_std)[:, None, None], ((mean - t_mean) / t_std)[:, None, None]
+        self.register_buffer("teacher_scale", scale, persistent=False)
+        self.register_buffer("teacher_shift", shift, persistent=False)
 
     def _check_teacher_size(self, teacher: Teacher) -> None:
         parameter = next(teacher.parameters())

@@ -55,11 +55,10 @@ def fashion_scalekd() -> RunConfig:
         recipe="fashion-scalekd",
         student="resnet18",
         student_kwargs={
-            "layers": [1, 1, 1],
-            "channels": [16, 32, 64],
+            "layers": [1, 1, 1, 1],
+            "channels": [16, 32, 64, 64],
             "stem_type": "deep",
             "stem_width": 8,
-            "replace_stem_pool": False,
         },
         teacher="runs/quickstart/teacher/student.safetensors",
         global_batch_size=64,

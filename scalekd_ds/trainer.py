@@ -196,7 +196,7 @@ def build(cfg: RunConfig) -> Run:
         elif cfg.run.resume == "auto":
             print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
     mean, std = normalisation_of(distiller.student)
-    micro, accumulation = cfg.batches(world_size)
+    micro, _ = cfg.batches(world_size)
     sampler = StreamSampler(len(train.paths), cfg.seed, cfg.global_batch_size, micro, rank, world_size)
     step = state.get("step", 0)
     return Run(
@@ -205,7 +205,7 @@ def build(cfg: RunConfig) -> Run:
         engine,
         Monitor(ds_config.monitors(ds_json, run_dir)),
         train.classes,
-        TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step, accumulation=accumulation),
+        TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
         total_steps,
         steps_per_epoch,
@@ -256,7 +256,6 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         _loop(run, reporter, last)
     finally:
         reporter.close()
-        run.train_loader.close()
     return _finish(run, reporter)
 
 

@@ -1,0 +1,54 @@
+"""Augmentation as data: what is drawn for a sample is a pure function of (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_STREAM = 0x5CA1E
+
+
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample in one epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed ^ (_STREAM << 32), epoch], counter=[0, 0, 0, index]))
+
+
+def uniform(seed: int, epochs: np.ndarray, indices: np.ndarray, stream: int) -> np.ndarray:
+    """(B,) float64 in [0, 1), one for each sample, by the splitmix64 finaliser over (seed, epoch, sample, stream).
+
+    For single draws over a whole batch: a generator object for each sample costs 10 us, more than a small image.
+    """
+    with np.errstate(over="ignore"):
+        x = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for word in (epochs.astype(np.uint64), np.uint64(seed), np.uint64(stream)):
+            x = _mix(x + word * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(0x94D049BB133111EB))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def random_resized_crop(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(y, x, h, w) in pixels, drawn as torchvision's RandomResizedCrop draws it: ten tries, then the central crop."""
+    area = height * width
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    if width / height < ratio[0]:
+        w, h = width, round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w, h = round(height * ratio[1]), height
+    else:
+        w, h = width, height
+    h, w = min(h, height), min(w, width)
+    return (height - h) // 2, (width - w) // 2, h, w

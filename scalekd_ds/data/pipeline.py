@@ -1,0 +1,282 @@
+"""DALI: one definition for CPU and GPU that decodes, crops, resizes and normalises.
+
+DALI holds no random state. The order comes from the sampler, crops and flips from `augment`, and both go in beside the
+encoded bytes: resuming is exact at any step on any number of ranks, with nothing of DALI's to save.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data import augment
+from scalekd_ds.data.sampler import StreamSampler, eval_shard
+from scalekd_ds.data.source import ImageFolder
+from scalekd_ds.errors import UserError
+
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_FLIP_STREAM = 1
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        return np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"image {path!r} cannot be read: {error.strerror}.") from None
+
+
+def _size_of(encoded: np.ndarray, path: str) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise UserError(f"image {path!r} is damaged: {error}. Mend or remove it.") from None
+
+
+def _first_bad(paths: Sequence[str]) -> str | None:
+    """The first file that Pillow cannot decode either; DALI's message need not name it."""
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.convert("RGB")
+        except (OSError, SyntaxError, ValueError):
+            return path
+    return None
+
+
+class _Loader:
+    """Runs one DALI pipeline over batches that `_samples` prepares on the host.
+
+    Subclasses give `_inputs`, the (type, dimensions) of each input; `_graph(*inputs)`, which makes (images, labels) of
+    them; and `_samples(number)`, a batch's sample indices and its inputs, a list over the batch each.
+    """
+
+    _inputs: list[tuple[types.DALIDataType, int]]
+
+    def __init__(
+        self,
+        source: ImageFolder,
+        cfg: DataConfig,
+        batch_size: int,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.source, self.cfg, self.device = source, cfg, device
+        self.batch_size, self.mean, self.std = batch_size, mean, std
+        self._gpu = device.type == "cuda"
+
+    # -- the graph -----------------------------------------------------------------------------------------------
+
+    def _decoder(self) -> dict:
+        return {"device": "mixed" if self._gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
+
+    def _normalised(self, images, **crop):
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255.0 * m for m in self.mean],
+            std=[255.0 * s for s in self.std],
+            **crop,
+        )
+
+    def _graph(self, *inputs):
+        raise NotImplementedError
+
+    def _start(self, prepare: Callable[[], list[list[np.ndarray]]]) -> Pipeline:
+        pipeline = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self.cfg.threads,
+            device_id=(self.device.index or 0) if self._gpu else None,
+            prefetch_queue_depth=self.cfg.prefetch,
+            seed=0,
+        )
+        with pipeline:
+            inputs = fn.external_source(
+                source=prepare,
+                num_outputs=len(self._inputs),
+                dtype=[dtype for dtype, _ in self._inputs],
+                ndim=[ndim for _, ndim in self._inputs],
+            )
+            pipeline.set_outputs(*self._graph(*inputs))
+        pipeline.build()
+        return pipeline
+
+    # -- running it ----------------------------------------------------------------------------------------------
+
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        raise NotImplementedError
+
+    def _encoded(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [_read(self.source.paths[i]) for i in indices]
+
+    def _batches(self, first: int, count: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches from number `first` on, `count` of them or without end; DALI works ahead of the caller."""
+        ahead: deque[np.ndarray] = deque()
+        numbers = iter(range(first, first + count)) if count is not None else itertools.count(first)
+
+        def prepare() -> list[list[np.ndarray]]:
+            indices, inputs = self._samples(next(numbers))
+            ahead.append(indices)
+            return inputs
+
+        pipeline = self._start(prepare)
+        while True:
+            try:
+                images, labels = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                self._explain(error, ahead[0])
+            ahead.popleft()
+            # the outputs are DALI's own memory, reused by the next run: copy them out
+            yield self._tensor(images), self._tensor(labels)
+
+    def _tensor(self, outputs) -> torch.Tensor:
+        return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
+
+    def _explain(self, error: RuntimeError, indices: np.ndarray) -> None:
+        bad = _first_bad([self.source.paths[i] for i in indices])
+        if bad is not None:
+            raise UserError(f"image {bad!r} cannot be decoded. Mend or remove it.") from None
+        raise error
+
+
+class TrainLoader(_Loader):
+    """Endless training batches of one rank, from any optimizer step on.
+
+    Args:
+        source: The training images.
+        cfg: Size, crop, flip, threads.
+        sampler: This rank's order; its micro batch is the batch size.
+        device: Where the batches go; decoding is on it too where it is a GPU.
+        mean: Of the pixels in units of 0 to 1.
+        std: Likewise.
+        start_step: Optimizer step to start at.
+
+    Yields:
+        images (B, 3, S, S) float32, normalised, and labels (B,) int64.
+    """
+
+    def __init__(
+        self,
+        source: ImageFolder,
+        cfg: DataConfig,
+        sampler: StreamSampler,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        start_step: int = 0,
+    ) -> None:
+        super().__init__(source, cfg, sampler.micro_batch, device, mean, std)
+        self.sampler, self.start_step = sampler, start_step
+        self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
+        if cfg.random_crop:
+            self._inputs += [(types.INT64, 1), (types.INT64, 1)]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self._batches(self.start_step * self.sampler.accumulation, None)
+
+    def _graph(self, encoded, labels, flips, *crop):
+        size = self.cfg.image_size
+        if crop:
+            images = fn.decoders.image_slice(encoded, *crop, axis_names="HW", **self._decoder())
+        else:
+            images = fn.decoders.image(encoded, **self._decoder())
+        images = fn.resize(
+            images,
+            resize_x=size,
+            resize_y=size,
+            interp_type=_FILTERS[self.cfg.interpolation],
+            antialias=True,
+            subpixel_scale=False,
+        )
+        return self._normalised(images, mirror=flips), labels
+
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        sampler, cfg = self.sampler, self.cfg
+        indices, epochs = sampler.indices(*divmod(number, sampler.accumulation))
+        encoded = self._encoded(indices)
+        flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
+        inputs = [encoded, list(self.source.labels[indices]), list(flips.astype(np.int32))]
+        if cfg.random_crop:
+            crops = np.array(
+                [
+                    augment.random_resized_crop(
+                        augment.generator(sampler.seed, int(epoch), int(index)),
+                        *_size_of(data, self.source.paths[index]),
+                        cfg.crop_scale,
+                        cfg.crop_ratio,
+                    )
+                    for data, index, epoch in zip(encoded, indices, epochs, strict=True)
+                ],
+                dtype=np.int64,
+            )
+            inputs += [list(crops[:, :2]), list(crops[:, 2:])]
+        return indices, inputs
+
+
+class EvalLoader(_Loader):
+    """Validation batches of one rank: resize, centre crop, normalise, as torchvision does.
+
+    Args:
+        source: The validation images.
+        cfg: Size, resize, filter, threads.
+        batch_size: Images of a batch.
+        rank: This rank.
+        world_size: All ranks; together they see each image once, in the same number of batches.
+        device: Where the batches go.
+        mean: Of the pixels in units of 0 to 1.
+        std: Likewise.
+
+    Yields:
+        images (B, 3, S, S) float32, normalised, and labels (B,) int64, -1 for filler.
+    """
+
+    def __init__(
+        self,
+        source: ImageFolder,
+        cfg: DataConfig,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__(source, cfg, batch_size, device, mean, std)
+        self._inputs = [(types.UINT8, 1), (types.INT64, 0)]
+        self.shard = eval_shard(len(source), rank, world_size, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self._batches(0, len(self.shard))
+
+    def _graph(self, encoded, labels):
+        size = self.cfg.image_size
+        images = fn.resize(
+            fn.decoders.image(encoded, **self._decoder()),
+            resize_shorter=self.cfg.eval_shorter_side,
+            interp_type=_FILTERS[self.cfg.interpolation],
+            antialias=True,
+            subpixel_scale=False,
+        )
+        return self._normalised(images, crop=(size, size), rounding="truncate"), labels
+
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        indices = self.shard[number]
+        read = np.maximum(indices, 0)
+        labels = np.where(indices < 0, -1, self.source.labels[read])
+        return read, [self._encoded(read), list(labels)]

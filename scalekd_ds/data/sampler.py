@@ -1,0 +1,63 @@
+"""Order as data: which sample comes when, a pure function of (seed, step, rank, world size).
+
+The training stream is endless: sample g of the run is permutation(seed, epoch g // n)[g % n], and optimizer step s takes
+g from s * global batch on. Every sample comes exactly once an epoch over all ranks, all batches are full, and the stream
+is the same on any number of ranks; resuming is starting to count elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """(size,) order of one epoch; two are kept, for batches that straddle epochs."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+
+
+class StreamSampler:
+    """Indices of the training stream for one rank.
+
+    Args:
+        size: Samples in an epoch.
+        seed: The run's seed.
+        global_batch: Samples of an optimizer step over all ranks.
+        micro_batch: Samples of one forward pass on one rank.
+        rank: This rank.
+        world_size: All ranks.
+
+    Raises:
+        ValueError: A global batch that micro batches and ranks do not divide.
+    """
+
+    def __init__(self, size: int, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+        if global_batch % (micro_batch * world_size):
+            raise ValueError(f"global batch {global_batch} is no multiple of {micro_batch} x {world_size} ranks.")
+        self.size, self.seed = size, seed
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
+        self.accumulation = global_batch // (micro_batch * world_size)
+
+    def indices(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """(micro_batch,) sample indices and their epochs, of micro batch `micro` of optimizer step `step`."""
+        first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
+        epochs, places = np.divmod(np.arange(first, first + self.micro_batch), self.size)
+        chosen = np.empty(self.micro_batch, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = permutation(self.seed, int(epoch), self.size)[places[here]]
+        return chosen, epochs
+
+
+def eval_shard(size: int, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
+    """Batches of indices of one rank: each sample once over all ranks, -1 as filler.
+
+    Every rank gets the same number of batches of the same sizes, because ZeRO-3 communicates in every forward pass.
+    """
+    per_rank = -(-size // world_size)
+    mine = np.arange(rank, per_rank * world_size, world_size)
+    mine[mine >= size] = -1
+    return [mine[i : i + batch_size] for i in range(0, per_rank, batch_size)]

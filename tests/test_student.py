@@ -1,0 +1,91 @@
+"""The student's taps and logits over CNNs, MLPs and transformers."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from scalekd_ds import Student
+from scalekd_ds.errors import UserError
+
+VIT = {"embed_dim": 48, "depth": 12, "num_heads": 3}
+# name -> (arguments, map before the last stage, last map), both (C, h, w) at 224 pixels: RECIPES' students
+STUDENTS = {
+    "resnet50": ({}, (1024, 14, 14), (2048, 7, 7)),
+    "mobilenetv1_100": ({}, (512, 14, 14), (1024, 7, 7)),
+    "mobilenetv3_small_100": ({}, None, None),
+    "efficientnet_b0": ({}, None, None),
+    "regnety_002": ({}, (152, 14, 14), (368, 7, 7)),
+    "convnext_tiny": ({"depths": (1, 1, 1, 1)}, (384, 14, 14), (768, 7, 7)),
+    "mixer_s16_224": ({}, (512, 14, 14), (512, 14, 14)),
+    "resmlp_12_224": ({}, (384, 14, 14), (384, 14, 14)),
+    "vit_small_patch16_224": (VIT, (48, 14, 14), (48, 14, 14)),
+    "deit_small_patch16_224": (VIT, (48, 14, 14), (48, 14, 14)),
+    "deit_small_distilled_patch16_224": (VIT, (48, 14, 14), (48, 14, 14)),
+    "swin_tiny_patch4_window7_224": ({"depths": (1, 1, 1, 1)}, (384, 14, 14), (768, 7, 7)),
+    "eva02_tiny_patch14_336": (VIT | {"img_size": 224}, (48, 16, 16), (48, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_maps_and_logits_of_one_forward(name):
+    kwargs, before, last = STUDENTS[name]
+    student = Student(name, num_classes=10, image_size=224, **kwargs).eval()
+    images = torch.randn(2, 3, 224, 224)
+    calls = []
+    student.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        out = student(images)
+        assert not calls, "the taps must not run the model a second time"
+        assert torch.allclose(out.logits, student.model(images), atol=1e-5)
+    for expected, value in ((before, out.before), (last, out.last)):
+        assert value.dim() == 4
+        if expected:
+            assert tuple(value.shape[1:]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "normed"),
+    [
+        ("vit_small_patch16_224", (8, 11), True),
+        ("mixer_b16_224", (9, 11), False),
+        ("mixer_s16_224", (5, 7), False),
+        ("resnet50", (3, 4), False),
+    ],
+)
+def test_taps_are_where_the_published_code_has_them(name, indices, normed):
+    with torch.device("meta"):
+        taps = Student(timm.create_model(name)).taps
+    assert (taps.indices, taps.normed_last) == (indices, normed)
+
+
+def test_the_vits_last_map_is_normed_and_has_no_prefix():
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, **VIT).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        last = Student(model)(images).last
+        expected = model.forward_features(images)[:, 1:]
+    assert torch.equal(last.flatten(2).transpose(1, 2), expected)
+
+
+def test_shapes_leave_modes_statistics_and_generators_alone():
+    model = timm.create_model("resnet18", num_classes=5)
+    model.layer1.eval()
+    student = Student(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    student.shapes((64, 64))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and not model.layer1.training and not model.layer1[0].bn1.training
+
+
+def test_a_module_that_cannot_be_tapped():
+    with pytest.raises(UserError, match=r"Linear cannot be a student: it has no forward_intermediates\(\)"):
+        Student(nn.Linear(2, 2))
+
+
+def test_an_image_size_that_the_student_cannot_take():
+    student = Student(timm.create_model("vit_small_patch16_224", **VIT))
+    with pytest.raises(UserError, match="cannot take 96x96 images"):
+        student.shapes((96, 96))
