@@ -218,6 +218,8 @@ class RunConfig:
         student: timm name.
         student_kwargs: Further arguments of the student's constructor, as JSON.
         student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors file.
+        student_taps: Indices of the two feature maps that are distilled, as timm's `forward_intermediates` counts them;
+            None takes the ones that the published code takes for this kind of model.
         teacher: timm name, a consolidated .safetensors with its card beside it, or `none` for supervised training.
         teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
         teacher_weights: `pretrained`, a .safetensors file, or `none` (random; for tests).
@@ -234,6 +236,7 @@ class RunConfig:
     student: str = "resnet50"
     student_kwargs: dict[str, Any] = field(default_factory=dict)
     student_weights: str = "none"
+    student_taps: tuple[int, int] | None = None
     teacher: str = "none"
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_weights: str = "pretrained"

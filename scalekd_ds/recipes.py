@@ -57,9 +57,10 @@ def fashion_scalekd() -> RunConfig:
         student_kwargs={
             "layers": [1, 1, 1, 1],
             "channels": [16, 32, 64, 64],
-            "stem_type": "deep",
-            "stem_width": 8,
+            "output_stride": 8,
         },
+        # 8x8 and 4x4, the teacher's own grids
+        student_taps=(1, 4),
         teacher="runs/quickstart/teacher/student.safetensors",
         global_batch_size=64,
         micro_batch_size=64,

@@ -28,8 +28,9 @@ from scalekd_ds.engine import (
 )
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation import evaluate, evaluate_module
-from scalekd_ds.models import build_model, normalisation_of
+from scalekd_ds.models import normalisation_of
 from scalekd_ds.monitor import Monitor, Reporter
+from scalekd_ds.student import Student, Taps
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.timing import StepTimer
 
@@ -49,7 +50,8 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
         )
         # a teacher that is built must not shift the student's initialisation
         seed_everything(cfg.seed)
-    student = build_model(cfg.student, num_classes, cfg.student_kwargs, cfg.student_weights, size)
+    taps = Taps(cfg.student_taps, False) if cfg.student_taps else None
+    student = Student(cfg.student, num_classes, size, cfg.student_weights, taps, **cfg.student_kwargs)
     return ScaleKD(
         student,
         teacher,

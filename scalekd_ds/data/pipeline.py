@@ -42,6 +42,15 @@ def _size_of(encoded: np.ndarray, path: str) -> tuple[int, int]:
         raise UserError(f"image {path!r} is damaged: {error}. Mend or remove it.") from None
 
 
+def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size after Resize(shorter) and anchor of CenterCrop(side), both (y, x), rounded as torchvision rounds them."""
+    if height <= width:
+        size = shorter, int(shorter * width / height)
+    else:
+        size = int(shorter * height / width), shorter
+    return size, (round((size[0] - side) / 2.0), round((size[1] - side) / 2.0))
+
+
 def _first_bad(paths: Sequence[str]) -> str | None:
     """The first file that Pillow cannot decode either; DALI's message need not name it."""
     for path in paths:
@@ -255,7 +264,7 @@ class EvalLoader(_Loader):
         std: Sequence[float],
     ) -> None:
         super().__init__(source, cfg, batch_size, device, mean, std)
-        self._inputs = [(types.UINT8, 1), (types.INT64, 0)]
+        self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 1), (types.INT32, 1)]
         self.shard = eval_shard(len(source), rank, world_size, batch_size)
 
     def __len__(self) -> int:
@@ -264,19 +273,26 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(0, len(self.shard))
 
-    def _graph(self, encoded, labels):
-        size = self.cfg.image_size
+    def _graph(self, encoded, labels, sizes, anchors):
+        side = self.cfg.image_size
         images = fn.resize(
             fn.decoders.image(encoded, **self._decoder()),
-            resize_shorter=self.cfg.eval_shorter_side,
+            size=sizes,
             interp_type=_FILTERS[self.cfg.interpolation],
             antialias=True,
             subpixel_scale=False,
         )
-        return self._normalised(images, crop=(size, size), rounding="truncate"), labels
+        return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
 
     def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         indices = self.shard[number]
         read = np.maximum(indices, 0)
         labels = np.where(indices < 0, -1, self.source.labels[read])
-        return read, [self._encoded(read), list(labels)]
+        encoded = self._encoded(read)
+        boxes = [
+            _centre_crop(*_size_of(data, self.source.paths[i]), self.cfg.eval_shorter_side, self.cfg.image_size)
+            for data, i in zip(encoded, read, strict=True)
+        ]
+        sizes = [np.array(size, dtype=np.float32) for size, _ in boxes]
+        anchors = [np.array(anchor, dtype=np.int32) for _, anchor in boxes]
+        return read, [encoded, list(labels), sizes, anchors]

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""ScaleKD on Fashion-MNIST, on two CPU cores: a teacher, then CE, CE + logit KD and ScaleKD on 1,000 images.
+
+`make quickstart` runs it. Each row is a run of launch/train.py; finished runs are not repeated, cut ones are resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from scalekd_ds.errors import UserError, run_cli
+
+HERE = Path(__file__).resolve().parent
+METHODS = {"ce": "CE (no teacher)", "kd": "CE + logit KD", "scalekd": "ScaleKD"}
+
+
+def train(arguments: list[str], threads: int, log: Path) -> dict:
+    """Runs launch/train.py to its end, or reads the results of the same run from before."""
+    from scalekd_ds.cli import parse_run
+
+    command = [*arguments, "--run.resume", "auto"]
+    cfg, _ = parse_run(command)
+    run_dir = Path(cfg.run.dir)
+    results, config = run_dir / "results.json", run_dir / "config.json"
+    # through JSON, so that tuples compare as the lists that were written
+    if (
+        results.is_file()
+        and config.is_file()
+        and json.loads(config.read_text()) == json.loads(json.dumps(cfg.as_dict()))
+    ):
+        return json.loads(results.read_text())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, HERE / "train.py", *command], env=env, stdout=out, stderr=subprocess.STDOUT
+        )
+    if done.returncode:
+        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
+        raise UserError(f"{run_dir.name} failed with status {done.returncode} ({last[0]}); the whole log is {log}.")
+    return json.loads(results.read_text())
+
+
+def table(rows: list[tuple], teacher: dict, seeds: int) -> str:
+    """The results as plain text."""
+    head = ("student", "epochs", "test top-1", "CPU s", "over CE")
+    base = statistics.mean(rows[0][2])
+    shown = [head]
+    for name, epochs, accuracies, seconds in rows:
+        mean = statistics.mean(accuracies)
+        spread = f" +- {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        gain = "" if name == rows[0][0] else f"{mean - base:+.2f}"
+        shown.append((name, f"{epochs:g}", f"{mean:.2f}{spread}", f"{statistics.mean(seconds):.0f}", gain))
+    widths = [max(len(row[i]) for row in shown) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in shown]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    note = "one seed: a difference below a point may be chance; --seeds 3 gives the spread" if seeds == 1 else ""
+    teacher_line = f"teacher (Swin, all training images): {teacher['top1']:.2f}, {teacher['cpu_seconds']:.0f} CPU s"
+    return "\n".join([*lines, teacher_line, *([note] if note else [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs a row; from 2 on a row of KD at equal compute is added"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where the runs go")
+    parser.add_argument("--data", type=Path, default=Path("runs/fashion-mnist"), help="where the images go")
+    parser.add_argument("--train-args", nargs=argparse.REMAINDER, default=[], help="further arguments of every run")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}: it must be at least 1.")
+    started = time.time()
+    prepared = subprocess.run([sys.executable, HERE / "prepare_data.py", "fashion-mnist", args.data])
+    if prepared.returncode:
+        raise SystemExit(prepared.returncode)
+    cores = len(os.sched_getaffinity(0))
+
+    def run(recipe: str, name: str, threads: int, *more: str) -> dict:
+        common = ["--data.root", str(args.data), "--run.dir", str(args.out / name), "--run.progress", "plain"]
+        arguments = ["--recipe", recipe, *common, *more, *args.train_args]
+        result = train(arguments, threads, args.out / "logs" / f"{name}.log")
+        print(f"{name:<16} top-1 {result['top1']:.2f}  {result['cpu_seconds']:.0f} CPU s", flush=True)
+        return result
+
+    print("training the teacher: a Swin on all training images, about two minutes", flush=True)
+    teacher = run("fashion-teacher", "teacher", cores)
+    weights = str(args.out / "teacher" / "student.safetensors")
+
+    def student(method: str, seed: int, epochs: float | None = None) -> dict:
+        more = ["--seed", str(seed)]
+        if method != "ce":
+            more += ["--teacher", weights]
+        name = f"{method}-seed{seed}"
+        if epochs is not None:
+            # the warm-up keeps its share of the run
+            more += ["--schedule.epochs", f"{epochs:g}", "--schedule.warmup_epochs", f"{0.15 * epochs:g}"]
+            name = f"{method}-equal-seed{seed}"
+        return run(f"fashion-{method}", name, 1, *more)
+
+    print("distilling: one thread a run, as many runs at once as there are cores (at most 4)", flush=True)
+    seeds = range(args.seeds)
+    with ThreadPoolExecutor(min(cores, 4)) as pool:
+        # the longest first, so that the cores end together
+        jobs = {(m, s): pool.submit(student, m, s) for m in reversed(METHODS) for s in seeds}
+        results = {key: job.result() for key, job in jobs.items()}
+        rows = []
+        for method, title in METHODS.items():
+            each = [results[method, s] for s in seeds]
+            rows.append((title, 30, [r["top1"] for r in each], [r["cpu_seconds"] for r in each]))
+        if args.seeds > 1:
+            epochs = round(30 * statistics.mean(rows[2][3]) / statistics.mean(rows[1][3]))
+            each = list(pool.map(lambda s: student("kd", s, epochs), seeds))
+            accuracies = [r["top1"] for r in each]
+            rows.append(("CE + logit KD, equal CPU", epochs, accuracies, [r["cpu_seconds"] for r in each]))
+
+    check_plain_weights(args.out / "scalekd-seed0" / "student.safetensors")
+    text = table(rows, teacher, args.seeds)
+    data = json.loads((args.data / "dataset.json").read_text())
+    print(f"\n{data['origin']}; students see 1,000 images; {args.seeds} seed(s)\n\n{text}\n")
+    (args.out / "table.txt").write_text(text + "\n")
+    print(f"took {(time.time() - started) / 60:.1f} minutes")
+    print(f"plain weights, loaded strictly by timm: {args.out / 'scalekd-seed0' / 'student.safetensors'}")
+    print(f"curves of every loss term: tensorboard --logdir {args.out}")
+
+
+def check_plain_weights(weights: Path) -> None:
+    """Loads the file as anyone would, with timm alone; raises where a name or shape differs."""
+    import timm
+    from safetensors.torch import load_file
+
+    card = json.loads(weights.with_suffix(".json").read_text())
+    model = timm.create_model(card["architecture"], num_classes=card["num_classes"], **card["model_kwargs"])
+    model.load_state_dict(load_file(weights), strict=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

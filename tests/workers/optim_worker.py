@@ -1,0 +1,150 @@
+"""Two ranks: every ZeRO stage x optimizer against the unsharded one. Prints one JSON line of largest relative errors."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import deepspeed
+import timm.optim
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from scalekd_ds import lamb
+from scalekd_ds.config import OptimConfig
+from scalekd_ds.optim import build_optimizer, param_groups
+
+STEPS = 4
+
+
+class Net(nn.Module):
+    """Odd sizes, so that shards cut through layers; a norm, biases and an embedding for the groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.norm, self.fc2 = nn.Linear(13, 37), nn.LayerNorm(37), nn.Linear(37, 11)
+        self.pos_embed = nn.Parameter(torch.randn(1, 37) * 0.02)
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.norm(self.fc1(x)) + self.pos_embed))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 13, generator=generator), torch.randn(8, 11, generator=generator)) for _ in range(8)]
+
+
+def loss_of(output, target):
+    return (output - target).square().mean()
+
+
+def reference(cfg: OptimConfig, clip: float) -> list[torch.Tensor]:
+    """The same steps in plain PyTorch on the whole batch, with timm's Lamb."""
+    net = Net()
+    groups = param_groups(net, cfg)
+    if cfg.name == "lamb":
+        optimizer = timm.optim.Lamb(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, max_grad_norm=None)
+    else:
+        optimizer = build_optimizer(net, cfg)
+    for x, y in batches()[:STEPS]:
+        optimizer.zero_grad()
+        loss_of(net(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+def start(cfg: OptimConfig, stage: int, clip: float, threshold: int):
+    net = Net()
+    zero = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = threshold
+    optimizer = build_optimizer(net, cfg)
+    engine, *_ = deepspeed.initialize(
+        model=net,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        },
+    )
+    if cfg.name == "lamb":
+        lamb.attach(optimizer, engine)
+    return engine
+
+
+def train(engine, data) -> None:
+    rank = dist.get_rank()
+    for x, y in data:
+        engine.backward(loss_of(engine(x[4 * rank : 4 * rank + 4]), y[4 * rank : 4 * rank + 4]))
+        engine.step()
+
+
+def weights(engine) -> list[torch.Tensor]:
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [p.detach().clone() for p in parameters]
+
+
+def error(ours, theirs, start_from) -> float:
+    """Largest difference relative to how far the reference moved: a wrong update cannot hide behind large weights."""
+    return max(
+        ((a - b).abs().max() / (b - s).abs().max().clamp_min(1e-12)).item()
+        for a, b, s in zip(ours, theirs, start_from, strict=True)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    initial = [p.detach().clone() for p in Net().parameters()]
+    errors = {}
+    for name, lr in (("sgd", 0.05), ("adamw", 0.01), ("lamb", 0.02)):
+        cfg = OptimConfig(name, lr=lr, weight_decay=0.1, eps=1e-6)
+        for clip in (0.0, 0.05):
+            expected = reference(cfg, clip)
+            for stage, threshold in ((0, 0), (1, 0), (2, 0), (3, 0), (3, 100_000)):
+                engine = start(cfg, stage, clip, threshold)
+                train(engine, batches()[:STEPS])
+                key = f"{name} clip {clip:g} zero{stage}" + (" persistent" if threshold else "")
+                errors[key] = error(weights(engine), expected, initial)
+                engine.destroy()
+    for stage in range(4):
+        errors[f"lamb checkpoint zero{stage}"] = round_trip(stage)
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(errors), flush=True)
+    dist.barrier()
+
+
+def round_trip(stage: int) -> float:
+    """LAMB over 6 steps in one go against 3, save, load in a fresh engine, 3."""
+    cfg = OptimConfig("lamb", lr=0.02, weight_decay=0.1, eps=1e-6)
+    whole = start(cfg, stage, 0.0, 0)
+    train(whole, batches()[:6])
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    first = start(cfg, stage, 0.0, 0)
+    train(first, batches()[:3])
+    first.save_checkpoint(folder[0], tag="t")
+    second = start(cfg, stage, 0.0, 0)
+    second.load_checkpoint(str(Path(folder[0])), tag="t")
+    train(second, batches()[3:6])
+    ours, theirs = weights(second), copy.deepcopy(weights(whole))
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    main()
