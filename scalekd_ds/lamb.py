@@ -167,12 +167,15 @@ def _layouts_stage12(zero: Any) -> dict[int, Layout]:
 
 
 def _layouts_stage3(zero: Any) -> dict[int, Layout]:
-    layouts = {}
+    layouts, rank = {}, dist.get_rank()
     for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
         segments, start = [], 0
         for layer, parameter in enumerate(parameters):
-            count = parameter.partition_numel()
-            segments.append((layer, start, count))
-            start += count
+            held = parameter.partition_numel()
+            # a layer that the ranks do not divide ends in padding, which is memory that nobody has written
+            real = min(held, max(0, parameter.ds_numel - rank * held))
+            if real:
+                segments.append((layer, start, real))
+            start += held
         layouts[id(flat)] = Layout(segments, len(parameters))
     return layouts
