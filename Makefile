@@ -5,10 +5,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+# The op that DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
+# once would rebuild it over each other again and again, a minute each time.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 FASHION := /usr/share/datasets/fashion-mnist
 # empty where system packages are not ours to install
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
 apt_install = $(APT) update -qq </dev/null; DEBIAN_FRONTEND=noninteractive $(APT) install -y -qq --no-install-recommends
+
+# Debian leaves venv out of its python3
+ifneq ($(APT),)
+debian_venv = { $(apt_install) python3-venv </dev/null >/dev/null && $(PYTHON) -m venv $(VENV); }
+else
+debian_venv = false
+endif
 
 .PHONY: help
 help:
@@ -24,7 +34,7 @@ $(STAMP): setup.py pyproject.toml
 		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; \
 		exit 1; }
 	@# a half-made folder would pass for a whole one at the next call
-	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { \
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || $(debian_venv) || { \
 		rm -rf $(VENV); \
 		echo "error: $(PYTHON) -m venv failed: install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
@@ -35,11 +45,13 @@ $(STAMP): setup.py pyproject.toml
 .PHONY: $(VENV)
 $(VENV): $(STAMP)
 
-# DeepSpeed compiles its CPU communication op at the first run
+# DeepSpeed compiles its CPU communication op at the first run, against Python's headers
 .PHONY: compiler
-compiler:
+compiler: $(STAMP)
 ifneq ($(APT),)
-	@command -v c++ >/dev/null || { $(apt_install) g++ </dev/null >/dev/null; } || echo "g++ could not be installed"
+	@{ command -v c++ && [ -f "$$($(BIN)/python -c 'import sysconfig as s; print(s.get_path("include"))')/Python.h" ]; } \
+		>/dev/null || { $(apt_install) g++ python3-dev </dev/null >/dev/null; } || \
+		echo "g++ or python3-dev could not be installed"
 endif
 
 # For the tests of several nodes, which are skipped with the reason where these are missing. Where systemd runs, the

@@ -2,24 +2,20 @@
 """Puts data in place: `launch/prepare_data.py fashion-mnist runs/fashion-mnist`."""
 
 import argparse
-import json
 from pathlib import Path
 
-from scalekd_ds.errors import UserError, run_cli
+from scalekd_ds.errors import run_cli
 
 
 def fashion_mnist(args: argparse.Namespace) -> None:
     from scalekd_ds.data import fashion
 
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}: it must be at least 1.")
-    done = args.out / "dataset.json"
-    if done.is_file():
-        print(f"{args.out} is there already: {json.loads(done.read_text())['origin']}")
+    held = fashion.finished(args.out, args.limit)
+    if held is not None:
+        print(f"{args.out} is there already: {held}")
         return
     sets, classes, origin = fashion.find(args.source, args.download)
-    fashion.write(args.out, sets, classes, origin, args.limit)
-    print(f"{args.out}: {json.loads(done.read_text())['images']} images; {origin}")
+    print(f"{args.out}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
 
 
 def main() -> None:
@@ -29,7 +25,9 @@ def main() -> None:
     fashion.add_argument("out", type=Path, help="the folder to write")
     fashion.add_argument("--source", type=Path, default=None, help="folder with the four idx files, gzipped or not")
     fashion.add_argument("--download", action="store_true", help="fetch it by torchvision where it is not on the disk")
-    fashion.add_argument("--limit", type=int, default=None, help="only this many images of each set")
+    fashion.add_argument(
+        "--limit", type=int, default=None, help="only this many images of each set, even over the classes"
+    )
     fashion.set_defaults(run=fashion_mnist)
     args = parser.parse_args()
     args.run(args)

@@ -168,6 +168,9 @@ class ScheduleConfig:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        # so that a dumped configuration reads the same however it was typed
+        self.epochs, self.warmup_epochs = float(self.epochs), float(self.warmup_epochs)
+        self.milestones = tuple(float(m) for m in self.milestones)
         _require(self.epochs > 0.0, "schedule.epochs", self.epochs, "positive")
         _require(
             0.0 <= self.warmup_epochs < self.epochs, "schedule.warmup_epochs", self.warmup_epochs, "in [0, epochs)"

@@ -205,9 +205,19 @@ class Teacher(nn.Module):
         self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
         self.model = model
         self.preprocessing = Preprocessing.of(model)
+        self._check_patches()
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
         self.requires_grad_(False)
         self.train(False)
+
+    def _check_patches(self) -> None:
+        """timm would cut the right and lower border off without a word."""
+        patch, size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None), self.preprocessing.size
+        if patch is not None and size is not None and (size[0] % patch[0] or size[1] % patch[1]):
+            raise UserError(
+                f"the teacher ({type(self.model).__name__}) cannot take {size[0]}x{size[1]} images: its patches are "
+                f"{patch[0]}x{patch[1]} pixels; set --teacher_image_size to a multiple."
+            )
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode whatever a parent asks: stochastic depth in a target is noise."""

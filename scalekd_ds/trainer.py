@@ -78,6 +78,7 @@ class Run:
     steps_per_epoch: float
     step: int = 0
     cpu_seconds: float = 0.0
+    grad_norm: torch.Tensor | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
 
@@ -103,10 +104,19 @@ def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tens
                 targets = run.distiller.teacher_targets(images)
         losses = run.engine(images, labels, targets)
         run.engine.backward(losses["loss/total"])
+        if run.engine.is_gradient_accumulation_boundary():
+            run.grad_norm = own_grad_norm(run.engine)
         run.engine.step()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach()
     return {name: loss / accumulation for name, loss in sums.items()}
+
+
+def own_grad_norm(engine: Any) -> torch.Tensor | None:
+    """Norm of the averaged gradients where DeepSpeed takes none: without ZeRO and without clipping."""
+    if engine.zero_optimization_stage() > 0 or engine.gradient_clipping() > 0.0:
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def mean_over_ranks(losses: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -123,7 +133,7 @@ def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, step
         raise FloatingPointError(f"non-finite loss at step {run.step}: {scalars}")
     scalars |= {f"weight/{name}": weight for name, weight in run.distiller.weights().items()}
     scalars["optim/lr"] = run.engine.get_lr()[0]
-    norm = run.engine.get_global_grad_norm()
+    norm = run.engine.get_global_grad_norm() if run.grad_norm is None else run.grad_norm
     if norm is not None:
         scalars["optim/grad_norm"] = float(norm)
     wall, shares = timer.read()
@@ -211,10 +221,10 @@ def build(cfg: RunConfig) -> Run:
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
         total_steps,
         steps_per_epoch,
-        step,
-        state.get("cpu_seconds", 0.0),
-        state.get("teacher_accuracy"),
-        state.get("accuracy"),
+        step=step,
+        cpu_seconds=state.get("cpu_seconds", 0.0),
+        teacher_accuracy=state.get("teacher_accuracy"),
+        accuracy=state.get("accuracy"),
     )
 
 

@@ -28,7 +28,9 @@ def skip_reason() -> str | None:
     if missing:
         return f"not installed: {', '.join(missing)}"
     # a container may hold root back from this
-    probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "true"])
+    probe = subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "true"], capture_output=True
+    )
     return None if probe.returncode == 0 else "this machine does not allow network namespaces"
 
 

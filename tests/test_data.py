@@ -1,7 +1,11 @@
 """Real DALI against Pillow and torchvision, and what a user can get wrong about a folder."""
 
+import gc
 import io
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from scalekd_ds.config import DataConfig
-from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader, augment
+from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader, augment, reader
 from scalekd_ds.data.source import check_same_classes, index_folder, subset
 from scalekd_ds.errors import UserError
 
@@ -59,6 +63,26 @@ def test_evaluation_equals_torchvision(source, interpolation):
         difference = np.abs(ours.numpy() - theirs)
         assert difference.mean() < 0.5, path
         assert difference.max() <= 4.0, path
+
+
+@pytest.mark.parametrize(("side", "shorter"), [(224, 256), (112, 128)])
+def test_evaluation_rounds_sizes_and_places_as_torchvision(tmp_path, side, shorter):
+    # longer sides that come out at x.2, x.5 and x.7 pixels, and margins that are odd
+    shapes = [(375, 500), (500, 375), (100, 120), (1000, 700), (225, 300), (333, 500), (256, 256)]
+    rng = np.random.default_rng(0)
+    for position, (height, width) in enumerate(shapes):
+        folder = tmp_path / "ab"[position % 2]
+        folder.mkdir(exist_ok=True)
+        picture(rng, height, width).save(folder / f"{height}x{width}.png")
+    source = index_folder(tmp_path, "data.val")
+    reference = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(side)])
+    cfg = DataConfig(image_size=side, eval_resize=shorter)
+    images = torch.cat([images for images, _ in EvalLoader(source, cfg, 4, 0, 1, CPU, **RAW)])
+    for path, ours in zip(source.paths, images, strict=True):
+        theirs = np.asarray(reference(Image.open(path)), dtype=np.float32).transpose(2, 0, 1)
+        # a place off by one pixel is a mean of 4 to 12 here
+        assert np.abs(ours.numpy() - theirs).mean() < 0.5, path
+        assert np.abs(ours.numpy() - theirs).max() < 2.5, path
 
 
 def test_evaluation_counts_each_image_once_over_three_ranks(source):
@@ -199,6 +223,11 @@ def test_odd_files_are_as_pillow_converts_them(tmp_path):
         (tmp_path / name).mkdir()
     base = picture(rng, 64, 64)
     base.convert("L").save(tmp_path / "a" / "grey.jpg", quality=95)
+    base.convert("CMYK").save(tmp_path / "a" / "cmyk.jpg", quality=95)
+    base.convert("P").save(tmp_path / "a" / "palette.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation, which torchvision's ImageFolder does not follow either
+    base.save(tmp_path / "b" / "turned.jpg", quality=95, exif=turned)
     base.save(tmp_path / "a" / "plain.png")
     base.save(tmp_path / "b" / "web.webp", lossless=True)
     data = io.BytesIO()
@@ -206,7 +235,7 @@ def test_odd_files_are_as_pillow_converts_them(tmp_path):
     (tmp_path / "b" / "png_named.jpg").write_bytes(data.getvalue())
     source = index_folder(tmp_path, "data.val")
     cfg = DataConfig(image_size=64, eval_resize=64)
-    images, _ = next(iter(EvalLoader(source, cfg, 4, 0, 1, CPU, **RAW)))
+    images, _ = next(iter(EvalLoader(source, cfg, len(source), 0, 1, CPU, **RAW)))
     for path, ours in zip(source.paths, images, strict=True):
         theirs = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
         assert np.abs(ours.numpy() - theirs).mean() < 1.0, path
@@ -222,6 +251,78 @@ def test_a_damaged_image_is_named(tmp_path, damage):
         for _ in EvalLoader(source, DataConfig(image_size=32), 6, 0, 1, CPU, **RAW):
             pass
     assert str(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gif"])
+@pytest.mark.parametrize("random_crop", [True, False])
+def test_a_damaged_training_image_is_named_in_a_later_batch(tmp_path, damage, random_crop):
+    make_folder(tmp_path, {"a": 12, "b": 12})
+    source = index_folder(tmp_path, "data.train")
+    # in the third batch of four, while DALI works three ahead
+    bad = Path(source.paths[StreamSampler(24, 0, 4, 4, 0, 1).indices(2, 0)[0][1]])
+    data = io.BytesIO()
+    picture(np.random.default_rng(0), 40, 40).save(data, "GIF")
+    bad.write_bytes({"cut": bad.read_bytes()[:700], "gif": data.getvalue()}[damage])
+    with pytest.raises(UserError) as error:
+        take(train_loader(source, DataConfig(image_size=32, prefetch=3, random_crop=random_crop)), 6)
+    assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_threads_end_with_the_iterator_and_with_the_loader(source):
+    def tasks():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    cfg = DataConfig(image_size=32)
+    take(train_loader(source, cfg), 1)
+    gc.collect()
+    before = tasks()
+    loader = train_loader(source, cfg)
+    batches = iter(loader)
+    next(batches)
+    assert tasks() > before
+    loader.close()
+    assert next(batches, None) is None
+    batches = iter(loader)
+    next(batches)
+    del batches, loader
+    list(EvalLoader(source, cfg, 4, 0, 1, CPU, **RAW))
+    gc.collect()
+    assert tasks() <= before
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-images")]
+
+
+def test_small_sets_are_read_once_and_large_ones_are_not_kept(tmp_path):
+    make_folder(tmp_path, {"a": 3, "b": 3})
+    paths = index_folder(tmp_path, "data.train").paths
+    small, large = reader.Reader(paths), reader.Reader(paths, keep_bytes=1000)
+    first = [each.encoded(0) for each in (small, large)]
+    assert np.array_equal(*first)
+    Path(paths[0]).unlink()
+    assert np.array_equal(small.encoded(0), first[0])
+    with pytest.raises(UserError, match="cannot be read"):
+        large.encoded(0)
+
+
+def test_slow_storage_is_read_while_the_caller_computes(source, monkeypatch):
+    fromfile = np.fromfile
+
+    def slow(*args, **kwargs):
+        time.sleep(0.01)
+        return fromfile(*args, **kwargs)
+
+    monkeypatch.setattr(np, "fromfile", slow)
+    loader = train_loader(source, DataConfig(image_size=32, threads=4), micro=12)
+    loader._reader = reader.Reader(source.paths, keep_bytes=0)
+    batches = iter(loader)
+    next(batches)
+    waits = []
+    for _ in range(8):
+        time.sleep(0.15)
+        start = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - start)
+    # 12 files take 120 ms to read; half of that leaves room for a busy machine
+    assert np.median(waits) < 0.06
 
 
 def test_a_file_that_vanished_is_named(tmp_path):

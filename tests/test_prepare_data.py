@@ -59,8 +59,14 @@ def test_writes_train_and_val(raw, tmp_path):
 
 def test_a_limit_and_a_folder_that_is_something_else(raw, tmp_path):
     out = tmp_path / "out"
-    assert run("fashion-mnist", out, "--source", raw, "--limit", 5).returncode == 0
-    assert len(list(out.rglob("*.jpg"))) == 10
+    sets = fashion.from_idx(raw)
+    assert fashion.write(out, sets, fashion.CLASSES, "here", 15) == "15 train + 15 val images; here"
+    assert len(list(out.rglob("*.jpg"))) == 30
+    assert fashion.finished(out, 15) == "15 train + 15 val images; here"
+    with pytest.raises(UserError, match="was made with --limit 15"):
+        fashion.finished(out, None)
+    with pytest.raises(UserError, match="must be at least 10, an image of each class"):
+        fashion.write(tmp_path / "none", sets, fashion.CLASSES, "here", 9)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
@@ -71,8 +77,42 @@ def test_a_limit_and_a_folder_that_is_something_else(raw, tmp_path):
     assert not list(tmp_path.glob("*.partial-*"))
 
 
+def test_a_limit_leaves_no_class_out():
+    labels = np.sort(np.arange(100) % 10)
+    chosen = fashion._evenly(labels, 25)
+    assert sorted(np.bincount(labels[chosen], minlength=10)) == [2] * 5 + [3] * 5
+    assert np.array_equal(fashion._evenly(labels, None), np.arange(100))
+
+
+@pytest.mark.parametrize("held", ["{", "{}", '{"origin": "x", "images": {"train": 1, "val": 1}}', None])
+def test_a_folder_of_something_else_is_left_alone(raw, tmp_path, held):
+    out = tmp_path / "out"
+    if held is None:
+        out.write_text("a file")
+    else:
+        out.mkdir()
+        (out / "dataset.json").write_text(held)
+    with pytest.raises(UserError, match="exists and is no finished data set"):
+        fashion.finished(out, None)
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "message"),
+    [
+        (1, np.zeros(20, np.uint8), "needs \\(40,\\) labels"),
+        (1, np.full(40, 10, np.uint8), "one over 9"),
+        (0, np.zeros((40, 14, 14), np.uint8), "images must be"),
+    ],
+)
+def test_files_that_do_not_belong_together(raw, file, array, message):
+    name = fashion.FILES["train"][file]
+    (raw / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        fashion.from_idx(raw)
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "header", "gzip"])
-def test_damaged_idx_files_are_named(raw, tmp_path, damage):
+def test_damaged_idx_files_are_named(raw, damage):
     path = raw / f"{fashion.FILES['train'][0]}.gz"
     whole = gzip.decompress(path.read_bytes())
     if damage == "missing":
@@ -84,10 +124,8 @@ def test_damaged_idx_files_are_named(raw, tmp_path, damage):
             "gzip": path.read_bytes()[:50],
         }
         path.write_bytes(contents[damage])
-    done = run("fashion-mnist", tmp_path / "out", "--source", raw)
-    assert done.returncode == 2
-    assert "train-images-idx3-ubyte" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="train-images-idx3-ubyte"):
+        fashion.find(raw, False)
 
 
 def test_without_any_source_it_says_what_to_install(monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from scalekd_ds.data import augment
 from scalekd_ds.data.sampler import StreamSampler, eval_shard, permutation
 
 
@@ -47,6 +48,21 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(permutation(0, 0, 100), permutation(0, 1, 100))
     assert not np.array_equal(permutation(0, 0, 100), permutation(1, 0, 100))
     assert np.array_equal(permutation(7, 3, 100), permutation(7, 3, 100))
+
+
+def test_any_whole_number_is_a_seed():
+    seeds = [-2, -1, 0, 1, 2**63, 2**63 + 1]
+    orders = [permutation(seed, 0, 100) for seed in seeds]
+    # a tuple of draws, so that a seed that is rounded shows as an equal one
+    assert len({tuple(order) for order in orders}) == len(seeds)
+    index = np.arange(3)
+    assert len({tuple(augment.uniform(seed, index, index, 1)) for seed in seeds}) == len(seeds)
+    assert len({augment.generator(seed, 0, 0).random() for seed in seeds}) == len(seeds)
+
+
+def test_an_order_that_is_kept_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        permutation(0, 0, 100)[0] = 1
 
 
 @pytest.mark.parametrize(

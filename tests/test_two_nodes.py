@@ -100,7 +100,7 @@ def write_job(folder: Path) -> Path:
 
 
 def test_two_nodes_meet(cluster, tmp_path):
-    output = launch(cluster, tmp_path, WORKERS / "hello_nodes.py", timeout=240)
+    output = launch(cluster, tmp_path, WORKERS / "hello_nodes.py", timeout=300)
     # pdsh puts `node: ` before every line
     met = [json.loads(line.split("hello ", 1)[1]) for line in output.splitlines() if ": hello {" in line]
     assert sorted(m["host"] for m in met) == ["node1", "node2"]
@@ -113,8 +113,8 @@ def test_two_nodes_train(cluster, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = [sys.executable, TRAIN, "--config", job, "--run.dir", one]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": THREADS}
-    subprocess.run(alone, cwd=REPO, env=env, stdin=subprocess.DEVNULL, check=True, timeout=240)
-    launch(cluster, tmp_path, TRAIN, "--config", str(job), "--run.dir", str(two), timeout=240)
+    subprocess.run(alone, cwd=REPO, env=env, stdin=subprocess.DEVNULL, check=True, timeout=300)
+    launch(cluster, tmp_path, TRAIN, "--config", str(job), "--run.dir", str(two), timeout=300)
 
     assert len(list((two / "checkpoints").glob("*/rng_rank*.pt"))) == 2, "both nodes took part"
     expected, trained = (load_file(run / "student.safetensors") for run in (one, two))

@@ -11,7 +11,8 @@ _STREAM = 0x5CA1E
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample in one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed ^ (_STREAM << 32), epoch], counter=[0, 0, 0, index]))
+    key = np.array([(seed ^ (_STREAM << 32)) % 2**64, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, index], dtype=np.uint64)))
 
 
 def uniform(seed: int, epochs: np.ndarray, indices: np.ndarray, stream: int) -> np.ndarray:
@@ -21,7 +22,7 @@ def uniform(seed: int, epochs: np.ndarray, indices: np.ndarray, stream: int) -> 
     """
     with np.errstate(over="ignore"):
         x = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        for word in (epochs.astype(np.uint64), np.uint64(seed), np.uint64(stream)):
+        for word in (epochs.astype(np.uint64), np.uint64(seed % 2**64), np.uint64(stream)):
             x = _mix(x + word * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(0x94D049BB133111EB))
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

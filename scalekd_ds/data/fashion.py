@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from scalekd_ds.checkpoint import write_json
@@ -24,8 +26,13 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+SIDE = 28
 PADDING = 2
 QUALITY = 95
+# written last: it says that the folder is whole
+RECORD = "dataset.json"
+# images that one thread takes at a time
+CHUNK = 256
 
 # set name -> (images (n, 28, 28) uint8, labels (n,))
 Sets = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -41,10 +48,10 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         if path.is_file():
             break
     else:
-        raise UserError(f"{folder / name}[.gz] does not exist: --source must hold Fashion-MNIST's four idx files.")
+        raise UserError(f"{folder / name}[.gz] does not exist: {folder} must hold Fashion-MNIST's four idx files.")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}. Fetch it again.") from None
     dims = data[3] if len(data) > 4 else 0
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
@@ -55,8 +62,23 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def from_idx(folder: Path) -> Sets:
-    """Fashion-MNIST's two sets from its four idx files."""
-    return {name: (read_idx(folder, images), read_idx(folder, labels)) for name, (images, labels) in FILES.items()}
+    """Fashion-MNIST's two sets from its four idx files.
+
+    Raises:
+        UserError: A file is missing or damaged, or the images and the labels of a set are not of one set.
+    """
+    sets = {name: (read_idx(folder, images), read_idx(folder, labels)) for name, (images, labels) in FILES.items()}
+    for name, (images, labels) in sets.items():
+        image_file, label_file = (folder / file for file in FILES[name])
+        if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE):
+            raise UserError(
+                f"{image_file} holds {images.shape}: images must be (count, {SIDE}, {SIDE}). Fetch it again."
+            )
+        if labels.shape != (len(images),):
+            raise UserError(f"{label_file} holds {labels.shape}: {image_file.name} needs ({len(images)},) labels.")
+        if len(labels) == 0 or labels.max() >= len(CLASSES):
+            raise UserError(f"{label_file} holds no labels, or one over {len(CLASSES) - 1}. Fetch it again.")
+    return sets
 
 
 def by_download() -> Sets:
@@ -111,23 +133,63 @@ def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], st
     )
 
 
-def write(out: Path, sets: Sets, classes: tuple[str, ...], origin: str, limit: int | None = None) -> None:
-    """Writes `out`/train and `out`/val, one folder per class, padded with zeros to 32x32; whole or not at all.
+def finished(out: Path, limit: int | None) -> str | None:
+    """What `out` holds, in words, where an earlier call has written it whole; None where there is nothing yet.
 
     Raises:
-        UserError: `out` exists and is not such a folder.
+        UserError: `out` is something else, or was written with another limit.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is no finished data set of this tool: choose another folder, or remove it.")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
     try:
+        record = json.loads((out / RECORD).read_text())
+        counts, origin = {name: int(record["images"][name]) for name in FILES}, record["origin"]
+        whole = all((out / name).is_dir() for name in FILES)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{out} exists and is no finished data set of this tool: choose another folder, or remove it.")
+    if record.get("limit") != limit:
+        made = "without --limit" if record.get("limit") is None else f"with --limit {record['limit']}"
+        raise UserError(f"{out} is there already, but was made {made}: choose another folder, or remove it.")
+    return describe(counts, origin)
+
+
+def describe(counts: dict[str, int], origin: str) -> str:
+    """`60,000 train + 10,000 val images; where from`."""
+    return f"{' + '.join(f'{count:,} {name}' for name, count in counts.items())} images; {origin}"
+
+
+def write(out: Path, sets: Sets, classes: tuple[str, ...], origin: str, limit: int | None = None) -> str:
+    """Writes `out`/train and `out`/val, one folder per class, padded with zeros to 32x32; whole or not at all.
+
+    Args:
+        out: The folder, which must not exist or be empty.
+        sets: Images and labels.
+        classes: Names of the classes by label.
+        origin: Where the images are from.
+        limit: Only this many images of each set, as even over the classes as they allow.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: `out` cannot be written, or the limit leaves a class without an image.
+    """
+    if limit is not None and limit < len(classes):
+        raise UserError(f"--limit is {limit}: it must be at least {len(classes)}, an image of each class.")
+    # a relative "." has no name to derive the other folder's from
+    out = out.absolute()
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
         counts = {}
         for name, (images, labels) in sets.items():
-            images, labels = images[:limit], labels[:limit]
-            _write_set(partial / name, images, labels, classes, name)
-            counts[name] = len(labels)
-        write_json(partial / "dataset.json", {"origin": origin, "images": counts, "classes": list(classes)})
+            chosen = _evenly(labels, limit)
+            _write_set(partial / name, images[chosen], labels[chosen], classes, name)
+            counts[name] = len(chosen)
+        record = {"origin": origin, "images": counts, "classes": list(classes), "limit": limit}
+        write_json(partial / RECORD, record)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -135,6 +197,16 @@ def write(out: Path, sets: Sets, classes: tuple[str, ...], origin: str, limit: i
         raise UserError(f"{out} cannot be written: {error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return describe(counts, origin)
+
+
+def _evenly(labels: np.ndarray, limit: int | None) -> np.ndarray:
+    """Positions of the first `limit` images when classes take turns; the first so many alone could miss a class."""
+    turn = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        here = np.flatnonzero(labels == label)
+        turn[here] = np.arange(len(here))
+    return np.sort(np.argsort(turn, kind="stable")[:limit])
 
 
 def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
@@ -143,15 +215,18 @@ def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tu
     for each in folders:
         each.mkdir(parents=True)
 
-    def save(position: int) -> None:
-        image = Image.fromarray(padded[position])
-        image.save(folders[labels[position]] / f"{position:05d}.jpg", quality=QUALITY)
+    def save(first: int) -> None:
+        for position in range(first, min(first + CHUNK, len(labels))):
+            path = folders[labels[position]] / f"{position:05d}.jpg"
+            Image.fromarray(padded[position]).save(path, quality=QUALITY)
 
-    _each(save, len(labels), f"writing {name}")
-
-
-def _each(work: Callable[[int], None], count: int, title: str) -> None:
+    console = Console()
+    title = f"writing {len(labels):,} {name} images"
+    if not console.is_terminal:
+        print(title, flush=True)
+    starts = range(0, len(labels), CHUNK)
     # Pillow lets go of the interpreter lock while it encodes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in track(pool.map(work, range(count), chunksize=256), description=title, total=count):
+        saved = pool.map(save, starts)
+        for _ in track(saved, title, total=len(starts), console=console, disable=not console.is_terminal):
             pass

@@ -1,45 +1,31 @@
 """DALI: one definition for CPU and GPU that decodes, crops, resizes and normalises.
 
 DALI holds no random state. The order comes from the sampler, crops and flips from `augment`, and both go in beside the
-encoded bytes: resuming is exact at any step on any number of ranks, with nothing of DALI's to save.
+encoded bytes: resuming is exact at any step on any number of ranks, with nothing of DALI's to save. Threads read and
+draw ahead of DALI, which decodes ahead of the caller.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
+from scalekd_ds.data.reader import Reader, first_bad
 from scalekd_ds.data.sampler import StreamSampler, eval_shard
 from scalekd_ds.data.source import ImageFolder
 from scalekd_ds.errors import UserError
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _FLIP_STREAM = 1
-
-
-def _read(path: str) -> np.ndarray:
-    try:
-        return np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"image {path!r} cannot be read: {error.strerror}.") from None
-
-
-def _size_of(encoded: np.ndarray, path: str) -> tuple[int, int]:
-    """(height, width) from the header alone."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise UserError(f"image {path!r} is damaged: {error}. Mend or remove it.") from None
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -49,17 +35,6 @@ def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tupl
     else:
         size = int(shorter * height / width), shorter
     return size, (round((size[0] - side) / 2.0), round((size[1] - side) / 2.0))
-
-
-def _first_bad(paths: Sequence[str]) -> str | None:
-    """The first file that Pillow cannot decode either; DALI's message need not name it."""
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.convert("RGB")
-        except (OSError, SyntaxError, ValueError):
-            return path
-    return None
 
 
 class _Loader:
@@ -83,6 +58,13 @@ class _Loader:
         self.source, self.cfg, self.device = source, cfg, device
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
+        self._reader = Reader(source.paths)
+        self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+    def close(self) -> None:
+        """Ends every iteration that is under way, its pipeline and its threads; dropping an iterator does so too."""
+        for batches in list(self._running):
+            batches.close()
 
     # -- the graph -----------------------------------------------------------------------------------------------
 
@@ -126,36 +108,51 @@ class _Loader:
     def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         raise NotImplementedError
 
-    def _encoded(self, indices: np.ndarray) -> list[np.ndarray]:
-        return [_read(self.source.paths[i]) for i in indices]
+    def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches from number `first` on, `count` of them or without end."""
+        batches = self._run(iter(range(first, first + count)) if count is not None else itertools.count(first))
+        self._running.add(batches)
+        return batches
 
-    def _batches(self, first: int, count: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches from number `first` on, `count` of them or without end; DALI works ahead of the caller."""
-        ahead: deque[np.ndarray] = deque()
-        numbers = iter(range(first, first + count)) if count is not None else itertools.count(first)
+    def _run(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        reading: deque[Future] = deque()
+        decoding: deque[np.ndarray] = deque()
+        pool = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="read-images")
+
+        def read_ahead() -> None:
+            for number in itertools.islice(numbers, self.cfg.prefetch + 1 - len(reading)):
+                reading.append(pool.submit(self._samples, number))
 
         def prepare() -> list[list[np.ndarray]]:
-            indices, inputs = self._samples(next(numbers))
-            ahead.append(indices)
+            read_ahead()
+            if not reading:
+                raise StopIteration
+            indices, inputs = reading.popleft().result()
+            read_ahead()
+            decoding.append(indices)
             return inputs
 
-        pipeline = self._start(prepare)
-        while True:
-            try:
-                images, labels = pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                self._explain(error, ahead[0])
-            ahead.popleft()
-            # the outputs are DALI's own memory, reused by the next run: copy them out
-            yield self._tensor(images), self._tensor(labels)
+        try:
+            pipeline = self._start(prepare)
+            while True:
+                try:
+                    # on the caller's stream: DALI then reuses an output's memory only after the copy below has run
+                    images, labels = pipeline.run(torch.cuda.current_stream(self.device) if self._gpu else None)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    self._explain(error, np.concatenate(decoding))
+                decoding.popleft()
+                yield self._tensor(images), self._tensor(labels)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _tensor(self, outputs) -> torch.Tensor:
+        # the outputs are DALI's own memory, reused by a later run: copy them out
         return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
 
     def _explain(self, error: RuntimeError, indices: np.ndarray) -> None:
-        bad = _first_bad([self.source.paths[i] for i in indices])
+        bad = first_bad([self.source.paths[i] for i in indices])
         if bad is not None:
             raise UserError(f"image {bad!r} cannot be decoded. Mend or remove it.") from None
         raise error
@@ -215,19 +212,19 @@ class TrainLoader(_Loader):
     def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         sampler, cfg = self.sampler, self.cfg
         indices, epochs = sampler.indices(*divmod(number, sampler.accumulation))
-        encoded = self._encoded(indices)
+        encoded = [self._reader.encoded(i) for i in indices.tolist()]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
         inputs = [encoded, list(self.source.labels[indices]), list(flips.astype(np.int32))]
         if cfg.random_crop:
             crops = np.array(
                 [
                     augment.random_resized_crop(
-                        augment.generator(sampler.seed, int(epoch), int(index)),
-                        *_size_of(data, self.source.paths[index]),
+                        augment.generator(sampler.seed, epoch, index),
+                        *self._reader.size(index, data),
                         cfg.crop_scale,
                         cfg.crop_ratio,
                     )
-                    for data, index, epoch in zip(encoded, indices, epochs, strict=True)
+                    for data, index, epoch in zip(encoded, indices.tolist(), epochs.tolist(), strict=True)
                 ],
                 dtype=np.int64,
             )
@@ -288,10 +285,10 @@ class EvalLoader(_Loader):
         indices = self.shard[number]
         read = np.maximum(indices, 0)
         labels = np.where(indices < 0, -1, self.source.labels[read])
-        encoded = self._encoded(read)
+        encoded = [self._reader.encoded(i) for i in read.tolist()]
         boxes = [
-            _centre_crop(*_size_of(data, self.source.paths[i]), self.cfg.eval_shorter_side, self.cfg.image_size)
-            for data, i in zip(encoded, read, strict=True)
+            _centre_crop(*self._reader.size(i, data), self.cfg.eval_shorter_side, self.cfg.image_size)
+            for data, i in zip(encoded, read.tolist(), strict=True)
         ]
         sizes = [np.array(size, dtype=np.float32) for size, _ in boxes]
         anchors = [np.array(anchor, dtype=np.int32) for _, anchor in boxes]

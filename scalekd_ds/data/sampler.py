@@ -15,7 +15,12 @@ import numpy as np
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """(size,) order of one epoch; two are kept, for batches that straddle epochs."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+    # modulo: a seed may be negative; as uint64: numpy takes a list with a word over 2^63 through floats
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    order = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+    # the cache hands out the same array again
+    order.setflags(write=False)
+    return order
 
 
 class StreamSampler:

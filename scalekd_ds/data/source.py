@@ -96,5 +96,5 @@ def subset(source: ImageFolder, count: int, seed: int) -> ImageFolder:
     """
     if count > len(source):
         raise UserError(f"data.train_images is {count}: {source.root} has {len(source)} images.")
-    chosen = np.sort(np.random.Generator(np.random.Philox(seed)).permutation(len(source))[:count])
+    chosen = np.sort(np.random.Generator(np.random.Philox(seed % 2**64)).permutation(len(source))[:count])
     return ImageFolder(source.root, [source.paths[i] for i in chosen], source.labels[chosen], source.classes)

@@ -1,0 +1,209 @@
+"""Whole runs through the real launcher: every ZeRO config on two ranks, resume after kill -9, plain weights, TensorBoard."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from image_fixtures import make_dataset
+from launching import ROOT, alone, environment, free_port, launch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scalekd_ds.checkpoint import checkpoints_of, consolidate
+
+TRAIN = ROOT / "launch" / "train.py"
+TEACHER = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depths": [1, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "num_classes": 3,
+}
+TERMS = ("ce", "kd", "spatial_s3", "frequency_s3", "spatial_s4", "frequency_s4")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=40, val=11, classes=3, size=(32, 32))
+
+
+def arguments(data, run_dir, *more):
+    return [
+        *("--recipe", "fashion-scalekd", "--data.root", data, "--run.dir", run_dir),
+        *("--data.train_images", "null", "--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", "none"),
+        *("--teacher_kwargs", json.dumps(TEACHER), "--global_batch_size", 8, "--micro_batch_size", 2),
+        *("--schedule.epochs", 2, "--schedule.warmup_epochs", 0, "--run.log_every", 1, "--data.eval_batch_size", 4),
+        *more,
+    ]
+
+
+def scalars(run_dir: Path) -> dict[str, dict[int, float]]:
+    """name -> step -> value, over all event files of a run (a resumed run has several)."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
+def test_two_ranks_train_with_each_ds_config(data, tmp_path, config):
+    """bf16 autocast, gradient accumulation over two micro batches, ten steps."""
+    run_dir = tmp_path / "run"
+    done = launch(TRAIN, *arguments(data, run_dir, "--run.ds_config", config))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["step"] == results["total_steps"] == 10
+    assert results["world_size"] == 2
+
+    logged = scalars(run_dir)
+    total = logged["loss/total"]
+    assert sorted(total) == list(range(1, 11))
+    assert total[10] < 0.85 * total[1]
+    for step, value in total.items():
+        assert sum(logged[f"loss/{term}"][step] for term in TERMS) == pytest.approx(value, rel=1e-4)
+    assert logged["optim/lr"][10] == pytest.approx(0.0, abs=1e-9)
+    assert logged["weight/kd"][1] == 0.5
+    assert all(v > 0 for v in logged["optim/grad_norm"].values())
+    for name in ("perf/images_per_s", "perf/data_wait_share", "perf/teacher_share", "val/top1", "val/top5"):
+        assert all(v >= 0 for v in logged[name].values())
+    assert 0 < logged["perf/teacher_share"][5] < 1
+    assert {"val/teacher_top1", "val/teacher_top5"} <= set(logged)
+    assert logged["val/top1"][10] == pytest.approx(results["top1"], rel=1e-5)
+
+    state = consolidate(run_dir)
+    final = load_file(run_dir / "student.safetensors")
+    assert all(torch.equal(state[k], final[k]) for k in final) and set(state) == set(final)
+    card = json.loads((run_dir / "student.json").read_text())
+    model = timm.create_model(card["architecture"], num_classes=card["num_classes"], **card["model_kwargs"])
+    model.load_state_dict(state, strict=True)
+    assert state["bn1.num_batches_tracked"] == 20
+    assert all(v.dtype == torch.float32 for k, v in state.items() if "num_batches" not in k)
+    # ZeRO's own files hold the projectors and no teacher
+    assert sum(v.numel() for v in state.values()) < 500_000
+
+
+def test_zero_stages_agree_in_fp32(data, tmp_path):
+    """The same run at ZeRO 0 and 3, without autocast: the same losses step by step."""
+    losses = {}
+    for stage in (0, 3):
+        config = tmp_path / f"fp32_zero{stage}.json"
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        config.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": "auto"}))
+        run_dir = tmp_path / f"run{stage}"
+        more = ("--run.ds_config", config, "--run.stop_after", 5, "--optim.clip", 1.0)
+        # a ViT: its position embedding and class token belong to the root, which ZeRO-3 must fetch all the same
+        vit = {"img_size": 32, "patch_size": 8, "embed_dim": 36, "depth": 3, "num_heads": 3}
+        vit_student = (
+            "--student",
+            "vit_tiny_patch16_224",
+            "--student_kwargs",
+            json.dumps(vit),
+            "--student_taps",
+            "null",
+        )
+        done = launch(TRAIN, *arguments(data, run_dir, *more, *vit_student))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses[stage] = scalars(run_dir)["loss/total"]
+    assert list(losses[0].values()) == pytest.approx(list(losses[3].values()), rel=2e-5)
+
+
+def start(data, run_dir, *more):
+    """A run on two ranks in the background; returns the launcher's process."""
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(TRAIN)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments(data, run_dir, *more))],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
+    more = ("--run.save_every", 4, "--run.ds_config", "zero2", "--student_kwargs.drop_path_rate", 0.2)
+    more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(data, whole, *more).wait(timeout=300) == 0
+
+    process = start(data, cut, *more)
+    deadline = time.time() + 200
+    while not checkpoints_of(cut) and time.time() < deadline:
+        time.sleep(0.02)
+    # the launcher and its ranks are a session of their own: no handler runs, nothing is flushed
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = [p.name for p in checkpoints_of(cut)]
+    assert saved and saved[-1] < "step00000020", "the run was over before it was killed"
+    assert start(data, cut, *more).wait(timeout=300) == 0
+
+    ours, theirs = scalars(cut), scalars(whole)
+    for name in ("loss/total", "optim/grad_norm", "optim/lr", *(f"loss/{t}" for t in TERMS)):
+        assert ours[name] == theirs[name], name
+    assert sorted(theirs["loss/total"]) == list(range(1, 21))
+    a, b = (load_file(d / "student.safetensors") for d in (cut, whole))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert [p.name for p in checkpoints_of(cut)] == ["step00000016", "step00000020"]
+    assert not list((cut / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("config", ["zero1", "zero3"])
+def test_consolidated_logits_are_the_engines_bit_for_bit(data, tmp_path, config):
+    worker = Path(__file__).parent / "workers" / "logits_worker.py"
+    run_dir, engine_file = tmp_path / "run", tmp_path / "engine.safetensors"
+    done = launch(worker, engine_file, *arguments(data, run_dir, "--run.ds_config", config))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    out, logits = tmp_path / "plain.safetensors", tmp_path / "logits.safetensors"
+    done = alone(ROOT / "launch" / "consolidate.py", run_dir, out)
+    assert done.returncode == 0, done.stderr
+    assert "resnet18" in done.stdout
+    done = alone(ROOT / "launch" / "evaluate.py", out, "--data", data, "--batch-size", 4, "--logits", logits)
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout and "(11 images)" in done.stdout
+    plain = load_file(logits)["logits"]
+    for rank in range(2):
+        assert torch.equal(load_file(f"{engine_file}.rank{rank}")["logits"], plain)
+
+
+def test_supervised_then_as_teacher_then_evaluated(data, tmp_path):
+    """The quickstart's path: a Swin trained with --teacher none is the next run's teacher, from its file."""
+    swin = tmp_path / "swin"
+    kwargs = {k: v for k, v in TEACHER.items() if k != "num_classes"}
+    common = ("--data.root", data, "--global_batch_size", 8, "--run.log_every", 5)
+    done = alone(
+        TRAIN, "--recipe", "fashion-teacher", *common, "--run.dir", swin, "--student_kwargs", json.dumps(kwargs)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(scalars(swin)) >= {"loss/ce", "loss/total", "val/top1"}
+    weights = swin / "student.safetensors"
+    student = tmp_path / "student"
+    more = ("--teacher", weights, "--data.train_images", 30, "--schedule.epochs", 2, "--run.dir", student)
+    done = alone(TRAIN, "--recipe", "fashion-scalekd", *common, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracy = json.loads((swin / "results.json").read_text())["top1"]
+    assert json.loads((student / "results.json").read_text())["teacher_top1"] == pytest.approx(accuracy)
+    done = alone(ROOT / "launch" / "evaluate.py", weights, "--data", data / "val")
+    assert f"top-1 {accuracy:.2f}%" in done.stdout, done.stdout + done.stderr
+    assert json.loads((student / "student.json").read_text())["teacher"] == str(weights)
+
+
+def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_path):
+    run_dir = tmp_path / "run"
+    args = ("--recipe", "fashion-ce", "--data.root", data, "--global_batch_size", 8, "--run.dir", run_dir)
+    args += ("--data.train_images", "null", "--schedule.epochs", 2, "--schedule.warmup_epochs", 0)
+    assert alone(TRAIN, *args, "--run.stop_after", 4).returncode == 0
+    assert [p.name for p in checkpoints_of(run_dir)] == ["step00000004"]
+    again = alone(TRAIN, *args)
+    assert again.returncode == 2
+    assert "already holds 1 checkpoint(s), the last step00000004: add --run.resume auto" in again.stderr
+    on = alone(TRAIN, *args, "--run.resume", "auto")
+    assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr
+    assert json.loads((run_dir / "results.json").read_text())["step"] == 10

@@ -1,0 +1,46 @@
+"""Trains a few steps, then writes the engine's own logits on the validation images and a checkpoint."""
+
+import sys
+
+import torch
+from deepspeed import comm as dist
+from safetensors.torch import save_file
+
+from scalekd_ds import trainer
+from scalekd_ds.cli import parse_run
+from scalekd_ds.engine import synchronise_buffers
+from scalekd_ds.timing import StepTimer
+
+
+@torch.no_grad()
+def main() -> None:
+    out, args = sys.argv[1], [a for a in sys.argv[2:] if not a.startswith("--local_rank")]
+    cfg, _ = parse_run(args)
+    run = trainer.build(cfg)
+    batches, timer = iter(run.train_loader), StepTimer(run.device)
+    run.engine.train()
+    with torch.enable_grad():
+        for _ in range(4):
+            trainer.train_step(run, batches, timer)
+            run.step += 1
+    synchronise_buffers(run.distiller)
+    run.distiller.student.eval()
+    # every rank sees all images, as launch/evaluate.py does
+    run.val_loader.shard = type(run.val_loader)(
+        run.val_loader.source,
+        cfg.data,
+        cfg.data.eval_batch_size,
+        0,
+        1,
+        run.device,
+        run.val_loader.mean,
+        run.val_loader.std,
+    ).shard
+    logits = torch.cat([run.distiller.student(images) for images, _ in run.val_loader])
+    run.distiller.student.train()
+    trainer.save(run)
+    save_file({"logits": logits.contiguous()}, f"{out}.rank{dist.get_rank()}")
+    dist.barrier()
+
+
+main()
