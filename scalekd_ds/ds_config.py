@@ -116,6 +116,11 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
     }
 
 
+def stage_of(config: dict[str, Any]) -> int:
+    """The ZeRO stage that a config asks for."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
 def monitors(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The monitors' part of the JSON; TensorBoard is on, below the run's folder, unless the JSON says otherwise."""
     default = {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"}

@@ -19,6 +19,7 @@ from torch import nn
 from scalekd_ds import lamb
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.ds_config import stage_of
 from scalekd_ds.errors import UserError
 from scalekd_ds.optim import build_optimizer, build_schedule
 
@@ -92,7 +93,7 @@ def build_engine(
         UserError: DeepSpeed refuses the configuration.
     """
     optimizer = build_optimizer(distiller, cfg.optim)
-    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    if stage_of(ds_config) == 3:
         # taps call forward_intermediates(), not forward(), so what the root module owns itself (position embeddings,
         # class token) has to be fetched with the distiller's forward
         for parameter in distiller.student.parameters(recurse=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from torch import nn
 
 from scalekd_ds import checkpoint, ds_config
 from scalekd_ds.card import student_card
@@ -79,6 +81,7 @@ class Run:
     step: int = 0
     cpu_seconds: float = 0.0
     grad_norm: torch.Tensor | None = None
+    replica: nn.Module | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
 
@@ -145,10 +148,22 @@ def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, step
     return scalars
 
 
+def student_to_evaluate(run: Run) -> nn.Module:
+    """The student with the weights that are saved and shipped; collective.
+
+    Under ZeRO-3 with autocast DeepSpeed gathers weights in bf16 for each forward pass: an unsharded copy gets the
+    float32 ones, so that what is measured is what is consolidated.
+    """
+    if run.replica is None:
+        return run.distiller.student
+    run.replica.load_state_dict(student_state(run.distiller))
+    return run.replica
+
+
 def validate(run: Run, reporter: Reporter) -> None:
     """Top-1 and top-5 of the student, and once of the teacher; collective."""
     synchronise_buffers(run.distiller)
-    run.accuracy = evaluate_module(run.distiller.student, run.val_loader, run.device)
+    run.accuracy = evaluate_module(student_to_evaluate(run), run.val_loader, run.device)
     teacher = run.teacher
     if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
         with autocast_of(run.engine):
@@ -195,6 +210,7 @@ def build(cfg: RunConfig) -> Run:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
+    replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train.paths) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
@@ -223,6 +239,7 @@ def build(cfg: RunConfig) -> Run:
         steps_per_epoch,
         step=step,
         cpu_seconds=state.get("cpu_seconds", 0.0),
+        replica=replica,
         teacher_accuracy=state.get("teacher_accuracy"),
         accuracy=state.get("accuracy"),
     )
@@ -268,6 +285,7 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         _loop(run, reporter, last)
     finally:
         reporter.close()
+        run.train_loader.close()
     return _finish(run, reporter)
 
 

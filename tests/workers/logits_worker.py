@@ -14,7 +14,7 @@ from scalekd_ds.timing import StepTimer
 
 @torch.no_grad()
 def main() -> None:
-    out, args = sys.argv[1], [a for a in sys.argv[2:] if not a.startswith("--local_rank")]
+    out, *args = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     cfg, _ = parse_run(args)
     run = trainer.build(cfg)
     batches, timer = iter(run.train_loader), StepTimer(run.device)
@@ -24,7 +24,7 @@ def main() -> None:
             trainer.train_step(run, batches, timer)
             run.step += 1
     synchronise_buffers(run.distiller)
-    run.distiller.student.eval()
+    student = trainer.student_to_evaluate(run).eval()
     # every rank sees all images, as launch/evaluate.py does
     run.val_loader.shard = type(run.val_loader)(
         run.val_loader.source,
@@ -36,8 +36,8 @@ def main() -> None:
         run.val_loader.mean,
         run.val_loader.std,
     ).shard
-    logits = torch.cat([run.distiller.student(images) for images, _ in run.val_loader])
-    run.distiller.student.train()
+    logits = torch.cat([student(images) for images, _ in run.val_loader])
+    run.engine.train()
     trainer.save(run)
     save_file({"logits": logits.contiguous()}, f"{out}.rank{dist.get_rank()}")
     dist.barrier()
