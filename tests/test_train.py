@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +17,7 @@ from launching import ROOT, alone, environment, free_port, launch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.checkpoint import checkpoints_of, consolidate
+from scalekd_ds.checkpoint import checkpoints_of, choose, consolidate
 
 TRAIN = ROOT / "launch" / "train.py"
 TEACHER = {
@@ -210,3 +212,40 @@ def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_p
     on = alone(TRAIN, *args, "--run.resume", "auto")
     assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr
     assert json.loads((run_dir / "results.json").read_text())["step"] == 10
+
+
+def kill_while_saving(data, run_dir, kills: int) -> None:
+    """Saves at every step and is killed, again and again, at moments that have nothing to do with its own."""
+    more = ("--run.save_every", 1, "--run.keep_last", 2, "--run.resume", "auto", "--schedule.epochs", 40)
+    args = [*map(str, arguments(data, run_dir, *more, "--run.progress", "none"))]
+    moments = np.random.default_rng(0).uniform(0.0, 0.5, kills)
+    reached = -1
+    for moment in moments:
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *args], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.time() + 120
+        # let it get past what the one before had saved
+        while process.poll() is None and time.time() < deadline:
+            found = checkpoints_of(run_dir)
+            if found and int(found[-1].name[4:]) > reached + 2:
+                break
+            time.sleep(0.005)
+        time.sleep(moment)
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        process.kill()
+        process.communicate()
+        newest = choose(run_dir, "auto")
+        assert newest is not None and int(newest.name[4:]) > reached
+        consolidate(newest)
+        reached = int(newest.name[4:])
+
+
+def test_a_kill_while_saving_leaves_the_last_good_checkpoint(data, tmp_path):
+    kill_while_saving(data, tmp_path / "run", kills=3)
+
+
+@pytest.mark.slow
+def test_thirty_kills_while_saving(data, tmp_path):
+    kill_while_saving(data, tmp_path / "run", kills=30)
