@@ -12,6 +12,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_loss, label_loss, logit_kd
 from scalekd_ds.models import Preprocessing, build_model, num_parameters
 from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.projector_pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import Teacher, TeacherTargets
 
@@ -42,7 +43,7 @@ class ScaleKD(nn.Module):
 
     Attributes:
         student: The bare timm model; its state-dict is timm's.
-        projectors: `s3_spatial`, `s3_frequency`, `s4_spatial`, `s4_frequency`; those with weight 0 are left out.
+        projectors: `s3` and `s4`, each a `ProjectorPair` of `spatial` and `frequency`; views with weight 0 are left out.
         teacher: `Teacher` or None. It is no submodule: never in the state-dict, the optimizer or ZeRO; `.to()` moves it.
 
     Raises:
@@ -152,29 +153,35 @@ class ScaleKD(nn.Module):
             "s3": (self._shapes.before, teacher.last_input, heads_s3),
             "s4": (self._shapes.last, teacher.last_output, heads_s4),
         }
-        for key in self.feature_weights:
-            view, stage = key.split("_")
-            student_map, place, heads = places[stage]
+        for stage, (student_map, place, heads) in places.items():
             grid = tuple(student_map.shape[-2:])
+            views = [view for view in VIEWS if f"{view}_{stage}" in self.feature_weights]
+            if not views:
+                continue
             if stage == "s3" and (grid[0] > place.grid[0] * 2 or grid[1] > place.grid[1] * 2):
                 raise UserError(
                     f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the teacher's "
                     f"{place.grid[0]}x{place.grid[1]} there: choose a student with more stages, or smaller images."
                 )
             try:
-                self.projectors[f"{stage}_{view}"] = CrossAttentionProjector(
-                    student_map.shape[1],
-                    place.dim,
-                    grid,
-                    place.grid,
-                    heads or place.heads,
-                    softmax_scale,
-                    # TPP gives the last stage its queries, view by view; without it the projector learns its own
-                    learned_query=stage == "s3" or f"{view}_s3" not in self.feature_weights,
-                    norm=norm,
+                self.projectors[stage] = ProjectorPair(
+                    {
+                        view: CrossAttentionProjector(
+                            student_map.shape[1],
+                            place.dim,
+                            grid,
+                            place.grid,
+                            heads or place.heads,
+                            softmax_scale,
+                            # TPP gives the last stage its queries, view by view; without it each learns its own
+                            learned_query=stage == "s3" or f"{view}_s3" not in self.feature_weights,
+                            norm=norm,
+                        )
+                        for view in views
+                    }
                 )
             except ValueError as error:
-                raise UserError(f"projector {stage}_{view}: {error}") from None
+                raise UserError(f"projectors of {stage}: {error}") from None
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -222,7 +229,7 @@ class ScaleKD(nn.Module):
             theirs = f"{shown(place.grid, place.dim)}, {place.heads} heads" if place else ""
             rows.append((label, shown(tap.shape[-2:], tap.shape[1]), theirs))
         if self.projectors:
-            heads = " ".join(f"{n}:{p.num_heads}" for n, p in self.projectors.items())
+            heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in self.projectors.items())
             rows.append(("projectors", f"{num_parameters(self.projectors) / 1e6:.2f} M", f"heads {heads}"))
         rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in self.weights().items()), ""))
         widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
@@ -239,17 +246,26 @@ class ScaleKD(nn.Module):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         return self.teacher.targets(images)
 
-    def project(self, student: StudentOutput) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Projected tokens (B, P, C) of both stages by view; stage n-1 has passed through the teacher's last stage."""
-        before = {v: self.projectors[f"s3_{v}"](student.before) for v in VIEWS if f"s3_{v}" in self.projectors}
-        if before:
+    def project(self, student: StudentOutput) -> dict[str, dict[str, torch.Tensor]]:
+        """Projected tokens (B, P, C) by stage and view; those of stage n-1 have passed through the teacher's last stage."""
+        projected: dict[str, dict[str, torch.Tensor]] = {}
+        seen: dict[str, torch.Tensor] = {}
+        if "s3" in self.projectors:
+            pair = self.projectors["s3"]
+            tokens = pair(student.before)
             # both views go through the frozen last stage as one batch
-            stacked = self.teacher.last_stage(torch.cat(list(before.values())))
-            before = dict(zip(before, stacked.chunk(len(before)), strict=True))
-        last = {
-            v: self.projectors[f"s4_{v}"](student.last, before.get(v)) for v in VIEWS if f"s4_{v}" in self.projectors
-        }
-        return before, last
+            tokens = self.teacher.last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+            projected["s3"] = seen = dict(zip(pair.names, tokens.unbind(0), strict=True))
+        if "s4" in self.projectors:
+            pair = self.projectors["s4"]
+            if pair.names == tuple(seen):
+                out = pair(student.last, tokens)
+            elif not seen:
+                out = pair(student.last)
+            else:
+                out = pair.one_by_one(student.last, [seen.get(name) for name in pair.names])
+            projected["s4"] = dict(zip(pair.names, out.unbind(0), strict=True))
+        return projected
 
     def forward(
         self, images: torch.Tensor, targets: torch.Tensor, teacher_targets: TeacherTargets | None = None
@@ -279,9 +295,7 @@ class ScaleKD(nn.Module):
 
     def _feature_losses(self, student: StudentOutput, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         losses = {}
-        for stage, projected in zip(("s3", "s4"), self.project(student), strict=True):
-            if not projected:
-                continue
+        for stage, projected in self.project(student).items():
             weights = tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS)
             # a view that is switched off has no projector; the other one's tokens stand in, with weight 0
             stand_in = next(iter(projected.values())).detach()

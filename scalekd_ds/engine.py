@@ -98,6 +98,10 @@ def build_engine(
         # class token) has to be fetched with the distiller's forward
         for parameter in distiller.student.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(distiller, parameter)
+        # a pair reads its views' parameters itself, so that both run in one pass
+        for pair in distiller.projectors.values():
+            for parameter in pair.parameters():
+                deepspeed.zero.register_external_parameter(pair, parameter)
     try:
         engine, *_ = deepspeed.initialize(
             model=distiller,
@@ -110,13 +114,6 @@ def build_engine(
     if isinstance(optimizer, lamb.Lamb):
         lamb.attach(optimizer, engine)
     return engine
-
-
-def autocast_of(engine: deepspeed.DeepSpeedEngine) -> Any:
-    """The engine's own autocast context, for the teacher's pass outside of it."""
-    if not engine.torch_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(engine.device.type, dtype=engine.torch_autocast_dtype())
 
 
 @torch.no_grad()

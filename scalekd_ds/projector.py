@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekd_ds import kernels
+from scalekd_ds.projector_conv import PatchConv, patches_of
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -72,7 +73,7 @@ class CrossAttentionProjector(nn.Module):
         self.num_heads = num_heads
         self.scale = softmax_scale * (teacher_dim // num_heads) ** -0.5
 
-        self.conv = nn.Conv2d(student_dim, student_dim, 3, padding=1)
+        self.conv = PatchConv(student_dim)
         self.norm = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
         self.pos_embed = nn.Parameter(torch.zeros(1, student_dim, *key_grid))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -92,10 +93,19 @@ class CrossAttentionProjector(nn.Module):
             x = _split_windows(x, grid, self.windows)
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def attend(self, x: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
-        """The attention block alone, (B, N_q, teacher_dim), before the norm and the feed-forward part."""
+    def keys(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, h*w, student_dim) tokens of a map (B, student_dim, h, w): a view where the map is in channels-last."""
         if tuple(x.shape[-2:]) != self.key_grid:
             raise ValueError(f"x has grid {tuple(x.shape[-2:])}: this projector was built for {self.key_grid}.")
+        f = F.relu(self.norm(self.conv(x, patches)))
+        # in the map's precision: promotion to float32 would double the bytes of everything up to k and v
+        return (f + self.pos_embed.to(f.dtype)).flatten(2).transpose(1, 2)
+
+    def attend(
+        self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The attention block alone, (B, N_q, teacher_dim), before the norm and the feed-forward part."""
+        f = self.keys(x, patches)
         if self.query is not None:
             if query is not None:
                 raise ValueError("query is given, but this projector has a learned one.")
@@ -103,8 +113,6 @@ class CrossAttentionProjector(nn.Module):
             query = self.query.weight[None]
         elif query is None:
             raise ValueError("query is missing: this projector has none of its own.")
-        f = F.relu(self.norm(self.conv(x))) + self.pos_embed
-        f = f.flatten(2).transpose(1, 2)
         q = self._heads(self.q(F.relu(self.query_mlp(query))), self.query_grid)
         k, v = self._heads(self.k(f), self.key_grid), self._heads(self.v(f), self.key_grid)
         if self.windows != (1, 1) and q.shape[0] != k.shape[0]:
@@ -112,12 +120,15 @@ class CrossAttentionProjector(nn.Module):
         y = kernels.cap_attention(q, k, v, self.scale).flatten(2)
         return self.out(y.reshape(x.shape[0], -1, y.shape[-1]))
 
-    def forward(self, x: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Projects a map onto the teacher's grid.
 
         Args:
             x: (B, student_dim, h, w) student map on `key_grid`.
             query: (B, N_q, teacher_dim) tokens from TPP, where there is no learned query.
+            patches: `patches_of(x)`, where another view has them already.
 
         Returns:
             (B, N_q, teacher_dim) tokens, row by row (window by window with windows).
@@ -125,5 +136,5 @@ class CrossAttentionProjector(nn.Module):
         Raises:
             ValueError: A map of another grid, or a query missing or not wanted.
         """
-        n = self.out_norm(self.attend(x, query))
+        n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
         return n + self.fc2(F.relu(self.fc1(n)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,6 +186,7 @@ class Teacher(nn.Module):
     Attributes:
         last_input, last_output: `Stage` before and after the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
+        precision: Autocast's dtype after `lower`, else None: that of the caller.
 
     Raises:
         UserError: A model that has no last stage we know, or that cannot be built.
@@ -207,6 +209,7 @@ class Teacher(nn.Module):
         self.preprocessing = Preprocessing.of(model)
         self._check_patches()
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
+        self.precision: torch.dtype | None = None
         self.requires_grad_(False)
         self.train(False)
 
@@ -223,13 +226,29 @@ class Teacher(nn.Module):
         """Stays in eval mode whatever a parent asks: stochastic depth in a target is noise."""
         return super().train(False)
 
+    def lower(self, dtype: torch.dtype) -> Teacher:
+        """Holds the weights of linear layers and convolutions in `dtype`, and runs under autocast to it from then on.
+
+        The numbers are autocast's own, bit for bit: norms, softmax and the residual stream stay as they are. What goes
+        is autocast's copy of every frozen weight at every step, and half of the memory.
+        """
+        self.precision = dtype
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+        return self
+
+    def _autocast(self, x: torch.Tensor) -> Any:
+        return torch.autocast(x.device.type, self.precision) if self.precision else nullcontext()
+
     @torch.no_grad()
     def targets(self, images: torch.Tensor) -> TeacherTargets:
         """Last-stage tokens (B, P, C) and logits (B, K) of images (B, 3, H, W) in the teacher's own normalisation."""
-        if self.family is None:
-            return TeacherTargets(images.new_empty(0), self.model(images))
-        tokens, features = self.family.forward(self.model, images)
-        return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
+        with self._autocast(images):
+            if self.family is None:
+                return TeacherTargets(images.new_empty(0), self.model(images))
+            tokens, features = self.family.forward(self.model, images)
+            return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
 
     def last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
         """The frozen last stage, with gradients to its input (TPP).
@@ -246,7 +265,8 @@ class Teacher(nn.Module):
         h, w = self.last_input.grid
         if tokens.shape[1:] != (h * w, self.last_input.dim):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {self.last_input.dim}).")
-        return self.family.last_stage(self.model, tokens)
+        with self._autocast(tokens):
+            return self.family.last_stage(self.model, tokens)
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
         """Same as `targets`."""

@@ -20,7 +20,6 @@ from scalekd_ds.data import EvalLoader, ImageFolder, StreamSampler, TrainLoader
 from scalekd_ds.data.source import check_same_classes, index_folder, subset
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import (
-    autocast_of,
     build_engine,
     check_hostfile,
     seed_everything,
@@ -103,7 +102,7 @@ def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tens
             images, labels = next(batches)
         targets = None
         if run.teacher is not None:
-            with timer.part("teacher"), autocast_of(run.engine):
+            with timer.part("teacher"):
                 targets = run.distiller.teacher_targets(images)
         losses = run.engine(images, labels, targets)
         run.engine.backward(losses["loss/total"])
@@ -166,10 +165,9 @@ def validate(run: Run, reporter: Reporter) -> None:
     run.accuracy = evaluate_module(student_to_evaluate(run), run.val_loader, run.device)
     teacher = run.teacher
     if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
-        with autocast_of(run.engine):
-            run.teacher_accuracy = evaluate(
-                lambda images: run.distiller.teacher_targets(images).logits, run.val_loader, run.device
-            )
+        run.teacher_accuracy = evaluate(
+            lambda images: run.distiller.teacher_targets(images).logits, run.val_loader, run.device
+        )
     scalars = {"val/top1": run.accuracy["top1"], "val/top5": run.accuracy["top5"]}
     line = f"step {run.step}  val top-1 {run.accuracy['top1']:.2f}%  top-5 {run.accuracy['top5']:.2f}%"
     if run.teacher_accuracy:
@@ -214,6 +212,8 @@ def build(cfg: RunConfig) -> Run:
     steps_per_epoch = len(train.paths) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
+    if distiller.teacher is not None and engine.torch_autocast_enabled():
+        distiller.teacher.lower(engine.torch_autocast_dtype())
     # ranks draw different dropout and stochastic depth
     seed_everything(cfg.seed + rank)
     state = checkpoint.load(engine, resume_from) if resume_from else {}

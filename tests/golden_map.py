@@ -87,7 +87,7 @@ def flow_name(official: str) -> str | None:
         return official.replace("student.backbone.", "student.").replace("student.head.fc", "student.fc")
     if official.startswith("distill_losses."):
         _, stage, view, rest = official.split(".", 3)
-        return f"projectors.{stage.removeprefix('loss_fmd_')}_{VIEWS[view]}.{projector_name(rest)}"
+        return f"projectors.{stage.removeprefix('loss_fmd_')}.{VIEWS[view]}.{projector_name(rest)}"
     return None
 
 

@@ -87,8 +87,8 @@ def test_every_projector_learns_and_the_teacher_does_not():
 def test_stage_4_reaches_the_stage_3_projectors_through_its_queries():
     distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False)
     distiller(*batch())["loss/spatial_s4"].backward()
-    assert distiller.projectors["s3_spatial"].q.weight.grad.abs().sum() > 0
-    assert distiller.projectors["s3_frequency"].q.weight.grad.abs().sum() == 0
+    assert distiller.projectors["s3"].spatial.q.weight.grad.abs().sum() > 0
+    assert distiller.projectors["s3"].frequency.q.weight.grad.abs().sum() == 0
 
 
 def test_the_pairing_table(capsys):
@@ -152,7 +152,10 @@ def test_without_a_teacher_it_is_supervised_training():
 
 def test_a_term_with_weight_zero_has_no_projector():
     distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False, kd_weight=0.0, weights_s4=(0.08, 0.0))
-    assert set(distiller.projectors) == {"s3_spatial", "s3_frequency", "s4_spatial"}
+    assert {stage: pair.names for stage, pair in distiller.projectors.items()} == {
+        "s3": ("spatial", "frequency"),
+        "s4": ("spatial",),
+    }
     losses = distiller(*batch())
     assert set(losses) == {"loss/ce", "loss/spatial_s3", "loss/frequency_s3", "loss/spatial_s4", "loss/total"}
     losses["loss/total"].backward()
@@ -171,7 +174,7 @@ def test_given_targets_are_used():
     ("build", "words"),
     [
         (lambda: ScaleKD(student(7), teacher(), image_size=64), "the teacher has 10 classes and the student 7"),
-        (lambda: ScaleKD(student(), teacher(), image_size=64, heads_s3=5), "projector s3_spatial: num_heads is 5"),
+        (lambda: ScaleKD(student(), teacher(), image_size=64, heads_s3=5), "projectors of s3: num_heads is 5"),
     ],
 )
 def test_pairs_that_do_not_fit(build, words):

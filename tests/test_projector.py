@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_files import golden, relative_error
 from golden_map import projector_name, projector_state
 
 from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.projector_conv import patches_of
 
 CASES = [
     "a1_cap_self_7x7_w1_s5",
@@ -118,3 +120,31 @@ def test_wrong_inputs_are_named():
     given = CrossAttentionProjector(8, 16, (4, 4), (2, 2), 4, learned_query=False)
     with pytest.raises(ValueError, match="query is missing"):
         given(torch.randn(1, 8, 4, 4))
+
+
+def test_patches_are_those_of_a_convolution():
+    x = torch.randn(2, 5, 4, 3)
+    assert patches_of(x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        patches = patches_of(x)
+    unfolded = F.unfold(x.bfloat16(), 3, padding=1).transpose(1, 2).unflatten(1, (4, 3))
+    assert torch.equal(patches, unfolded)
+
+
+def test_patches_are_as_accurate_as_the_convolution_in_16_bits(monkeypatch):
+    torch.manual_seed(0)
+    cap = CrossAttentionProjector(48, 64, (7, 7), (5, 5), 4)
+    x = torch.randn(16, 48, 7, 7, requires_grad=True)
+    upstream = torch.randn(16, 25, 64)
+
+    def run(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = cap(x)
+        wanted = [x, cap.conv.weight, cap.norm.weight, cap.pos_embed, cap.k.weight, cap.query.weight]
+        return out, *torch.autograd.grad((out.float() * upstream).sum(), wanted)
+
+    exact, by_patches = run(False), run(True)
+    monkeypatch.setattr("scalekd_ds.projector.patches_of", lambda x: None)
+    by_convolution = run(True)
+    for ours, theirs, expected in zip(by_patches, by_convolution, exact, strict=True):
+        assert relative_error(ours.float(), expected) < 1.5 * relative_error(theirs.float(), expected)

@@ -113,6 +113,29 @@ def test_last_blocks_see_patch_tokens_alone(name):
     assert torch.allclose(ours, x[:, prefix:], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_lowered_weights_give_autocasts_own_numbers(name):
+    teacher = build(name)
+    images, place = images_for(teacher), teacher.last_input
+    tokens = torch.randn(2, place.grid[0] * place.grid[1], place.dim, requires_grad=True)
+
+    def run():
+        targets = teacher.targets(images)
+        out = teacher.last_stage(tokens)
+        # a siglip without classes has no logits
+        logits = tokens.new_zeros(1) if targets.logits is None else targets.logits
+        return targets.tokens, logits, out, *torch.autograd.grad(out.float().square().sum(), tokens)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run()
+    size = sum(p.nbytes for p in teacher.parameters())
+    assert teacher.lower(torch.bfloat16) is teacher
+    assert sum(p.nbytes for p in teacher.parameters()) < 0.65 * size
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
 def test_depth_of_the_last_stage():
     assert [last_block_count(d) for d in (2, 12, 24, 32, 40)] == [1, 1, 2, 3, 3]
 

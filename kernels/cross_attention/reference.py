@@ -1,6 +1,7 @@
 """Attention of the cross attention projector in plain PyTorch: the specification.
 
-Shape letters: G query groups (1: one query for the whole batch, or B), B batch, Q queries, S keys, N heads, D head size.
+Shape letters: G query groups (1 <= G <= B, each serves B/G samples in a row), B batch, Q queries, S keys, N heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -8,8 +9,16 @@ from __future__ import annotations
 import torch
 
 
+def expand_groups(q_GQND: torch.Tensor, batch: int) -> torch.Tensor:
+    """(batch, Q, N, D): each group's query for the samples that it serves; no copy where G is 1 or `batch`."""
+    groups = q_GQND.shape[0]
+    if groups in (1, batch):
+        return q_GQND.expand(batch, -1, -1, -1)
+    return q_GQND.repeat_interleave(batch // groups, 0)
+
+
 def cap_attention(q_GQND: torch.Tensor, k_BSND: torch.Tensor, v_BSND: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, Q, N, D): softmax(scale q k^T) v for each head, a query group of 1 shared by the batch."""
-    q_BNQD = q_GQND.transpose(1, 2).expand(k_BSND.shape[0], -1, -1, -1)
+    """(B, Q, N, D): softmax(scale q k^T) v for each head, with the sample's group of queries."""
+    q_BNQD = expand_groups(q_GQND, k_BSND.shape[0]).transpose(1, 2)
     scores_BNQS = scale * (q_BNQD @ k_BSND.permute(0, 2, 3, 1))
     return (scores_BNQS.softmax(-1) @ v_BSND.transpose(1, 2)).transpose(1, 2)
