@@ -21,6 +21,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.ds_config import stage_of
 from scalekd_ds.errors import UserError
+from scalekd_ds.host_memory import keep_freed_memory
 from scalekd_ds.optim import build_optimizer, build_schedule
 
 
@@ -72,6 +73,7 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
+        keep_freed_memory()
         return torch.device("cpu")
     accelerator.set_device(local_rank)
     return torch.device(accelerator.device_name(), local_rank)
