@@ -2,43 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from scalekd_ds.kernels.dual_view import reference
 
+Tokens = torch.Tensor | Sequence[torch.Tensor]
+
+
+def implementation(device: str, dtypes: set[torch.dtype], tokens: int, rank: int | None) -> str:
+    """`triton` or `reference` for a device type, the tensors' dtypes, P tokens, and a filter's rank (None: the mean)."""
+    if device != "cuda" or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return "reference"
+    # Triton is imported where there is a GPU to use it
+    from scalekd_ds.kernels.dual_view.ops import fits
+
+    return "triton" if fits(tokens, rank) else "reference"
+
+
+def _check(name: str, s: torch.Tensor, t: torch.Tensor) -> None:
+    if s.shape != t.shape:
+        raise ValueError(f"{name} has shape {tuple(s.shape)}: it must equal t's, {tuple(t.shape)}.")
+    if s.device != t.device:
+        raise ValueError(f"{name} is on {s.device}: it must be on t's device, {t.device}.")
+
+
+def _check_tensor(name: str, x: torch.Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}: it must be a floating point type.")
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"{name} has strides {x.stride()}: its channels must be contiguous, stride 1; .contiguous()?")
+
 
 def dual_view_loss(
-    s_spatial: torch.Tensor,
-    s_frequency: torch.Tensor,
+    s_spatial: Tokens,
+    s_frequency: Tokens,
     t: torch.Tensor,
     filter: torch.Tensor | None = None,
-    weights: tuple[float, float] = (1.0, 1.0),
+    weights: Sequence[float] | Sequence[Sequence[float]] = (1.0, 1.0),
 ) -> torch.Tensor:
-    """Both views of feature mimicking (ScaleKD section 3.2).
+    """Both views of feature mimicking (ScaleKD section 3.2), for one stage or for several that share the target.
+
+    A filtered token below 1e-6 of its sample's largest token counts as zero and passes no gradient: what is left of a map
+    that is constant over tokens is rounding noise. Zero tokens have F.normalize's gradient; in float16 it saturates.
 
     Args:
-        s_spatial: (B, P, C) projected student tokens of the spatial view.
-        s_frequency: (B, P, C) projected student tokens of the frequency view.
-        t: (B, P, C) teacher tokens, the target of both.
+        s_spatial: (B, P, C) projected student tokens of the spatial view, or L of them, one for each stage.
+        s_frequency: The same of the frequency view.
+        t: (B, P, C) teacher tokens, the target of all, read once; the kernels hold for a constant one, which it is.
         filter: (P, R) orthonormal basis of what the frequency view drops; None drops the mean over tokens alone.
-        weights: Factor of each view.
+        weights: Factor of each view; L such pairs with L stages.
 
     Returns:
-        (2,) weighted spatial and frequency loss, float32 or wider.
+        (2,) weighted spatial and frequency loss, or (L, 2); float32 or wider.
 
     Raises:
-        ValueError: Shapes or devices that do not fit, naming the argument.
+        ValueError: Shapes, dtypes or devices that do not fit, channels that are not contiguous, or a filter that cuts
+            everything, naming the argument.
     """
+    one = isinstance(s_spatial, torch.Tensor)
+    spatial, frequency, pairs = ([s_spatial], [s_frequency], [weights]) if one else (s_spatial, s_frequency, weights)
     if t.dim() != 3:
         raise ValueError(f"t has shape {tuple(t.shape)}: it must be (batch, tokens, channels).")
-    for name, s in (("s_spatial", s_spatial), ("s_frequency", s_frequency)):
-        if s.shape != t.shape:
-            raise ValueError(f"{name} has shape {tuple(s.shape)}: it must equal t's, {tuple(t.shape)}.")
-        if s.device != t.device:
-            raise ValueError(f"{name} is on {s.device}: it must be on t's device, {t.device}.")
+    if not len(spatial) == len(frequency) == len(pairs) or not len(spatial):
+        raise ValueError(
+            f"s_spatial has {len(spatial)} stages, s_frequency {len(frequency)} and weights {len(pairs)}: they must be "
+            "as many, and at least one."
+        )
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"weights is {weights}: it must be (spatial, frequency), a pair for each stage.")
+    _check_tensor("t", t)
+    for name, group in (("s_spatial", spatial), ("s_frequency", frequency)):
+        for s in group:
+            _check(name, s, t)
+            _check_tensor(name, s)
     if filter is not None:
         if filter.dim() != 2 or filter.shape[0] != t.shape[1]:
             raise ValueError(f"filter has shape {tuple(filter.shape)}: it must be ({t.shape[1]}, rank).")
-        if filter.shape[1] >= t.shape[1]:
-            raise ValueError(f"filter has rank {filter.shape[1]}: it cuts everything; it must be below {t.shape[1]}.")
-    return reference.dual_view_loss(s_spatial, s_frequency, t, filter, weights)
+        if not 0 < filter.shape[1] < t.shape[1]:
+            why = "everything" if filter.shape[1] else "nothing"
+            raise ValueError(f"filter has rank {filter.shape[1]}: it cuts {why}; it must be 1 to {t.shape[1] - 1}.")
+        if filter.device != t.device:
+            raise ValueError(f"filter is on {filter.device}: it must be on t's device, {t.device}.")
+
+    dtypes = {x.dtype for x in (*spatial, *frequency, t)}
+    rank = None if filter is None else filter.shape[1]
+    chosen = implementation(t.device.type, dtypes, t.shape[1], rank)
+    if chosen == "reference" or t.requires_grad:
+        losses = reference.dual_view_loss(spatial, frequency, t, filter, pairs)
+    else:
+        from scalekd_ds.kernels.dual_view.ops import dual_view
+
+        losses = []
+        # a launch takes two stages
+        for i in range(0, len(spatial), 2):
+            flat = [float(w) for pair in pairs[i : i + 2] for w in pair]
+            losses.append(dual_view(spatial[i : i + 2], frequency[i : i + 2], t, filter, flat)[0])
+        losses = torch.cat(losses)
+    return losses[0] if one else losses

@@ -1,0 +1,170 @@
+"""The projector's attention as PyTorch operators: launchers, fake kernels and autograd.
+
+`scalekd_ds::cap_attention` runs Triton on CUDA tensors and under the interpreter, and the same arithmetic in PyTorch on
+other CPU tensors, so that `opcheck` and `torch.compile` can be tested without a GPU. Gradients of k and v are views of
+one buffer (B, S, 2, N, D), as the fused projection that made them takes its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+
+from scalekd_ds.kernels.cross_attention import triton_kernels as kernels
+from scalekd_ds.kernels.cross_attention.reference import expand_groups
+from scalekd_ds.kernels.interpreted import INTERPRETED
+
+MAX_HEAD_SIZE, MAX_TOKENS = 256, 1024
+# Q and S up to which one launch does the whole backward
+SMALL = 64
+# samples of a group whose dq one program sums in registers
+CHUNK = 4
+
+
+def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
+    """True where the kernels take these sizes."""
+    return (
+        head_size % 8 == 0
+        and 8 <= head_size <= MAX_HEAD_SIZE
+        and max(queries, keys) <= MAX_TOKENS
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def tile(head_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Padded head size, tile, warps and stages that spill nowhere on sm_90; tests/kernels asserts it."""
+    padded = max(16, triton.next_power_of_2(head_size))
+    wide = dtype == torch.float32
+    if padded <= 64 and not wide:
+        block, warps, stages = 64, 4, 2
+    elif padded <= 128 and not wide:
+        block, warps, stages = 64, 8, 2
+    else:
+        block, warps, stages = (64 if padded <= 64 else 32), 8, 1
+    return {"BD": padded, "BQ": 64, "BS": block, "num_warps": warps, "num_stages": stages}
+
+
+def _common(q, k, v, scale):
+    """Strides, sizes and launch options that every kernel takes."""
+    G, Q, N, D = q.shape
+    B, S = k.shape[:2]
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    options = {"Q": Q, "S": S, "N": N, "D": D, **tile(D, q.dtype), "enable_fp_fusion": True}
+    # the interpreter knows no tf32; three tf32 products keep float32's accuracy on a GPU
+    options["PRECISION"] = "ieee" if INTERPRETED.value or q.dtype != torch.float32 else "tf32x3"
+    return strides, B // G, scale * math.log2(math.e), options
+
+
+def _triton_forward(q, k, v, scale):
+    (_, Q, N, D), B = q.shape, k.shape[0]
+    strides, per_group, log2_scale, options = _common(q, k, v, scale)
+    out = torch.empty(B, Q, N, D, device=k.device, dtype=k.dtype)
+    lse = torch.empty(B, N, Q, device=k.device, dtype=torch.float32)
+    grid = (triton.cdiv(Q, options["BQ"]), N, B)
+    kernels.cap_forward_kernel[grid](q, k, v, out, lse, *strides, per_group, log2_scale, **options)
+    return out, lse
+
+
+def _triton_backward(dout, q, k, v, out, lse, scale):
+    (G, Q, N, D), (B, S) = q.shape, k.shape[:2]
+    strides, per_group, log2_scale, options = _common(q, k, v, scale)
+    dout = dout.contiguous()
+    chunk = next(c for c in range(min(CHUNK, per_group), 0, -1) if per_group % c == 0)
+    chunks = per_group // chunk
+    dq = torch.empty(G * chunks, Q, N, D, device=q.device, dtype=q.dtype if chunks == 1 else torch.float32)
+    dkv = torch.empty(B, S, 2, N, D, device=k.device, dtype=k.dtype)
+    dk, dv = dkv.unbind(2)
+    if Q <= SMALL and S <= SMALL:
+        options |= {"BQ": SMALL, "BS": SMALL}
+        kernels.cap_backward_small_kernel[(N, G * chunks)](
+            q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
+            H=chunk, **options,
+        )  # fmt: skip
+    else:
+        delta = torch.empty_like(lse)
+        kernels.cap_backward_q_kernel[(triton.cdiv(Q, options["BQ"]), N, G * chunks)](
+            q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale, H=chunk, **options
+        )
+        options["BQ"], options["BS"] = options["BS"], options["BQ"]
+        kernels.cap_backward_kv_kernel[(triton.cdiv(S, options["BS"]), N, B)](
+            q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale, **options
+        )
+    if chunks > 1:
+        dq = dq.unflatten(0, (G, chunks)).sum(1).to(q.dtype)
+    return dq, dkv
+
+
+def _scores(q, k, scale):
+    """(B, N, Q, S) in float32."""
+    return scale * torch.einsum("bqnd,bsnd->bnqs", expand_groups(q.float(), k.shape[0]), k.float())
+
+
+def _torch_forward(q, k, v, scale):
+    scores = _scores(q, k, scale)
+    out = torch.einsum("bnqs,bsnd->bqnd", scores.softmax(-1), v.float())
+    return out.to(k.dtype).contiguous(), scores.logsumexp(-1) * math.log2(math.e)
+
+
+def _torch_backward(dout, q, k, v, out, lse, scale):
+    p = (_scores(q, k, scale) - (lse / math.log2(math.e))[..., None]).exp()
+    dout = dout.float()
+    dv = torch.einsum("bnqs,bqnd->bsnd", p, dout)
+    delta = (out.float() * dout).sum(-1).transpose(1, 2)[..., None]
+    ds = p * (torch.einsum("bqnd,bsnd->bnqs", dout, v.float()) - delta) * scale
+    dk = torch.einsum("bnqs,bqnd->bsnd", ds, expand_groups(q.float(), k.shape[0]))
+    dq = torch.einsum("bnqs,bsnd->bqnd", ds, k.float()).unflatten(0, (q.shape[0], -1)).sum(1)
+    return dq.to(q.dtype).contiguous(), torch.stack([dk, dv], 2).to(k.dtype)
+
+
+def _on_triton(q: torch.Tensor) -> bool:
+    return q.is_cuda or INTERPRETED.value
+
+
+@torch.library.custom_op("scalekd_ds::cap_attention", mutates_args=())
+def cap_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, Q, N, D), contiguous, and the scores' log-sum-exp (B, N, Q) in powers of two, float32."""
+    return (_triton_forward if _on_triton(q) else _torch_forward)(q, k, v, scale)
+
+
+@cap_attention.register_fake
+def _(q, k, v, scale):
+    (_, Q, N, D), B = q.shape, k.shape[0]
+    return k.new_empty(B, Q, N, D), k.new_empty(B, N, Q, dtype=torch.float32)
+
+
+@torch.library.custom_op("scalekd_ds::cap_attention_backward", mutates_args=())
+def cap_attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
+    return (_triton_backward if _on_triton(q) else _torch_backward)(dout, q, k, v, out, lse, scale)
+
+
+@cap_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, scale):
+    B, S, N, D = k.shape
+    return q.new_empty(q.shape), k.new_empty(B, S, 2, N, D)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx, dout, _):
+    dq, dkv = cap_attention_backward(dout, *ctx.saved_tensors, ctx.scale)
+    dk, dv = dkv.unbind(2)
+    return dq, dk, dv, None
+
+
+cap_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,234 @@
+"""Dual-view loss in Triton: two launches forward, one backward.
+
+Shape letters: B batch, P tokens (BP: padded to a power of two), C channels (BC a program's), L stages that share one
+target (1 or 2), R rank of a filter (BR padded), K column splits of a sample.
+
+A program holds all P tokens of its channels, so a filter over tokens is exact in one read of each tensor. Per token, with
+a=|s|^2, b=|t|^2, c=<s,t>, n=max(sqrt, EPS), cos=c/(n_s n_t):
+
+    loss = a/n_s^2 + b/n_t^2 - 2 cos      dloss/ds = A s + B t,  A = 2 cos/n_s^2 (2/EPS^2 if |s|<EPS),  B = -2/(n_s n_t)
+
+for the spatial view; for the frequency view of u = F s, v = F t the gradient is F (A u + B v), F being symmetric.
+A and B are all that backward needs beside the inputs: 16 bytes a token.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from scalekd_ds.kernels.interpreted import dot, store_as
+
+# what F is beside the mean: nothing, x - Q Q^T x with Q (P, R), or a dense (P, P) matrix
+MEAN, LOW_RANK, DENSE = 0, 1, 2
+
+
+@triton.jit
+def _load_filter(q_ptr, tokens, P, R: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr):
+    if KIND == 0:
+        q = tl.zeros([1, 1], tl.float32)
+    else:
+        columns = tl.arange(0, BR)
+        inside = (tokens < P)[:, None] & (columns < R)[None, :]
+        q = tl.load(q_ptr + tokens[:, None] * R + columns[None, :], mask=inside, other=0.0)
+    return q
+
+
+@triton.jit
+def _high_pass(x, q, valid, P, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr):
+    """F x of a [BP, BC] tile whose rows from P on are zero, and stay zero."""
+    if DROPS_MEAN:
+        # exact, so that the mean, which dwarfs the rest in real features, does not round through a tf32 dot
+        mean = tl.sum(x, axis=0) / P
+        x = tl.where(valid[:, None], x - mean[None, :], 0.0)
+    if KIND == 1:
+        low = dot(tl.trans(q), x, PRECISION)
+        x = x - dot(q, low, PRECISION)
+    elif KIND == 2:
+        x = dot(q, x, PRECISION)
+    return x
+
+
+@triton.jit
+def _load_tile(ptr, b, stride_b, stride_p, tokens, channels, inside):
+    offsets = b * stride_b + tokens[:, None].to(tl.int64) * stride_p + channels[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def dual_view_sums_kernel(
+    s0_ptr, f0_ptr, s1_ptr, f1_ptr, t_ptr, q_ptr, sums_ptr,
+    s0_b, s0_p, f0_b, f0_p, s1_b, s1_p, f1_b, f1_p, t_b, t_p,
+    P, C: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums (B, K, 2 + 5 L, P): |t|^2, |v|^2, then per stage |s|^2, <s,t>, |f|^2, |u|^2, <u,v>, over a split's channels."""
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    tokens = tl.arange(0, BP)
+    valid = tokens < P
+    q = _load_filter(q_ptr, tokens, P, R, BP, BR, KIND)
+    zero = tl.zeros([BP], tl.float32)
+    tt = zero
+    vv = zero
+    ss0 = zero
+    st0 = zero
+    ff0 = zero
+    uu0 = zero
+    uv0 = zero
+    ss1 = zero
+    st1 = zero
+    ff1 = zero
+    uu1 = zero
+    uv1 = zero
+    BLOCKS: tl.constexpr = ((C + BC - 1) // BC + K - 1) // K
+    for i in tl.range(0, BLOCKS):
+        channels = (split * BLOCKS + i) * BC + tl.arange(0, BC)
+        inside = valid[:, None] & (channels < C)[None, :]
+        t = _load_tile(t_ptr, b, t_b, t_p, tokens, channels, inside)
+        tt += tl.sum(t * t, 1)
+        s = _load_tile(s0_ptr, b, s0_b, s0_p, tokens, channels, inside)
+        ss0 += tl.sum(s * s, 1)
+        st0 += tl.sum(s * t, 1)
+        if L == 2:
+            s = _load_tile(s1_ptr, b, s1_b, s1_p, tokens, channels, inside)
+            ss1 += tl.sum(s * s, 1)
+            st1 += tl.sum(s * t, 1)
+        v = _high_pass(t, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+        vv += tl.sum(v * v, 1)
+        f = _load_tile(f0_ptr, b, f0_b, f0_p, tokens, channels, inside)
+        ff0 += tl.sum(f * f, 1)
+        f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+        uu0 += tl.sum(f * f, 1)
+        uv0 += tl.sum(f * v, 1)
+        if L == 2:
+            f = _load_tile(f1_ptr, b, f1_b, f1_p, tokens, channels, inside)
+            ff1 += tl.sum(f * f, 1)
+            f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+            uu1 += tl.sum(f * f, 1)
+            uv1 += tl.sum(f * v, 1)
+    out = sums_ptr + (b * K + split) * (2 + 5 * L) * P + tokens
+    tl.store(out, tt, mask=valid)
+    tl.store(out + P, vv, mask=valid)
+    tl.store(out + 2 * P, ss0, mask=valid)
+    tl.store(out + 3 * P, st0, mask=valid)
+    tl.store(out + 4 * P, ff0, mask=valid)
+    tl.store(out + 5 * P, uu0, mask=valid)
+    tl.store(out + 6 * P, uv0, mask=valid)
+    if L == 2:
+        tl.store(out + 7 * P, ss1, mask=valid)
+        tl.store(out + 8 * P, st1, mask=valid)
+        tl.store(out + 9 * P, ff1, mask=valid)
+        tl.store(out + 10 * P, uu1, mask=valid)
+        tl.store(out + 11 * P, uv1, mask=valid)
+
+
+@triton.jit
+def _sum_of(sums_ptr, row, tokens, valid, P, ROWS: tl.constexpr, K: tl.constexpr, BP: tl.constexpr):
+    total = tl.zeros([BP], tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(sums_ptr + (k * ROWS + row) * P + tokens, mask=valid, other=0.0)
+    return total
+
+
+@triton.jit
+def _coefficients(a, b, c, EPS: tl.constexpr):
+    """Loss of each token, and A and B of its gradient."""
+    rs = 1.0 / tl.maximum(tl.sqrt(a), EPS)
+    rt = 1.0 / tl.maximum(tl.sqrt(b), EPS)
+    cos = (c * rs) * rt
+    loss = (a * rs) * rs + (b * rt) * rt - 2.0 * cos
+    clamped = tl.sqrt(a) < EPS
+    return loss, tl.where(clamped, 2.0 * rs, 2.0 * cos * rs) * rs, -2.0 * rs * rt
+
+
+@triton.jit
+def dual_view_finish_kernel(
+    sums_ptr, coef_ptr, loss_ptr, weights_ptr, P,
+    K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """coef (L, B, 4, P): A and B of both views, weighted; loss (B, L, 2). weights (L, 2) hold 1/B."""
+    b = tl.program_id(0).to(tl.int64)
+    batch = tl.num_programs(0)
+    tokens = tl.arange(0, BP)
+    valid = tokens < P
+    ROWS: tl.constexpr = 2 + 5 * L
+    sums = sums_ptr + b * K * ROWS * P
+    tt = _sum_of(sums, 0, tokens, valid, P, ROWS, K, BP)
+    vv = _sum_of(sums, 1, tokens, valid, P, ROWS, K, BP)
+    # rounding noise of a map that is constant over tokens counts as zero, and passes no gradient
+    t_silent = vv <= NOISE * tl.max(tt, 0)
+    vv = tl.where(t_silent, 0.0, vv)
+    for stage in tl.static_range(L):
+        ss = _sum_of(sums, 2 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        st = _sum_of(sums, 3 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        ff = _sum_of(sums, 4 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        uu = _sum_of(sums, 5 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        uv = _sum_of(sums, 6 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        silent = uu <= NOISE * tl.max(ff, 0)
+        uu = tl.where(silent, 0.0, uu)
+        uv = tl.where(silent | t_silent, 0.0, uv)
+        w_spatial = tl.load(weights_ptr + 2 * stage)
+        w_frequency = tl.load(weights_ptr + 2 * stage + 1)
+        loss, a, bb = _coefficients(ss, tt, st, EPS)
+        coef = coef_ptr + (stage * batch + b) * 4 * P + tokens
+        tl.store(coef, a * w_spatial, mask=valid)
+        tl.store(coef + P, bb * w_spatial, mask=valid)
+        tl.store(loss_ptr + (b * L + stage) * 2, tl.sum(tl.where(valid, loss, 0.0), 0) * w_spatial)
+        loss, a, bb = _coefficients(uu, vv, uv, EPS)
+        a = tl.where(silent, 0.0, a)
+        bb = tl.where(silent | t_silent, 0.0, bb)
+        tl.store(coef + 2 * P, a * w_frequency, mask=valid)
+        tl.store(coef + 3 * P, bb * w_frequency, mask=valid)
+        tl.store(loss_ptr + (b * L + stage) * 2 + 1, tl.sum(tl.where(valid, loss, 0.0), 0) * w_frequency)
+
+
+@triton.jit
+def _gradients(
+    s_ptr, f_ptr, ds_ptr, df_ptr, s_b, s_p, f_b, f_p, coef, upstream, b, t, v, q, tokens, channels, inside, valid,
+    P, C: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    g_spatial = tl.load(upstream)
+    g_frequency = tl.load(upstream + 1)
+    out = b * P * C + tokens[:, None].to(tl.int64) * C + channels[None, :]
+    a = tl.load(coef, mask=valid, other=0.0) * g_spatial
+    bb = tl.load(coef + P, mask=valid, other=0.0) * g_spatial
+    s = _load_tile(s_ptr, b, s_b, s_p, tokens, channels, inside)
+    ds = a[:, None] * s + bb[:, None] * t
+    tl.store(ds_ptr + out, store_as(ds, ds_ptr.dtype.element_ty), mask=inside)
+    a = tl.load(coef + 2 * P, mask=valid, other=0.0) * g_frequency
+    bb = tl.load(coef + 3 * P, mask=valid, other=0.0) * g_frequency
+    f = _load_tile(f_ptr, b, f_b, f_p, tokens, channels, inside)
+    f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+    df = _high_pass(a[:, None] * f + bb[:, None] * v, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+    tl.store(df_ptr + out, store_as(df, df_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dual_view_backward_kernel(
+    s0_ptr, f0_ptr, s1_ptr, f1_ptr, t_ptr, q_ptr, coef_ptr, upstream_ptr, ds0_ptr, df0_ptr, ds1_ptr, df1_ptr,
+    s0_b, s0_p, f0_b, f0_p, s1_b, s1_p, f1_b, f1_p, t_b, t_p,
+    P, C: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients (B, P, C) of every stage and view from coef (L, B, 4, P) and the upstream (L, 2)."""
+    b = tl.program_id(0).to(tl.int64)
+    batch = tl.num_programs(0)
+    channels = tl.program_id(1) * BC + tl.arange(0, BC)
+    tokens = tl.arange(0, BP)
+    valid = tokens < P
+    inside = valid[:, None] & (channels < C)[None, :]
+    q = _load_filter(q_ptr, tokens, P, R, BP, BR, KIND)
+    t = _load_tile(t_ptr, b, t_b, t_p, tokens, channels, inside)
+    v = _high_pass(t, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+    coef = coef_ptr + b * 4 * P + tokens
+    _gradients(
+        s0_ptr, f0_ptr, ds0_ptr, df0_ptr, s0_b, s0_p, f0_b, f0_p, coef, upstream_ptr, b, t, v, q,
+        tokens, channels, inside, valid, P, C, KIND, DROPS_MEAN, PRECISION,
+    )  # fmt: skip
+    if L == 2:
+        coef += batch * 4 * P
+        _gradients(
+            s1_ptr, f1_ptr, ds1_ptr, df1_ptr, s1_b, s1_p, f1_b, f1_p, coef, upstream_ptr + 2, b, t, v, q,
+            tokens, channels, inside, valid, P, C, KIND, DROPS_MEAN, PRECISION,
+        )  # fmt: skip
