@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.losses import dual_view_loss, label_loss, logit_kd
+from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
 from scalekd_ds.models import Preprocessing, build_model, num_parameters
 from scalekd_ds.projector import CrossAttentionProjector
 from scalekd_ds.projector_pair import ProjectorPair
@@ -294,12 +294,17 @@ class ScaleKD(nn.Module):
         return losses
 
     def _feature_losses(self, student: StudentOutput, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        losses = {}
-        for stage, projected in self.project(student).items():
-            weights = tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS)
+        projected = self.project(student)
+        stages, weights = [], []
+        for stage, views in projected.items():
             # a view that is switched off has no projector; the other one's tokens stand in, with weight 0
-            stand_in = next(iter(projected.values())).detach()
-            pair = [projected.get(view, stand_in) for view in VIEWS]
-            values = dual_view_loss(*pair, tokens, self.teacher.last_output.grid, weights, self.cut)
-            losses |= {f"loss/{v}_{stage}": x for v, x in zip(VIEWS, values, strict=True) if v in projected}
-        return losses
+            stand_in = next(iter(views.values())).detach()
+            stages.append(tuple(views.get(view, stand_in) for view in VIEWS))
+            weights.append(tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS))
+        values = dual_view_losses(stages, tokens, self.teacher.last_output.grid, weights, self.cut)
+        return {
+            f"loss/{view}_{stage}": value
+            for (stage, views), pair in zip(projected.items(), values, strict=True)
+            for view, value in zip(VIEWS, pair, strict=True)
+            if view in views
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +87,35 @@ def dual_view_loss(
     Raises:
         ValueError: A grid that does not match P, shapes that differ, or a cut that drops nothing or everything.
     """
+    return dual_view_losses([(s_spatial, s_frequency)], teacher_tokens, grid, [weights], cut)[0]
+
+
+def dual_view_losses(
+    stages: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    teacher_tokens: torch.Tensor,
+    grid: tuple[int, int],
+    weights: Sequence[tuple[float, float]],
+    cut: int | torch.Tensor = 1,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`dual_view_loss` of several stages with one target, whose part is computed once for all of them.
+
+    Args:
+        stages: (s_spatial, s_frequency) of each stage, (B, P, C) each.
+        teacher_tokens: (B, P, C).
+        grid: (h, w) of the tokens.
+        weights: (spatial, frequency) factors of each stage.
+        cut: As in `dual_view_loss`.
+
+    Raises:
+        ValueError: As `dual_view_loss`.
+    """
     if grid[0] * grid[1] != teacher_tokens.shape[1]:
         raise ValueError(f"grid is {tuple(grid)}: teacher_tokens has {teacher_tokens.shape[1]} tokens.")
     wide = torch.promote_types(teacher_tokens.dtype, torch.float32)
     basis = frequency_filter(tuple(grid), cut, teacher_tokens.device, wide)
-    losses = kernels.dual_view_loss(s_spatial, s_frequency, teacher_tokens, basis, weights)
-    return losses[0], losses[1]
+    spatial, frequency = zip(*stages, strict=True)
+    losses = kernels.dual_view_loss(spatial, frequency, teacher_tokens, basis, weights)
+    return [tuple(pair.unbind()) for pair in losses.unbind()]
 
 
 def logit_kd(

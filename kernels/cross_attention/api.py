@@ -5,25 +5,35 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from scalekd_ds.kernels.cross_attention import reference
+from scalekd_ds.kernels.cross_attention import reference, table
 
 
-def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Multi-head cross attention of the projector (ScaleKD section 3.1).
+def implementation(
+    device: str,
+    architecture: int,
+    sizes: tuple[int, int, int],
+    shared: bool,
+    dtype: torch.dtype,
+    measured: dict[str, str],
+) -> str:
+    """`triton` where the table says that it won for this shape, else `sdpa`.
 
     Args:
-        q: (G, Q, N, D) queries; group g serves the g-th B/G samples: G is 1 where the batch shares one learned query,
-            2 where two views are stacked on the batch, B where each sample has its own.
-        k: (B, S, N, D) keys; strided views are fine.
-        v: (B, S, N, D) values.
-        scale: Factor of q k^T, the softmax scale folded in.
-
-    Returns:
-        (B, Q, N, D), token-major, so that heads join by a view.
-
-    Raises:
-        ValueError: Shapes that do not fit, naming the argument.
+        device: Device type.
+        architecture: 90 for sm_90.
+        sizes: (D, Q, S).
+        shared: The query serves more than one sample.
+        dtype: Of q, k and v.
+        measured: `table.measured()`.
     """
+    if device != "cuda" or measured.get(table.key_of(architecture, *sizes, shared, dtype)) != "triton":
+        return "sdpa"
+    from scalekd_ds.kernels.cross_attention.ops import supports
+
+    return "triton" if supports(*sizes, dtype) else "sdpa"
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: both must be (B, S, heads, head size).")
     if q.dim() != 4 or q.shape[2:] != k.shape[2:] or k.shape[0] % max(1, q.shape[0]):
@@ -31,6 +41,44 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
             f"q has shape {tuple(q.shape)}: it must be (G, queries, {k.shape[2]}, {k.shape[3]}), G a divisor of "
             f"k's batch, {k.shape[0]}."
         )
+    for name, x in (("q", q), ("v", v)):
+        if x.dtype != k.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}: it must have k's, {k.dtype}.")
+        if x.device != k.device:
+            raise ValueError(f"{name} is on {x.device}: it must be on k's device, {k.device}.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            raise ValueError(f"{name} has strides {x.stride()}: its head size must be contiguous, stride 1.")
+
+
+def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Multi-head cross attention of the projector (ScaleKD section 3.1).
+
+    Shapes that the table of measurements knows go to the Triton kernels where these were faster, all others to SDPA;
+    `scalekd_ds.kernels.cross_attention.ops.cap_attention` is the kernels' own operator.
+
+    Args:
+        q: (G, Q, N, D) queries; group g serves the g-th B/G samples: G is 1 where the batch shares one learned query,
+            2 where two views are stacked on the batch, B where each sample has its own.
+        k: (B, S, N, D) keys; strided views are fine as long as D is contiguous.
+        v: (B, S, N, D) values, likewise.
+        scale: Factor of q k^T, the softmax scale folded in.
+
+    Returns:
+        (B, Q, N, D), token-major, so that heads join by a view.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit, or a head size that is not contiguous, naming the argument.
+    """
+    _check(q, k, v)
+    if k.is_cuda:
+        shared = q.shape[0] < k.shape[0]
+        sizes = (q.shape[3], q.shape[1], k.shape[1])
+        chosen = implementation("cuda", table.architecture_of(k.device), sizes, shared, k.dtype, table.measured())
+        if chosen == "triton":
+            from scalekd_ds.kernels.cross_attention import ops
+
+            return ops.cap_attention(q, k, v, scale)[0]
     q = reference.expand_groups(q, k.shape[0])
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)

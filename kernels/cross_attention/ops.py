@@ -1,13 +1,14 @@
 """The projector's attention as PyTorch operators: launchers, fake kernels and autograd.
 
-`scalekd_ds::cap_attention` runs Triton on CUDA tensors and under the interpreter, and the same arithmetic in PyTorch on
-other CPU tensors, so that `opcheck` and `torch.compile` can be tested without a GPU. Gradients of k and v are views of
+`scalekd_ds::cap_attention` runs Triton on CUDA tensors of 16 bits and under the interpreter, and the same arithmetic in
+PyTorch on others, so that `opcheck` and `torch.compile` can be tested without a GPU. Gradients of k and v are views of
 one buffer (B, S, 2, N, D), as the fused projection that made them takes its own.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,73 +25,88 @@ CHUNK = 4
 
 
 def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """True where the kernels take these sizes."""
-    return (
-        head_size % 8 == 0
-        and 8 <= head_size <= MAX_HEAD_SIZE
-        and max(queries, keys) <= MAX_TOKENS
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    )
+    """True where the kernels take these sizes. float32 is not theirs: three tf32 products spill at every head size."""
+    sizes = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
+    return sizes and dtype in (torch.bfloat16, torch.float16)
 
 
-def tile(head_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Padded head size, tile, warps and stages that spill nowhere on sm_90; tests/kernels asserts it."""
+class Tile(NamedTuple):
+    """Padded head size, queries and keys of a program, warps, pipeline stages."""
+
+    head: int
+    queries: int
+    keys: int
+    warps: int
+    stages: int = 2
+
+
+def tiles(head_size: int) -> tuple[Tile, Tile]:
+    """Tiles of the forward and of the backward by queries; that by keys swaps the two. tests/kernels: no spills on sm_90."""
     padded = max(16, triton.next_power_of_2(head_size))
-    wide = dtype == torch.float32
-    if padded <= 64 and not wide:
-        block, warps, stages = 64, 4, 2
-    elif padded <= 128 and not wide:
-        block, warps, stages = 64, 8, 2
-    else:
-        block, warps, stages = (64 if padded <= 64 else 32), 8, 1
-    return {"BD": padded, "BQ": 64, "BS": block, "num_warps": warps, "num_stages": stages}
+    if padded > 128:
+        return Tile(padded, 64, 32, 8, 1), Tile(padded, 32, 64, 8)
+    tile = Tile(padded, 64, 64, 4 if padded <= 64 else 8)
+    return tile, tile
+
+
+def is_small(head_size: int, queries: int, keys: int) -> bool:
+    """True where one launch does the whole backward: a wider head spills."""
+    return max(queries, keys) <= SMALL and head_size <= 128
 
 
 def _common(q, k, v, scale):
-    """Strides, sizes and launch options that every kernel takes."""
+    """Strides, samples of a group, the scale of powers of two, and the sizes, which every kernel takes."""
     G, Q, N, D = q.shape
     B, S = k.shape[:2]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    options = {"Q": Q, "S": S, "N": N, "D": D, **tile(D, q.dtype), "enable_fp_fusion": True}
-    # the interpreter knows no tf32; three tf32 products keep float32's accuracy on a GPU
-    options["PRECISION"] = "ieee" if INTERPRETED.value or q.dtype != torch.float32 else "tf32x3"
-    return strides, B // G, scale * math.log2(math.e), options
+    sizes = {"Q": Q, "S": S, "N": N, "D": D}
+    return strides, B // G, scale * math.log2(math.e), sizes
+
+
+def _options(tile: Tile, by_keys: bool = False) -> dict:
+    queries, keys = (tile.keys, tile.queries) if by_keys else (tile.queries, tile.keys)
+    blocks = {"BD": tile.head, "BQ": queries, "BS": keys, "PRECISION": "ieee"}
+    return blocks | {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def _triton_forward(q, k, v, scale):
     (_, Q, N, D), B = q.shape, k.shape[0]
-    strides, per_group, log2_scale, options = _common(q, k, v, scale)
+    strides, per_group, log2_scale, sizes = _common(q, k, v, scale)
+    tile = tiles(D)[0]
     out = torch.empty(B, Q, N, D, device=k.device, dtype=k.dtype)
     lse = torch.empty(B, N, Q, device=k.device, dtype=torch.float32)
-    grid = (triton.cdiv(Q, options["BQ"]), N, B)
-    kernels.cap_forward_kernel[grid](q, k, v, out, lse, *strides, per_group, log2_scale, **options)
+    grid = (triton.cdiv(Q, tile.queries), N, B)
+    kernels.cap_forward_kernel[grid](
+        q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_options(tile)
+    )  # fmt: skip
     return out, lse
 
 
 def _triton_backward(dout, q, k, v, out, lse, scale):
     (G, Q, N, D), (B, S) = q.shape, k.shape[:2]
-    strides, per_group, log2_scale, options = _common(q, k, v, scale)
+    strides, per_group, log2_scale, sizes = _common(q, k, v, scale)
+    tile = tiles(D)[1]
     dout = dout.contiguous()
     chunk = next(c for c in range(min(CHUNK, per_group), 0, -1) if per_group % c == 0)
     chunks = per_group // chunk
     dq = torch.empty(G * chunks, Q, N, D, device=q.device, dtype=q.dtype if chunks == 1 else torch.float32)
     dkv = torch.empty(B, S, 2, N, D, device=k.device, dtype=k.dtype)
     dk, dv = dkv.unbind(2)
-    if Q <= SMALL and S <= SMALL:
-        options |= {"BQ": SMALL, "BS": SMALL}
+    if is_small(D, Q, S):
         kernels.cap_backward_small_kernel[(N, G * chunks)](
             q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
-            H=chunk, **options,
+            H=chunk, **sizes, **_options(tile),
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
-        kernels.cap_backward_q_kernel[(triton.cdiv(Q, options["BQ"]), N, G * chunks)](
-            q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale, H=chunk, **options
-        )
-        options["BQ"], options["BS"] = options["BS"], options["BQ"]
-        kernels.cap_backward_kv_kernel[(triton.cdiv(S, options["BS"]), N, B)](
-            q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale, **options
-        )
+        kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
+            q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
+            H=chunk, **sizes, **_options(tile),
+        )  # fmt: skip
+        kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
+            q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
+            **sizes, **_options(tile, by_keys=True),
+        )  # fmt: skip
     if chunks > 1:
         dq = dq.unflatten(0, (G, chunks)).sum(1).to(q.dtype)
     return dq, dkv
@@ -119,14 +135,17 @@ def _torch_backward(dout, q, k, v, out, lse, scale):
 
 
 def _on_triton(q: torch.Tensor) -> bool:
-    return q.is_cuda or INTERPRETED.value
+    return INTERPRETED.value or (q.is_cuda and q.dtype != torch.float32)
 
 
 @torch.library.custom_op("scalekd_ds::cap_attention", mutates_args=())
-def cap_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Q, N, D), contiguous, and the scores' log-sum-exp (B, N, Q) in powers of two, float32."""
+    D, tokens = q.shape[3], max(q.shape[1], k.shape[1])
+    if D % 8 or not 8 <= D <= MAX_HEAD_SIZE:
+        raise ValueError(f"q has head size {D}: the kernels take multiples of 8 from 8 to {MAX_HEAD_SIZE}.")
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"q has {q.shape[1]} queries and k {k.shape[1]} keys: the kernels take at most {MAX_TOKENS}.")
     return (_triton_forward if _on_triton(q) else _torch_forward)(q, k, v, scale)
 
 

@@ -16,9 +16,9 @@ def implementation(device: str, dtypes: set[torch.dtype], tokens: int, rank: int
     if device != "cuda" or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return "reference"
     # Triton is imported where there is a GPU to use it
-    from scalekd_ds.kernels.dual_view.ops import fits
+    from scalekd_ds.kernels.dual_view.ops import kind_of
 
-    return "triton" if fits(tokens, rank) else "reference"
+    return "reference" if kind_of(tokens, rank) is None else "triton"
 
 
 def _check(name: str, s: torch.Tensor, t: torch.Tensor) -> None:
@@ -93,12 +93,7 @@ def dual_view_loss(
     if chosen == "reference" or t.requires_grad:
         losses = reference.dual_view_loss(spatial, frequency, t, filter, pairs)
     else:
-        from scalekd_ds.kernels.dual_view.ops import dual_view
+        from scalekd_ds.kernels.dual_view.ops import dual_view_stages
 
-        losses = []
-        # a launch takes two stages
-        for i in range(0, len(spatial), 2):
-            flat = [float(w) for pair in pairs[i : i + 2] for w in pair]
-            losses.append(dual_view(spatial[i : i + 2], frequency[i : i + 2], t, filter, flat)[0])
-        losses = torch.cat(losses)
+        losses = dual_view_stages(spatial, frequency, t, filter, pairs)
     return losses[0] if one else losses

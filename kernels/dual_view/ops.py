@@ -16,15 +16,40 @@ from scalekd_ds.kernels.dual_view import triton_kernels as kernels
 from scalekd_ds.kernels.dual_view.reference import EPS, NOISE, high_pass
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
-# (largest padded P, channels of a tile, warps): no spills on sm_80, sm_90 and sm_100, tests/kernels asserts it
-_TILES = ((64, 64, 4), (128, 32, 4), (256, 32, 8), (512, 16, 8), (1024, 16, 16))
-MAX_TOKENS = 1024
-# padded P and padded R up to which a filter's dots fit shared memory
-MAX_LOW_RANK, MAX_DENSE = (256, 64), 128
+MAX_TOKENS, MAX_RANK = 1024, 64
+# P up to which a filter is a dot: beyond, its operands spill
+MAX_DOT = 128
+
+
+class Tile(NamedTuple):
+    """Padded P, channels of a program, warps, and the stages that a launch takes at once."""
+
+    tokens: int
+    channels: int
+    warps: int
+    stages: int = 2
+
+
+# (filter's kind, padded P) -> channels, warps, stages; no spills on sm_90 and fewest elsewhere, tests/kernels asserts it
+_TILES = {
+    (kernels.MEAN, 64): (64, 8, 2),
+    (kernels.MEAN, 128): (32, 8, 2),
+    (kernels.MEAN, 256): (16, 8, 2),
+    (kernels.MEAN, 512): (16, 16, 1),
+    # rows of 16 bytes in 16 bits use half of each sector read; a wider tile spills
+    (kernels.MEAN, 1024): (8, 16, 1),
+    (kernels.LOW_RANK, 64): (32, 8, 2),
+    (kernels.LOW_RANK, 128): (16, 8, 2),
+    (kernels.DENSE, 64): (32, 8, 2),
+    (kernels.DENSE, 128): (32, 8, 1),
+    (kernels.SWEEP, 256): (16, 8, 2),
+    (kernels.SWEEP, 512): (8, 16, 1),
+    (kernels.SWEEP, 1024): (8, 16, 1),
+}
 
 
 class Filter(NamedTuple):
-    """How a launch applies F: `kind` as in triton_kernels, `matrix` (P, R) or (P, P), its padded width, the mean."""
+    """How a launch applies F: `kind` as in triton_kernels, `matrix` (P, R) or (P, P), its width, whether the mean goes."""
 
     kind: int
     matrix: torch.Tensor | None
@@ -37,13 +62,29 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def fits(tokens: int, rank: int | None) -> bool:
-    """True where a kernel is there for (P, R); R None is the mean alone."""
-    if tokens > MAX_TOKENS or rank is None:
-        return tokens <= MAX_TOKENS
-    if 2 * rank > tokens:
-        return padded(tokens) <= MAX_DENSE
-    return padded(tokens) <= MAX_LOW_RANK[0] and padded(rank) <= MAX_LOW_RANK[1]
+def kind_of(tokens: int, rank: int | None) -> int | None:
+    """How a filter of rank R over P tokens is applied (R None: the mean alone); None where no kernel takes it."""
+    if tokens > MAX_TOKENS:
+        return None
+    if rank is None:
+        return kernels.MEAN
+    if padded(tokens) <= MAX_DOT:
+        # the cheaper of two dots of rank R and one with a (P, P) matrix
+        return kernels.LOW_RANK if 2 * rank <= tokens else kernels.DENSE
+    return kernels.SWEEP if rank <= MAX_RANK else None
+
+
+def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
+    """The tile of a launch that `kind_of` has a kernel for; `itemsize` of the widest tensor, in bytes."""
+    kind, size = kind_of(tokens, rank), max(64, padded(tokens))
+    if (kind, size) == (kernels.MEAN, 256) and itemsize == 2:
+        return Tile(size, 32, 16)
+    return Tile(size, *_TILES[kind, size])
+
+
+def _tile_for(tensors: Sequence[torch.Tensor], basis: torch.Tensor | None) -> Tile:
+    rank = None if basis is None else basis.shape[1]
+    return tile_of(tensors[0].shape[1], rank, max(x.element_size() for x in tensors))
 
 
 # by identity: a run uses one or two bases, and reading one back waits for the device
@@ -57,15 +98,14 @@ def _drops_mean(basis: torch.Tensor) -> bool:
 
 
 def filter_of(basis: torch.Tensor | None) -> Filter:
-    """The cheaper side of a projection: two dots of rank R, or one with the dense (P, P) matrix where 2R > P."""
+    """What a launch needs to apply the projection that drops `basis` (P, R)."""
     if basis is None:
         return Filter(kernels.MEAN, None, 1, True)
     if id(basis) not in _filters:
         tokens, rank = basis.shape
-        matrix, kind, width = basis.float().contiguous(), kernels.LOW_RANK, rank
-        if 2 * rank > tokens:
-            matrix = (torch.eye(tokens, device=basis.device) - matrix @ matrix.T).contiguous()
-            kind, width = kernels.DENSE, tokens
+        matrix, kind, width = basis.float().contiguous(), kind_of(tokens, rank), rank
+        if kind == kernels.DENSE:
+            matrix, width = (torch.eye(tokens, device=basis.device) - matrix @ matrix.T).contiguous(), tokens
         if len(_filters) >= 16:
             _filters.clear()
         # the basis is kept with its answer, so that the id stays its own
@@ -73,47 +113,41 @@ def filter_of(basis: torch.Tensor | None) -> Filter:
     return _filters[id(basis)][1]
 
 
-def _tile(tokens: int) -> tuple[int, int, int]:
-    size = padded(tokens)
-    return next((size, channels, warps) for limit, channels, warps in _TILES if size <= limit)
-
-
 def _launch(
     s_spatial: Sequence[torch.Tensor], s_frequency: Sequence[torch.Tensor], t: torch.Tensor, basis: torch.Tensor | None
-) -> tuple[list, list, dict, int]:
-    """Pointers, strides, constants and warps that forward and backward share; one stage stands in for a missing second."""
+) -> tuple[list, list, dict, dict]:
+    """Pointers, strides, constants and options that forward and backward share; one stage stands in for a missing second."""
     both = [x for pair in zip(s_spatial, s_frequency, strict=True) for x in pair]
     both = both if len(both) == 4 else both * 2
-    size, channels, warps = _tile(t.shape[1])
     f = filter_of(basis)
+    tile = _tile_for([*both, t], basis)
     constants = {
         "C": t.shape[2],
         "L": len(s_spatial),
-        "BP": size,
-        "BC": channels,
+        "BP": tile.tokens,
+        "BC": tile.channels,
         "R": f.width,
-        "BR": 1 if f.matrix is None else padded(f.width),
+        "BR": padded(f.width),
         "KIND": f.kind,
         "DROPS_MEAN": f.drops_mean,
         # the interpreter knows no tf32; on a GPU tf32x3 spills
         "PRECISION": "ieee" if INTERPRETED.value else "tf32",
     }
+    options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
     strides = [stride for x in (*both, t) for stride in x.stride()[:2]]
-    return [*both, t, t if f.matrix is None else f.matrix], strides, constants, warps
+    return [*both, t, t if f.matrix is None else f.matrix], strides, constants, options
 
 
 def _triton_forward(s_spatial, s_frequency, t, basis, weights):
     B, P, C = t.shape
     L = len(s_spatial)
-    pointers, strides, constants, warps = _launch(s_spatial, s_frequency, t, basis)
+    pointers, strides, constants, options = _launch(s_spatial, s_frequency, t, basis)
     splits = 4 if 4 * constants["BC"] <= C else 1
     sums = t.new_empty(B, splits, 2 + 5 * L, P, dtype=torch.float32)
     coef = t.new_empty(L, B, 4, P, dtype=torch.float32)
     loss = t.new_empty(B, L, 2, dtype=torch.float32)
     scaled = torch.tensor([w / B for w in weights], device=t.device, dtype=torch.float32)
-    kernels.dual_view_sums_kernel[(B, splits)](
-        *pointers, sums, *strides, P, K=splits, **constants, num_warps=warps, enable_fp_fusion=True
-    )
+    kernels.dual_view_sums_kernel[(B, splits)](*pointers, sums, *strides, P, K=splits, **constants, **options)
     kernels.dual_view_finish_kernel[(B,)](
         sums, coef, loss, scaled, P, K=splits, L=L, BP=constants["BP"], EPS=EPS, NOISE=NOISE**2,
         num_warps=1 if P <= 256 else 4, enable_fp_fusion=True,
@@ -123,7 +157,7 @@ def _triton_forward(s_spatial, s_frequency, t, basis, weights):
 
 def _triton_backward(upstream, s_spatial, s_frequency, t, basis, coef):
     B, P, C = t.shape
-    pointers, strides, constants, warps = _launch(s_spatial, s_frequency, t, basis)
+    pointers, strides, constants, options = _launch(s_spatial, s_frequency, t, basis)
     gradients = [
         torch.empty(t.shape, device=t.device, dtype=x.dtype)
         for pair in zip(s_spatial, s_frequency, strict=True)
@@ -131,8 +165,7 @@ def _triton_backward(upstream, s_spatial, s_frequency, t, basis, coef):
     ]
     out = gradients if len(gradients) == 4 else gradients * 2
     kernels.dual_view_backward_kernel[(B, triton.cdiv(C, constants["BC"]))](
-        *pointers, coef, upstream.float().contiguous(), *out, *strides, P, **constants,
-        num_warps=warps, enable_fp_fusion=True,
+        *pointers, coef, upstream.float().contiguous(), *out, *strides, P, **constants, **options
     )  # fmt: skip
     return gradients[0::2] + gradients[1::2]
 
@@ -244,3 +277,19 @@ def _backward(ctx, upstream, _):
 
 
 dual_view.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dual_view_stages(
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    weights: Sequence[Sequence[float]],
+) -> torch.Tensor:
+    """(L, 2) weighted losses of any number of stages, as many in a launch as its tile takes."""
+    step = _tile_for([*s_spatial, *s_frequency, t], basis).stages
+    losses = []
+    for i in range(0, len(s_spatial), step):
+        flat = [float(w) for pair in weights[i : i + step] for w in pair]
+        losses.append(dual_view(list(s_spatial[i : i + step]), list(s_frequency[i : i + step]), t, basis, flat)[0])
+    return torch.cat(losses)

@@ -19,13 +19,13 @@ import triton.language as tl
 
 from scalekd_ds.kernels.interpreted import dot, store_as
 
-# what F is beside the mean: nothing, x - Q Q^T x with Q (P, R), or a dense (P, P) matrix
-MEAN, LOW_RANK, DENSE = 0, 1, 2
+# what F is beside the mean: nothing; x - Q Q^T x with Q (P, R), by two dots or column by column; a dense (P, P) matrix
+MEAN, LOW_RANK, DENSE, SWEEP = 0, 1, 2, 3
 
 
 @triton.jit
 def _load_filter(q_ptr, tokens, P, R: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr):
-    if KIND == 0:
+    if KIND == 0 or KIND == 3:
         q = tl.zeros([1, 1], tl.float32)
     else:
         columns = tl.arange(0, BR)
@@ -35,7 +35,18 @@ def _load_filter(q_ptr, tokens, P, R: tl.constexpr, BP: tl.constexpr, BR: tl.con
 
 
 @triton.jit
-def _high_pass(x, q, valid, P, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr):
+def _high_pass(
+    x,
+    q,
+    q_ptr,
+    tokens,
+    valid,
+    P,
+    R: tl.constexpr,
+    KIND: tl.constexpr,
+    DROPS_MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """F x of a [BP, BC] tile whose rows from P on are zero, and stay zero."""
     if DROPS_MEAN:
         # exact, so that the mean, which dwarfs the rest in real features, does not round through a tf32 dot
@@ -46,6 +57,10 @@ def _high_pass(x, q, valid, P, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRE
         x = x - dot(q, low, PRECISION)
     elif KIND == 2:
         x = dot(q, x, PRECISION)
+    elif KIND == 3:
+        for r in tl.range(0, R):
+            column = tl.load(q_ptr + tokens * R + r, mask=valid, other=0.0)
+            x -= column[:, None] * tl.sum(x * column[:, None], axis=0)[None, :]
     return x
 
 
@@ -94,17 +109,17 @@ def dual_view_sums_kernel(
             s = _load_tile(s1_ptr, b, s1_b, s1_p, tokens, channels, inside)
             ss1 += tl.sum(s * s, 1)
             st1 += tl.sum(s * t, 1)
-        v = _high_pass(t, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+        v = _high_pass(t, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
         vv += tl.sum(v * v, 1)
         f = _load_tile(f0_ptr, b, f0_b, f0_p, tokens, channels, inside)
         ff0 += tl.sum(f * f, 1)
-        f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+        f = _high_pass(f, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
         uu0 += tl.sum(f * f, 1)
         uv0 += tl.sum(f * v, 1)
         if L == 2:
             f = _load_tile(f1_ptr, b, f1_b, f1_p, tokens, channels, inside)
             ff1 += tl.sum(f * f, 1)
-            f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+            f = _high_pass(f, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
             uu1 += tl.sum(f * f, 1)
             uv1 += tl.sum(f * v, 1)
     out = sums_ptr + (b * K + split) * (2 + 5 * L) * P + tokens
@@ -185,8 +200,9 @@ def dual_view_finish_kernel(
 
 @triton.jit
 def _gradients(
-    s_ptr, f_ptr, ds_ptr, df_ptr, s_b, s_p, f_b, f_p, coef, upstream, b, t, v, q, tokens, channels, inside, valid,
-    P, C: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    s_ptr, f_ptr, ds_ptr, df_ptr, s_b, s_p, f_b, f_p, coef, upstream, b, t, v, q, q_ptr,
+    tokens, channels, inside, valid, P, C: tl.constexpr, R: tl.constexpr,
+    KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     g_spatial = tl.load(upstream)
     g_frequency = tl.load(upstream + 1)
@@ -199,8 +215,8 @@ def _gradients(
     a = tl.load(coef + 2 * P, mask=valid, other=0.0) * g_frequency
     bb = tl.load(coef + 3 * P, mask=valid, other=0.0) * g_frequency
     f = _load_tile(f_ptr, b, f_b, f_p, tokens, channels, inside)
-    f = _high_pass(f, q, valid, P, KIND, DROPS_MEAN, PRECISION)
-    df = _high_pass(a[:, None] * f + bb[:, None] * v, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+    f = _high_pass(f, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
+    df = _high_pass(a[:, None] * f + bb[:, None] * v, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
     tl.store(df_ptr + out, store_as(df, df_ptr.dtype.element_ty), mask=inside)
 
 
@@ -220,15 +236,15 @@ def dual_view_backward_kernel(
     inside = valid[:, None] & (channels < C)[None, :]
     q = _load_filter(q_ptr, tokens, P, R, BP, BR, KIND)
     t = _load_tile(t_ptr, b, t_b, t_p, tokens, channels, inside)
-    v = _high_pass(t, q, valid, P, KIND, DROPS_MEAN, PRECISION)
+    v = _high_pass(t, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
     coef = coef_ptr + b * 4 * P + tokens
     _gradients(
-        s0_ptr, f0_ptr, ds0_ptr, df0_ptr, s0_b, s0_p, f0_b, f0_p, coef, upstream_ptr, b, t, v, q,
-        tokens, channels, inside, valid, P, C, KIND, DROPS_MEAN, PRECISION,
+        s0_ptr, f0_ptr, ds0_ptr, df0_ptr, s0_b, s0_p, f0_b, f0_p, coef, upstream_ptr, b, t, v, q, q_ptr,
+        tokens, channels, inside, valid, P, C, R, KIND, DROPS_MEAN, PRECISION,
     )  # fmt: skip
     if L == 2:
         coef += batch * 4 * P
         _gradients(
-            s1_ptr, f1_ptr, ds1_ptr, df1_ptr, s1_b, s1_p, f1_b, f1_p, coef, upstream_ptr + 2, b, t, v, q,
-            tokens, channels, inside, valid, P, C, KIND, DROPS_MEAN, PRECISION,
+            s1_ptr, f1_ptr, ds1_ptr, df1_ptr, s1_b, s1_p, f1_b, f1_p, coef, upstream_ptr + 2, b, t, v, q, q_ptr,
+            tokens, channels, inside, valid, P, C, R, KIND, DROPS_MEAN, PRECISION,
         )  # fmt: skip
