@@ -13,10 +13,10 @@ from scalekd_ds.projector import CrossAttentionProjector, LayerNorm2d
 from scalekd_ds.projector_conv import patches_of
 
 
-def _linear(x: torch.Tensor, layers: list[nn.Linear]) -> torch.Tensor:
-    """(V, M, in) -> (V, M, out): layer v on x[v], as one batched product."""
-    weight = torch.stack([layer.weight for layer in layers])
-    bias = torch.stack([layer.bias for layer in layers])
+def _linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
+    """(V, M, in) -> (V, M, out): layer v on x[v], as one batched product; several lists give their outputs side by side."""
+    weight = torch.cat([torch.stack([layer.weight for layer in group]) for group in layers], 1)
+    bias = torch.cat([torch.stack([layer.bias for layer in group]) for group in layers], 1)
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
@@ -83,7 +83,7 @@ class ProjectorPair(nn.Module):
         count, batch, heads = len(views), x.shape[0], views[0].num_heads
         tokens = self._keys(x, views)
 
-        kv = torch.cat([_linear(tokens, [v.k for v in views]), _linear(tokens, [v.v for v in views])], -1)
+        kv = _linear(tokens, [v.k for v in views], [v.v for v in views])
         # (V, B*S, 2C) -> two strided views (V*B, S, A, d)
         k, v = kv.unflatten(1, (batch, -1)).flatten(0, 1).unflatten(-1, (2, heads, -1)).unbind(2)
 
@@ -112,5 +112,5 @@ class ProjectorPair(nn.Module):
             f = _batch_norm(f, [v.norm for v in views])
         else:
             f = torch.cat([v.norm(part) for v, part in zip(views, f.chunk(len(views), 1), strict=True)], 1)
-        f = F.relu(f) + torch.cat([v.pos_embed for v in views], 1)
+        f = F.relu(f) + torch.cat([v.pos_embed for v in views], 1).to(f.dtype)
         return f.permute(0, 2, 3, 1).flatten(0, 2).unflatten(-1, (len(views), -1)).transpose(0, 1)

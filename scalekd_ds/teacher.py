@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -236,6 +236,15 @@ class Teacher(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
+        return self
+
+    def compile(self, **kwargs: Any) -> Teacher:
+        """Compiles `targets` and `last_stage` with torch.compile: frozen and of one shape, they are compiled once."""
+        if self.family is not None:
+            forward, last_stage = (torch.compile(f, **kwargs) for f in (self.family.forward, self.family.last_stage))
+            self.family = replace(self.family, forward=forward, last_stage=last_stage)
+        else:
+            self.model.compile(**kwargs)
         return self
 
     def _autocast(self, x: torch.Tensor) -> Any:

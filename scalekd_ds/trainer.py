@@ -212,8 +212,11 @@ def build(cfg: RunConfig) -> Run:
     steps_per_epoch = len(train.paths) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
-    if distiller.teacher is not None and engine.torch_autocast_enabled():
-        distiller.teacher.lower(engine.torch_autocast_dtype())
+    if distiller.teacher is not None:
+        if engine.torch_autocast_enabled():
+            distiller.teacher.lower(engine.torch_autocast_dtype())
+        if cfg.run.compile_teacher:
+            distiller.teacher.compile()
     # ranks draw different dropout and stochastic depth
     seed_everything(cfg.seed + rank)
     state = checkpoint.load(engine, resume_from) if resume_from else {}

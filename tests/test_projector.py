@@ -8,6 +8,7 @@ from golden_map import projector_name, projector_state
 
 from scalekd_ds.projector import CrossAttentionProjector
 from scalekd_ds.projector_conv import patches_of
+from scalekd_ds.projector_pair import ProjectorPair
 
 CASES = [
     "a1_cap_self_7x7_w1_s5",
@@ -148,3 +149,38 @@ def test_patches_are_as_accurate_as_the_convolution_in_16_bits(monkeypatch):
     by_convolution = run(True)
     for ours, theirs, expected in zip(by_patches, by_convolution, exact, strict=True):
         assert relative_error(ours.float(), expected) < 1.5 * relative_error(theirs.float(), expected)
+
+
+def test_a_channels_last_map_becomes_tokens_without_a_copy():
+    pair = ProjectorPair(
+        {name: CrossAttentionProjector(16, 32, (7, 7), (5, 5), 4) for name in ("spatial", "frequency")}
+    )
+    x = torch.randn(3, 16, 7, 7).contiguous(memory_format=torch.channels_last)
+    tokens = pair._keys(x, pair.views)
+    # rows of both views' channels side by side: a copy would have left rows of 16
+    assert tokens.shape == (2, 3 * 49, 16) and tokens.stride() == (16, 32, 1)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_pair_in_one_pass_equals_its_projectors(learned, norm):
+    pair = ProjectorPair(
+        {n: CrossAttentionProjector(8, 16, (6, 5), (4, 4), 4, 5.0, learned, norm) for n in ("spatial", "frequency")}
+    ).double()
+    x = torch.randn(3, 8, 6, 5, dtype=torch.float64, requires_grad=True)
+    queries = None if learned else torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    leaves = [x, *pair.parameters()] + ([] if learned else [queries])
+    results = []
+    for run in (
+        lambda: pair.stacked(x, queries),
+        lambda: pair.one_by_one(x, [None] * 2 if learned else queries.unbind(0)),
+    ):
+        before = {name: buffer.clone() for name, buffer in pair.named_buffers()}
+        out = run()
+        results.append((out, *torch.autograd.grad((out * upstream).sum(), leaves)))
+        after = {name: buffer.clone() for name, buffer in pair.named_buffers()}
+        results.append(tuple(after.values()))
+        pair.load_state_dict(before, strict=False)
+    for ours, theirs in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
