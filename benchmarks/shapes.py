@@ -1,0 +1,86 @@
+"""Sizes of the two kernels in the published recipes, and the work that no implementation can avoid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DualView:
+    """The loss on `grid` tokens of `channels`, of one stage or of several that share the target."""
+
+    name: str
+    grid: tuple[int, int]
+    channels: int
+    stages: int = 1
+    operation = "dual_view_loss"
+
+    def sizes(self, batch: int) -> dict[str, Any]:
+        """What the JSON says about the row."""
+        return {"batch": batch, "tokens": self.grid[0] * self.grid[1], "channels": self.channels, "stages": self.stages}
+
+    def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
+        """Bytes: each tensor read once forward, and read once and its gradient written once backward; none for the
+        target. The arithmetic is no product of matrices."""
+        reads = 2 * self.stages + 1
+        tensor = batch * self.grid[0] * self.grid[1] * self.channels * itemsize
+        return {"bytes": tensor * (reads if direction == "forward" else 2 * reads + 2 * self.stages), "flop": 0}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One stage's attention of both views; `shared`: one learned query for the whole batch of a view."""
+
+    name: str
+    queries: int
+    keys: int
+    heads: int
+    head_size: int
+    shared: bool
+    operation = "cap_attention"
+
+    def sizes(self, batch: int) -> dict[str, Any]:
+        """What the JSON says about the row; `batch` counts images, of which both views are stacked."""
+        names = ("queries", "keys", "heads", "head_size", "shared")
+        return {"batch": batch, **{name: getattr(self, name) for name in names}}
+
+    def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
+        """Bytes: q, k, v read and y written; backward q, k, v, y, dy read and dq, dk, dv written. FLOP: 2 products
+        forward, 5 backward (the scores are made again)."""
+        width = self.heads * self.head_size * itemsize
+        q = (2 if self.shared else 2 * batch) * self.queries * width
+        y, kv = 2 * batch * self.queries * width, 2 * 2 * batch * self.keys * width
+        product = 2 * 2 * batch * self.heads * self.queries * self.keys * self.head_size
+        if direction == "forward":
+            return {"bytes": q + kv + y, "flop": 2 * product}
+        return {"bytes": 3 * q + 3 * kv + 3 * y, "flop": 7 * product}
+
+
+ALL = (
+    DualView("swin_s", (7, 7), 768),
+    DualView("swin_l", (7, 7), 1536),
+    DualView("swin_l.both", (7, 7), 1536, 2),
+    DualView("beit_l", (16, 16), 1024),
+    DualView("beit_l.both", (16, 16), 1024, 2),
+    DualView("beit_l.336", (24, 24), 1024),
+    # Swin-L -> ResNet-50 and MobileNet
+    Attention("swin_l.s3", 196, 196, 16, 48, True),
+    Attention("swin_l.s4", 49, 49, 24, 64, False),
+    # Swin-L -> Swin-T: head size 32
+    Attention("swin_l-swin_t.s3", 196, 196, 24, 32, True),
+    Attention("swin_l-swin_t.s4", 49, 49, 48, 32, False),
+    # Swin-L -> ViT and Mixer: the student's grid is finer than the teacher's
+    Attention("swin_l-deit.s3", 196, 196, 8, 96, True),
+    Attention("swin_l-deit.s4", 49, 196, 8, 192, False),
+    # Swin-S -> ResNet-50
+    Attention("swin_s.s3", 196, 196, 3, 128, True),
+    Attention("swin_s.s4", 49, 49, 6, 128, False),
+    # BEiT-L/14 -> ResNet-50, ViT-B/14, EVA-02-S at 336 pixels
+    Attention("beit_l-resnet50.s3", 256, 196, 8, 128, True),
+    Attention("beit_l-resnet50.s4", 256, 49, 8, 128, False),
+    Attention("beit_l-vit_b.s3", 256, 256, 8, 128, True),
+    Attention("beit_l-vit_b.s4", 256, 256, 8, 128, False),
+    Attention("beit_l-eva02_s.s3", 576, 576, 8, 128, True),
+    Attention("beit_l-eva02_s.s4", 576, 576, 8, 128, False),
+)
