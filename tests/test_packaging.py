@@ -7,17 +7,17 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from importlib.metadata import Distribution
-from importlib.util import find_spec
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).parents[1]
 
-# found, not imported: setuptools puts a distutils of its own in place as it is imported
+# neither imported nor looked for on the path: both make setuptools swap distutils, which inductor then trips over
+INSTALLED = {distribution.name for distribution in distributions()}
 for tool in ("pip", "setuptools"):
-    if find_spec(tool) is None:
+    if tool not in INSTALLED:
         pytest.skip(f"needs {tool} to install with", allow_module_level=True)
 
 LOOK = """
