@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Puts data in place: `launch/prepare_data.py fashion-mnist runs/fashion-mnist`."""
+"""Puts data in place, and checks it: `launch/prepare_data.py fashion-mnist runs/fashion-mnist`, `... verify DIR`."""
 
 import argparse
 from pathlib import Path
@@ -18,6 +18,19 @@ def fashion_mnist(args: argparse.Namespace) -> None:
     print(f"{args.out}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
 
 
+def verify(args: argparse.Namespace) -> None:
+    from scalekd_ds.data import verify as data
+    from scalekd_ds.data.source import index_folder
+
+    folders = [folder for name in ("train", "val") if (folder := args.dir / name).is_dir()] or [args.dir]
+    paths = [path for folder in folders for path in index_folder(folder, "verify").paths]
+    flaws = data.find_flaws(paths, args.workers)
+    for name, reason in sorted(flaws.items()):
+        print(f"{name} {reason}")
+    listed = data.write_quarantine(args.dir, flaws)
+    print(f"{len(flaws)} of {len(paths)} images cannot be used: {listed}, which training leaves out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -29,6 +42,10 @@ def main() -> None:
         "--limit", type=int, default=None, help="only this many images of each set, even over the classes"
     )
     fashion.set_defaults(run=fashion_mnist)
+    check = commands.add_parser("verify", help="decode every image below DIR and list the ones that cannot be used")
+    check.add_argument("dir", type=Path, help="the folder that is given to training as --data.root")
+    check.add_argument("--workers", type=int, default=None, help="processes; one a core")
+    check.set_defaults(run=verify)
     args = parser.parse_args()
     args.run(args)
 

@@ -35,6 +35,8 @@ class DataConfig:
         eval_batch_size: Validation images in a forward pass on one rank.
         threads: DALI's decoding threads on each rank.
         prefetch: Batches that DALI prepares ahead.
+        max_bad_share: Of the training images that may be unreadable before the run stops; each is replaced by another of
+            its class.
     """
 
     root: str = ""
@@ -52,6 +54,7 @@ class DataConfig:
     eval_batch_size: int = 64
     threads: int = 2
     prefetch: int = 2
+    max_bad_share: float = 0.001
 
     @property
     def eval_shorter_side(self) -> int:
@@ -71,6 +74,7 @@ class DataConfig:
         _require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1")
         _require(self.threads > 0, "data.threads", self.threads, "at least 1")
         _require(self.prefetch > 0, "data.prefetch", self.prefetch, "at least 1")
+        _require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "a share, 0 to 1")
         if self.eval_resize is not None:
             _require(self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize, "at least image_size")
 

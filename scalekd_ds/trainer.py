@@ -18,6 +18,7 @@ from scalekd_ds.card import student_card
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data import EvalLoader, ImageFolder, StreamSampler, TrainLoader
 from scalekd_ds.data.source import check_same_classes, index_folder, subset
+from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import (
     build_engine,
@@ -128,6 +129,13 @@ def mean_over_ranks(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(losses, means.tolist(), strict=True))
 
 
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    """Collective."""
+    total = torch.tensor(float(value), device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
 def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, steps: int) -> dict[str, float]:
     """Everything that TensorBoard gets at a logged step."""
     scalars = mean_over_ranks(losses)
@@ -140,6 +148,7 @@ def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, step
         scalars["optim/grad_norm"] = float(norm)
     wall, shares = timer.read()
     scalars["perf/images_per_s"] = steps * run.cfg.global_batch_size / wall
+    scalars["data/bad_files"] = sum_over_ranks(len(run.train_loader.bad_files), run.device)
     scalars["perf/data_wait_share"] = shares.get("data_wait", 0.0)
     if run.teacher is not None:
         scalars["perf/teacher_share"] = shares.get("teacher", 0.0)
@@ -273,6 +282,7 @@ def read_sources(cfg: RunConfig) -> tuple[ImageFolder, ImageFolder]:
     train = index_folder(root / cfg.data.train, "data.train")
     val = index_folder(root / cfg.data.val, "data.val")
     check_same_classes(train, val)
+    train, val = without_quarantined(train, root), without_quarantined(val, root)
     if cfg.data.train_images is not None:
         seed = cfg.seed if cfg.data.subset_seed is None else cfg.data.subset_seed
         train = subset(train, cfg.data.train_images, seed)

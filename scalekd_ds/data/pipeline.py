@@ -19,7 +19,8 @@ from nvidia.dali import Pipeline, fn, types
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
-from scalekd_ds.data.reader import Reader, first_bad
+from scalekd_ds.data.bad_files import BadFiles
+from scalekd_ds.data.reader import BadImageError, Reader, undecodable
 from scalekd_ds.data.sampler import StreamSampler, eval_shard
 from scalekd_ds.data.source import ImageFolder
 from scalekd_ds.errors import UserError
@@ -35,6 +36,14 @@ def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tupl
     else:
         size = int(shorter * height / width), shorter
     return size, (round((size[0] - side) / 2.0), round((size[1] - side) / 2.0))
+
+
+class _UndecodableError(Exception):
+    """DALI failed on one of these samples, and with it the pipeline."""
+
+    def __init__(self, indices: np.ndarray, cause: RuntimeError) -> None:
+        super().__init__(str(cause))
+        self.indices, self.cause = indices, cause
 
 
 class _Loader:
@@ -110,11 +119,21 @@ class _Loader:
 
     def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches from number `first` on, `count` of them or without end."""
-        batches = self._run(iter(range(first, first + count)) if count is not None else itertools.count(first))
+        batches = self._run(first, None if count is None else first + count)
         self._running.add(batches)
         return batches
 
-    def _run(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run(self, number: int, last: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        while last is None or number < last:
+            try:
+                for batch in self._decode(itertools.count(number) if last is None else iter(range(number, last))):
+                    yield batch
+                    number += 1
+            except _UndecodableError as error:
+                # the pipeline is of no use after an error: the next one starts at the batch that was not handed out
+                self._set_aside(error.indices, error.cause)
+
+    def _decode(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         reading: deque[Future] = deque()
         decoding: deque[np.ndarray] = deque()
         pool = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="read-images")
@@ -141,7 +160,7 @@ class _Loader:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    self._explain(error, np.concatenate(decoding))
+                    raise _UndecodableError(np.concatenate(decoding), error) from None
                 decoding.popleft()
                 yield self._tensor(images), self._tensor(labels)
         finally:
@@ -151,15 +170,18 @@ class _Loader:
         # the outputs are DALI's own memory, reused by a later run: copy them out
         return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
 
-    def _explain(self, error: RuntimeError, indices: np.ndarray) -> None:
-        bad = first_bad([self.source.paths[i] for i in indices])
-        if bad is not None:
-            raise UserError(f"image {bad!r} cannot be decoded. Mend or remove it.") from None
-        raise error
+    def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
+        """Says which of the samples that were being decoded cannot be; without one, the error is another."""
+        bad = undecodable([self.source.paths[i] for i in indices])
+        if not bad:
+            raise error
+        raise UserError(f"image {next(iter(bad))!r} cannot be decoded. Mend or remove it.")
 
 
 class TrainLoader(_Loader):
     """Endless training batches of one rank, from any optimizer step on.
+
+    A file that cannot be read or decoded is replaced by another of its class, the same one in every run.
 
     Args:
         source: The training images.
@@ -169,6 +191,12 @@ class TrainLoader(_Loader):
         mean: Of the pixels in units of 0 to 1.
         std: Likewise.
         start_step: Optimizer step to start at.
+
+    Attributes:
+        bad_files: What was replaced on this rank.
+
+    Raises:
+        UserError: While iterating, when more than `cfg.max_bad_share` of the files are bad.
 
     Yields:
         images (B, 3, S, S) float32, normalised, and labels (B,) int64.
@@ -186,6 +214,7 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(source, cfg, sampler.micro_batch, device, mean, std)
         self.sampler, self.start_step = sampler, start_step
+        self.bad_files = BadFiles(source.paths, source.labels, sampler.seed, cfg.max_bad_share)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
         if cfg.random_crop:
             self._inputs += [(types.INT64, 1), (types.INT64, 1)]
@@ -211,25 +240,45 @@ class TrainLoader(_Loader):
 
     def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
         sampler, cfg = self.sampler, self.cfg
-        indices, epochs = sampler.indices(*divmod(number, sampler.accumulation))
-        encoded = [self._reader.encoded(i) for i in indices.tolist()]
+        drawn, epochs = sampler.indices(*divmod(number, sampler.accumulation))
+        usable = [self._usable(i, epoch) for i, epoch in zip(drawn.tolist(), epochs.tolist(), strict=True)]
+        indices = np.array([index for index, _, _ in usable])
+        encoded = [data for _, data, _ in usable]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
         inputs = [encoded, list(self.source.labels[indices]), list(flips.astype(np.int32))]
         if cfg.random_crop:
             crops = np.array(
                 [
                     augment.random_resized_crop(
-                        augment.generator(sampler.seed, epoch, index),
-                        *self._reader.size(index, data),
-                        cfg.crop_scale,
-                        cfg.crop_ratio,
+                        augment.generator(sampler.seed, epoch, index), *size, cfg.crop_scale, cfg.crop_ratio
                     )
-                    for data, index, epoch in zip(encoded, indices.tolist(), epochs.tolist(), strict=True)
+                    for (index, _, size), epoch in zip(usable, epochs.tolist(), strict=True)
                 ],
                 dtype=np.int64,
             )
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
         return indices, inputs
+
+    def _usable(self, index: int, epoch: int) -> tuple[int, np.ndarray, tuple[int, int] | None]:
+        """The sample or what replaces it, its bytes, and (height, width) where a crop needs them."""
+        drawn = index
+        while True:
+            while index in self.bad_files:
+                index = self.bad_files.replacement(drawn, epoch)
+            try:
+                data = self._reader.encoded(index)
+                return index, data, self._reader.size(index, data) if self.cfg.random_crop else None
+            except BadImageError as error:
+                self.bad_files.add(index, error.reason)
+
+    def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
+        unique = np.unique(indices)
+        bad = undecodable([self.source.paths[i] for i in unique])
+        if not bad:
+            raise error
+        for index in unique.tolist():
+            if self.source.paths[index] in bad:
+                self.bad_files.add(index, bad[self.source.paths[index]])
 
 
 class EvalLoader(_Loader):

@@ -1,0 +1,78 @@
+"""Files that cannot be read or decoded: counted, named once, and each replaced by another of its class."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from scalekd_ds.data import augment
+from scalekd_ds.errors import UserError
+
+_STREAM = 7
+_NAMED_AT_THE_END = 20
+
+
+class BadFiles:
+    """The bad files that one rank has met. Threads may share it.
+
+    What replaces a file is a pure function of (seed, epoch, file) and of which files are bad, so a resumed run draws the same.
+
+    Args:
+        names: Of all files, for messages.
+        labels: (n,) class of each.
+        seed: The run's.
+        max_share: Of all files that may be bad before the run stops.
+    """
+
+    def __init__(self, names: Sequence[str], labels: np.ndarray, seed: int, max_share: float) -> None:
+        self.names, self.labels, self.seed, self.max_share = names, labels, seed, max_share
+        self.reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._by_class: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.reasons
+
+    def add(self, index: int, reason: str) -> None:
+        """Remembers a bad file and names it on stderr, once.
+
+        Raises:
+            UserError: More than `max_share` of all files are bad.
+        """
+        with self._lock:
+            if index in self.reasons:
+                return
+            self.reasons[index] = reason
+            count, limit = len(self.reasons), self.max_share * len(self.names)
+        if count <= limit:
+            print(f"warning: {self.names[index]} {reason}; another of its class takes its place", file=sys.stderr)
+            return
+        named = [f"{self.names[i]} {why}" for i, why in list(self.reasons.items())[:_NAMED_AT_THE_END]]
+        more = f", and {count - len(named)} more" if count > len(named) else ""
+        raise UserError(
+            f"{count} of {len(self.names)} training images cannot be used, more than data.max_bad_share "
+            f"{self.max_share:g} allows: {'; '.join(named)}{more}. `launch/prepare_data.py verify DIR` sets them aside."
+        )
+
+    def replacement(self, index: int, epoch: int) -> int:
+        """Another sample of the same class that is not known to be bad.
+
+        Raises:
+            UserError: The class has none left.
+        """
+        if self._by_class is None:
+            self._by_class = np.argsort(self.labels, kind="stable")
+        label = self.labels[index]
+        first, last = np.searchsorted(self.labels[self._by_class], [label, label + 1])
+        start = augment.uniform(self.seed, np.array([epoch]), np.array([index]), _STREAM)[0]
+        for step in range(last - first):
+            candidate = int(self._by_class[first + (int(start * (last - first)) + step) % (last - first)])
+            if candidate not in self.reasons:
+                return candidate
+        raise UserError(f"every image of the class of {self.names[index]} is bad: mend them, or remove the class.")
