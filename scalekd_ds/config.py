@@ -29,7 +29,15 @@ class DataConfig:
         crop_ratio: Aspect ratio of that crop, lowest and highest.
         random_crop: False resizes the whole image instead of cropping (for images that are already cut out).
         hflip: Probability of a horizontal flip.
-        interpolation: Filter of every resize.
+        auto_augment: Policy as timm names it, such as `rand-m9-n2-mstd0.5-inc1` (RandAugment whose severity increases, with
+            noise on the magnitude), `original-mstd0.5` (AutoAugment), or `trivial` (TrivialAugmentWide); empty is none.
+        color_jitter: Brightness, contrast and saturation: factors are drawn within 1 +- each.
+        random_erasing: Probability that a box is erased.
+        erasing_fill: `zero` is the mean colour, `noise` a normal deviate for each pixel and channel.
+        mixup: alpha of mixup's beta distribution; 0 is off.
+        cutmix: alpha of cutmix; with both, either is taken with probability 1/2.
+        mix_probability: Of mixing a micro batch at all.
+        interpolation: Filter of every resize, and of the policy's geometric operations.
         eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and
             image_size itself below 64 pixels, where a margin would cost too much.
         eval_batch_size: Validation images in a forward pass on one rank.
@@ -49,6 +57,13 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     random_crop: bool = True
     hflip: float = 0.5
+    auto_augment: str = ""
+    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    random_erasing: float = 0.0
+    erasing_fill: Literal["zero", "noise"] = "noise"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     eval_resize: int | None = None
     eval_batch_size: int = 64
@@ -66,6 +81,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
         _require(0.0 <= self.hflip <= 1.0, "data.hflip", self.hflip, "a probability, 0 to 1")
+        for name in ("random_erasing", "mix_probability"):
+            _require(0.0 <= getattr(self, name) <= 1.0, f"data.{name}", getattr(self, name), "a probability, 0 to 1")
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0.0, f"data.{name}", getattr(self, name), "not negative (0 is off)")
+        _require(min(self.color_jitter) >= 0.0, "data.color_jitter", self.color_jitter, "three ranges, not negative")
         low, high = self.crop_scale
         _require(0.0 < low <= high <= 1.0, "data.crop_scale", self.crop_scale, "two shares, 0 < low <= high <= 1")
         low, high = self.crop_ratio

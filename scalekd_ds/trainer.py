@@ -17,6 +17,7 @@ from scalekd_ds import checkpoint, ds_config
 from scalekd_ds.card import student_card
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data import EvalLoader, ImageFolder, StreamSampler, TrainLoader
+from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.source import check_same_classes, index_folder, subset
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.distiller import ScaleKD
@@ -76,6 +77,7 @@ class Run:
     classes: list[str]
     train_loader: TrainLoader
     val_loader: EvalLoader
+    mixer: Mixer | None
     total_steps: int
     steps_per_epoch: float
     step: int = 0
@@ -98,9 +100,11 @@ def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tens
     """One optimizer step; returns the mean losses of its micro batches, still on the device."""
     sums: dict[str, torch.Tensor] = {}
     accumulation = run.engine.gradient_accumulation_steps()
-    for _ in range(accumulation):
+    for micro in range(accumulation):
         with timer.part("data_wait", host=True):
             images, labels = next(batches)
+        if run.mixer is not None:
+            images, labels = run.mixer(images, labels, run.step, micro)
         targets = None
         if run.teacher is not None:
             with timer.part("teacher"):
@@ -237,6 +241,8 @@ def build(cfg: RunConfig) -> Run:
             print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
     mean, std = normalisation_of(distiller.student)
     micro, _ = cfg.batches(world_size)
+    mixes = cfg.data.mixup > 0 or cfg.data.cutmix > 0
+    mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if mixes else None
     sampler = StreamSampler(len(train.paths), cfg.seed, cfg.global_batch_size, micro, rank, world_size)
     step = state.get("step", 0)
     return Run(
@@ -247,6 +253,7 @@ def build(cfg: RunConfig) -> Run:
         train.classes,
         TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
+        mixer,
         total_steps,
         steps_per_epoch,
         step=step,

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from nvidia.dali import Pipeline, fn, types
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
 from scalekd_ds.data.bad_files import BadFiles
+from scalekd_ds.data.policy import Op, Policy, apply, erasing
 from scalekd_ds.data.reader import BadImageError, Reader, undecodable
 from scalekd_ds.data.sampler import StreamSampler, eval_shard
 from scalekd_ds.data.source import ImageFolder
@@ -27,6 +29,23 @@ from scalekd_ds.errors import UserError
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _FLIP_STREAM = 1
+# images of one task of the pool
+_CHUNK = 4
+
+
+class Drawn(NamedTuple):
+    """What is left to do with a sample after DALI: a policy's operations, and the box that is erased, with its noise."""
+
+    ops: list[Op]
+    box: tuple[int, int, int, int] | None
+    noise: np.ndarray | None
+
+
+def _apply_to(pixels: np.ndarray, drawn: list[Drawn], first: int, fill: tuple[int, int, int]) -> None:
+    """Applies the drawn operations to some images of (B, H, W, 3) uint8, in place."""
+    for place in range(first, min(first + _CHUNK, len(drawn))):
+        if drawn[place].ops:
+            pixels[place] = apply(pixels[place], drawn[place].ops, fill)
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -50,10 +69,12 @@ class _Loader:
     """Runs one DALI pipeline over batches that `_samples` prepares on the host.
 
     Subclasses give `_inputs`, the (type, dimensions) of each input; `_graph(*inputs)`, which makes (images, labels) of
-    them; and `_samples(number)`, a batch's sample indices and its inputs, a list over the batch each.
+    them; and `_samples(number)`, a batch's sample indices, its inputs, a list over the batch each, and what `_finish` takes.
     """
 
     _inputs: list[tuple[types.DALIDataType, int]]
+    # batches whose finish overlaps with the decoding of the next
+    _finish_ahead = 0
 
     def __init__(
         self,
@@ -114,7 +135,7 @@ class _Loader:
 
     # -- running it ----------------------------------------------------------------------------------------------
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], Any]:
         raise NotImplementedError
 
     def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
@@ -135,7 +156,8 @@ class _Loader:
 
     def _decode(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         reading: deque[Future] = deque()
-        decoding: deque[np.ndarray] = deque()
+        decoding: deque[tuple[np.ndarray, Any]] = deque()
+        finishing: deque[Callable[[], tuple[torch.Tensor, torch.Tensor]]] = deque()
         pool = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="read-images")
 
         def read_ahead() -> None:
@@ -146,9 +168,9 @@ class _Loader:
             read_ahead()
             if not reading:
                 raise StopIteration
-            indices, inputs = reading.popleft().result()
+            indices, inputs, drawn = reading.popleft().result()
             read_ahead()
-            decoding.append(indices)
+            decoding.append((indices, drawn))
             return inputs
 
         try:
@@ -158,13 +180,23 @@ class _Loader:
                     # on the caller's stream: DALI then reuses an output's memory only after the copy below has run
                     images, labels = pipeline.run(torch.cuda.current_stream(self.device) if self._gpu else None)
                 except StopIteration:
-                    return
+                    break
                 except RuntimeError as error:
-                    raise _UndecodableError(np.concatenate(decoding), error) from None
-                decoding.popleft()
-                yield self._tensor(images), self._tensor(labels)
+                    raise _UndecodableError(np.concatenate([indices for indices, _ in decoding]), error) from None
+                finishing.append(self._finish(pool, images, labels, decoding.popleft()[1]))
+                if len(finishing) > self._finish_ahead:
+                    yield finishing.popleft()()
+            while finishing:
+                yield finishing.popleft()()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _finish(
+        self, pool: ThreadPoolExecutor, images, labels, drawn
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Starts what is left to do with DALI's outputs, and returns what waits for it."""
+        batch = self._tensor(images), self._tensor(labels)
+        return lambda: batch
 
     def _tensor(self, outputs) -> torch.Tensor:
         # the outputs are DALI's own memory, reused by a later run: copy them out
@@ -214,6 +246,8 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(source, cfg, sampler.micro_batch, device, mean, std)
         self.sampler, self.start_step = sampler, start_step
+        self.policy = Policy(cfg.auto_augment, cfg.color_jitter, cfg.interpolation)
+        self._finish_ahead = 1 if self.policy else 0
         self.bad_files = BadFiles(source.paths, source.labels, sampler.seed, cfg.max_bad_share)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
         if cfg.random_crop:
@@ -236,9 +270,11 @@ class TrainLoader(_Loader):
             antialias=True,
             subpixel_scale=False,
         )
+        if self.policy:
+            return fn.flip(images, horizontal=flips), labels
         return self._normalised(images, mirror=flips), labels
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], list[Drawn]]:
         sampler, cfg = self.sampler, self.cfg
         drawn, epochs = sampler.indices(*divmod(number, sampler.accumulation))
         usable = [self._usable(i, epoch) for i, epoch in zip(drawn.tolist(), epochs.tolist(), strict=True)]
@@ -246,18 +282,51 @@ class TrainLoader(_Loader):
         encoded = [data for _, data, _ in usable]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
         inputs = [encoded, list(self.source.labels[indices]), list(flips.astype(np.int32))]
+        drawn = []
+        crops = np.empty((len(indices), 4), dtype=np.int64)
+        if cfg.random_crop or self.policy or cfg.random_erasing:
+            for place, ((index, _, size), epoch) in enumerate(zip(usable, epochs.tolist(), strict=True)):
+                rng = augment.generator(sampler.seed, epoch, index)
+                if cfg.random_crop:
+                    crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
+                drawn.append(self._draw(rng))
         if cfg.random_crop:
-            crops = np.array(
-                [
-                    augment.random_resized_crop(
-                        augment.generator(sampler.seed, epoch, index), *size, cfg.crop_scale, cfg.crop_ratio
-                    )
-                    for (index, _, size), epoch in zip(usable, epochs.tolist(), strict=True)
-                ],
-                dtype=np.int64,
-            )
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
-        return indices, inputs
+        return indices, inputs, drawn
+
+    def _draw(self, rng: np.random.Generator) -> Drawn:
+        ops = self.policy.draw(rng) if self.policy else []
+        box = erasing(rng, self.cfg.image_size, self.cfg.random_erasing) if self.cfg.random_erasing else None
+        if box is None:
+            return Drawn(ops, None, None)
+        noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
+        return Drawn(ops, box, noise)
+
+    def _finish(self, pool: ThreadPoolExecutor, images, labels, drawn: list[Drawn]):
+        labels = self._tensor(labels)
+        if not self.policy:
+            images = self._erased(self._tensor(images), drawn)
+            return lambda: (images, labels)
+        pixels = np.array(images.as_cpu().as_array() if self._gpu else images.as_array())
+        fill = tuple(round(255 * m) for m in self.mean)
+        work = [pool.submit(_apply_to, pixels, drawn, i, fill) for i in range(0, len(drawn), _CHUNK)]
+
+        def wait() -> tuple[torch.Tensor, torch.Tensor]:
+            for future in work:
+                future.result()
+            # as bytes over to the device, and a view of NHWC: channels-last is what the student takes
+            batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+            mean, std = (torch.tensor(v, device=self.device)[:, None, None] * 255.0 for v in (self.mean, self.std))
+            return self._erased(batch.sub_(mean).div_(std), drawn), labels
+
+        return wait
+
+    def _erased(self, images: torch.Tensor, drawn: list[Drawn]) -> torch.Tensor:
+        for image, (_, box, noise) in zip(images, drawn, strict=False):
+            if box is not None:
+                y, x, h, w = box
+                image[:, y : y + h, x : x + w] = 0.0 if noise is None else torch.from_numpy(noise).to(images.device)
+        return images
 
     def _usable(self, index: int, epoch: int) -> tuple[int, np.ndarray, tuple[int, int] | None]:
         """The sample or what replaces it, its bytes, and (height, width) where a crop needs them."""
@@ -330,7 +399,7 @@ class EvalLoader(_Loader):
         )
         return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
         indices = self.shard[number]
         read = np.maximum(indices, 0)
         labels = np.where(indices < 0, -1, self.source.labels[read])
@@ -341,4 +410,4 @@ class EvalLoader(_Loader):
         ]
         sizes = [np.array(size, dtype=np.float32) for size, _ in boxes]
         anchors = [np.array(anchor, dtype=np.int32) for _, anchor in boxes]
-        return read, [encoded, list(labels), sizes, anchors]
+        return read, [encoded, list(labels), sizes, anchors], None
