@@ -25,6 +25,8 @@ class DataConfig:
         image_size: Side of the square that the student sees, in pixels.
         train_images: Use only this many training images (drawn with the seed), or all when None.
         subset_seed: Seed of that draw; None takes the run's seed.
+        repeats: Times that an image comes in a row, with other augmentations each time (repeated augmentation).
+        balanced: Every class comes equally often, small ones by repeating their images.
         crop_scale: Share of the image's area that random resized crop keeps, lowest and highest.
         crop_ratio: Aspect ratio of that crop, lowest and highest.
         random_crop: False resizes the whole image instead of cropping (for images that are already cut out).
@@ -53,6 +55,8 @@ class DataConfig:
     image_size: int = 224
     train_images: int | None = None
     subset_seed: int | None = None
+    repeats: int = 1
+    balanced: bool = False
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     random_crop: bool = True
@@ -92,6 +96,7 @@ class DataConfig:
         _require(0.0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios, 0 < low <= high")
         _require(self.train_images is None or self.train_images > 0, "data.train_images", self.train_images, "positive")
         _require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1")
+        _require(self.repeats > 0, "data.repeats", self.repeats, "at least 1")
         _require(self.threads > 0, "data.threads", self.threads, "at least 1")
         _require(self.prefetch > 0, "data.prefetch", self.prefetch, "at least 1")
         _require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "a share, 0 to 1")

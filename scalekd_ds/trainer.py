@@ -243,7 +243,9 @@ def build(cfg: RunConfig) -> Run:
     micro, _ = cfg.batches(world_size)
     mixes = cfg.data.mixup > 0 or cfg.data.cutmix > 0
     mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if mixes else None
-    sampler = StreamSampler(len(train.paths), cfg.seed, cfg.global_batch_size, micro, rank, world_size)
+    labels = train.labels if cfg.data.balanced else None
+    batch = cfg.global_batch_size
+    sampler = StreamSampler(len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels)
     step = state.get("step", 0)
     return Run(
         cfg,

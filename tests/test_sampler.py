@@ -1,5 +1,8 @@
 """Order as data: every sample once an epoch, the same stream on any number of ranks."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -79,3 +82,56 @@ def test_evaluation_shards(size, world_size, batch):
 def test_a_batch_that_ranks_cannot_share():
     with pytest.raises(ValueError, match="global batch 10 is no multiple of 4 x 2 ranks"):
         StreamSampler(50, 0, 10, 4, 0, 2)
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation_gives_neighbours_the_same_image_in_other_rounds(repeats):
+    size, batch, world = 20, 12, 2
+    ranks = [StreamSampler(size, 5, batch, 6, rank, world, repeats=repeats) for rank in range(world)]
+    steps = [[s.indices(step, 0) for s in ranks] for step in range(10)]
+    indices = np.concatenate([i for step in steps for i, _ in step]).reshape(-1, repeats)
+    rounds = np.concatenate([r for step in steps for _, r in step]).reshape(-1, repeats)
+    assert (indices == indices[:, :1]).all()
+    # no augmentation is drawn twice for an image
+    assert len(set(zip(indices.ravel().tolist(), rounds.ravel().tolist(), strict=True))) == indices.size
+    epoch = indices[:size, 0]
+    assert sorted(epoch.tolist()) == list(range(size))
+
+
+def test_balanced_order_has_every_class_equally_often():
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    sampler = StreamSampler(100, 1, 100, 100, 0, 1, labels=labels)
+    for epoch in range(3):
+        chosen, rounds = sampler.indices(epoch, 0)
+        counts = np.bincount(labels[chosen])
+        assert sorted(counts.tolist()) == [33, 33, 34] and set(rounds) == {epoch}
+        # every image of a small class before any comes again
+        for label, size in ((1, 20), (2, 10)):
+            times = np.bincount(chosen[labels[chosen] == label], minlength=100)[labels == label]
+            assert times.min() >= counts[label] // size and times.max() <= -(-counts[label] // size)
+    assert not np.array_equal(sampler.indices(0, 0)[0], sampler.indices(1, 0)[0])
+    assert np.array_equal(
+        sampler.indices(1, 0)[0], StreamSampler(100, 1, 100, 100, 0, 1, labels=labels).indices(1, 0)[0]
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 3), (1, 6)])
+def test_another_world_size_goes_on_with_what_was_not_seen(before, after):
+    size, batch = 60, 12
+    seen = []
+    for world, steps in ((before, range(3)), (after, range(3, 5))):
+        ranks = [StreamSampler(size, 7, batch, batch // world, rank, world) for rank in range(world)]
+        seen += [i for step in steps for s in ranks for i in s.indices(step, 0)[0].tolist()]
+    assert sorted(seen) == list(range(size))
+
+
+def test_an_epoch_of_imagenet_over_512_ranks_is_cheap():
+    size, world = 1_281_167, 512
+    tracemalloc.start()
+    begin = time.perf_counter()
+    sampler = StreamSampler(size, 11, 4096, 8, 100, world)
+    count = sum(len(sampler.indices(step, 0)[0]) for step in range(size // 4096))
+    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == size // 4096 * 8
+    assert seconds < 1.0 and peak < 100e6, (seconds, peak)

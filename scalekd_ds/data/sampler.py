@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+_BALANCED = 0xBA1A
+
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -23,6 +25,26 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """(len(labels),) order of one epoch in which every class comes equally often, to one sample.
+
+    Classes with fewer samples than that repeat them, all of them before any comes again; of larger classes some wait for
+    another epoch.
+    """
+    key = np.array([seed % 2**64, epoch ^ (_BALANCED << 32)], dtype=np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    members = [m for m in members if len(m)]
+    counts = np.full(len(members), len(labels) // len(members))
+    counts[rng.permutation(len(members))[: len(labels) % len(members)]] += 1
+    picks = [
+        np.concatenate([rng.permutation(m) for _ in range(-(-count // len(m)))])[:count]
+        for m, count in zip(members, counts.tolist(), strict=True)
+        if count
+    ]
+    return rng.permutation(np.concatenate(picks))
+
+
 class StreamSampler:
     """Indices of the training stream for one rank.
 
@@ -33,28 +55,51 @@ class StreamSampler:
         micro_batch: Samples of one forward pass on one rank.
         rank: This rank.
         world_size: All ranks.
+        repeats: Times that a sample comes in a row, each time with other augmentations (repeated augmentation, Hoffer et
+            al. 2020): neighbouring places of a global batch hold them. An epoch then has `size / repeats` distinct samples.
+        labels: (size,) classes, for an order in which every class comes equally often; None takes each sample once.
 
     Raises:
         ValueError: A global batch that micro batches and ranks do not divide.
     """
 
-    def __init__(self, size: int, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        repeats: int = 1,
+        labels: np.ndarray | None = None,
+    ) -> None:
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is no multiple of {micro_batch} x {world_size} ranks.")
         self.size, self.seed = size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch // (micro_batch * world_size)
+        self.repeats = repeats
+        order = functools.partial(permutation, seed, size=size)
+        # an epoch costs a sort: the batches that straddle two epochs need both
+        self._order = (
+            order if labels is None else functools.lru_cache(2)(lambda epoch: balanced_order(seed, epoch, labels))
+        )
 
     def indices(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        """(micro_batch,) sample indices and their epochs, of micro batch `micro` of optimizer step `step`."""
+        """(micro_batch,) sample indices, and the round of each, of micro batch `micro` of optimizer step `step`.
+
+        A round is what augmentations are drawn for beside the sample: the epoch, and with repeats the pass in it.
+        """
         first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
-        epochs, places = np.divmod(np.arange(first, first + self.micro_batch), self.size)
+        distinct, passes = np.divmod(np.arange(first, first + self.micro_batch), self.repeats)
+        epochs, places = np.divmod(distinct, self.size)
         chosen = np.empty(self.micro_batch, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            chosen[here] = permutation(self.seed, int(epoch), self.size)[places[here]]
-        return chosen, epochs
+            chosen[here] = self._order(epoch=int(epoch))[places[here]]
+        return chosen, epochs * self.repeats + passes
 
 
 def eval_shard(size: int, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:

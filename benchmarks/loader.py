@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Images a second of the library's loader, timm's, and torchvision's in a DataLoader: `python benchmarks/loader.py`.
+
+The same JPEGs, to the same size, with as many decoding threads here as worker processes there, in turn in one process. A
+turn drops what was prepared while others ran, then times whole batches. `--soak N` reports memory over N images instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import harness
+import numpy as np
+import psutil
+import torch
+from PIL import Image, ImageFilter
+from timm.data import create_loader
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder as TorchFolder
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data.sampler import StreamSampler
+from scalekd_ds.data.source import index_folder
+from scalekd_ds.data.train_loader import TrainLoader
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPES = {
+    "crop and flip": {},
+    "RandAugment": {"auto_augment": "rand-m5-n2-mstd0.5-inc1", "random_erasing": 0.25},
+}
+# times faster than timm's loader; what the issue asks for, after 1.5 was seen in a draft
+EXPECTED = {"crop and flip": 1.4, "RandAugment": 1.2}
+
+
+class Endless(Dataset):
+    """A data set over and over, so that no epoch's end is timed."""
+
+    def __init__(self, data: Dataset, times: int = 1000) -> None:
+        self.data, self.times = data, times
+
+    def __len__(self) -> int:
+        return len(self.data) * self.times
+
+    def __getitem__(self, index: int):
+        return self.data[index % len(self.data)]
+
+    @property
+    def transform(self):
+        return self.data.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.data.transform = transform
+
+
+def make_images(folder: Path, count: int, size: tuple[int, int] = (500, 400)) -> Path:
+    """JPEGs with the detail of photographs: smoothed noise of several scales at quality 90."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"class{number % 10}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layers = [rng.integers(0, 256, (size[1] // s, size[0] // s, 3)).astype(np.uint8) for s in (50, 10, 3)]
+        mixed = np.mean([np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC)) for x in layers], 0)
+        Image.fromarray(mixed.astype(np.uint8)).filter(ImageFilter.SMOOTH).save(path, quality=90)
+    return folder
+
+
+def ours(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+    source = index_folder(folder, "folder")
+    cfg = DataConfig(image_size=args.size, interpolation="bicubic", threads=workers, **recipe)
+    return iter(
+        TrainLoader(source, cfg, StreamSampler(len(source), 0, args.batch, args.batch, 0, 1), device, MEAN, STD)
+    )
+
+
+def timms(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+    loader = create_loader(
+        Endless(TorchFolder(folder)),
+        (3, args.size, args.size),
+        args.batch,
+        is_training=True,
+        use_prefetcher=device.type == "cuda",
+        re_prob=recipe.get("random_erasing", 0.0),
+        re_mode="pixel",
+        hflip=0.5,
+        color_jitter=0.0,
+        auto_augment=recipe.get("auto_augment"),
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        device=device,
+    )
+    return iter(loader)
+
+
+def torchvisions(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+    steps = [
+        transforms.RandomResizedCrop(args.size, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+    ]
+    if recipe:
+        # torchvision has no increasing form; its own RandAugment applies every operation that it draws
+        steps.append(transforms.RandAugment(2, 9))
+    steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    if recipe:
+        steps.append(transforms.RandomErasing(recipe["random_erasing"], value="random"))
+    data = Endless(TorchFolder(folder, transforms.Compose(steps)))
+    return iter(DataLoader(data, args.batch, shuffle=True, num_workers=workers, drop_last=True))
+
+
+LOADERS = {"ours": ours, "timm": timms, "torchvision": torchvisions}
+
+
+def turn(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(args.batches):
+            images = next(batches)[0]
+            assert images.shape == (args.batch, 3, args.size, args.size)
+
+    return run
+
+
+def settle(batches: Iterator) -> None:
+    """Drops what the workers prepared while others were timed."""
+    for _ in range(5):
+        next(batches)
+
+
+def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dict:
+    result = {"benchmark": "loader", "machine": harness.machine(device), "settings": vars(args), "rows": []}
+    for name, recipe in RECIPES.items():
+        for workers in args.workers:
+            running = {n: build(folder, args, recipe, workers, device) for n, build in LOADERS.items()}
+            seconds: dict[str, list[float]] = {n: [] for n in running}
+            for round_ in range(args.repeats):
+                names = list(running)
+                for n in names[round_ % 3 :] + names[: round_ % 3]:
+                    settle(running[n])
+                    seconds[n].append(harness.seconds_of(turn(running[n], args), device))
+            images = args.batch * args.batches
+            row = {"recipe": name, "workers": workers, "expected": EXPECTED[name], "loaders": {}}
+            for n, times in seconds.items():
+                faster = harness.speedup(seconds["timm"], times)
+                row["loaders"][n] = {"images_per_s": images / harness.quantiles(times)["median"], "times_timm": faster}
+            result["rows"].append(row)
+            del running
+    return result
+
+
+def soak(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
+    """Resident memory of this process every tenth of the way, in MB."""
+    process = psutil.Process()
+    batches = ours(folder, args, RECIPES["RandAugment"], args.workers[0], device)
+    count, rows = args.soak // args.batch, []
+    for number in range(count + 1):
+        if number % max(1, count // 10) == 0:
+            rows.append([number * args.batch, process.memory_info().rss / 2**20])
+        next(batches)
+    harness.print_table(["images", "resident MB"], rows)
+    print(f"growth from {rows[1][0]} images on: {rows[-1][1] - rows[1][1]:.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="an ImageFolder; without it, made-up JPEGs of 500x400")
+    parser.add_argument("--images", type=int, default=400, help="made-up JPEGs")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=12, help="in a turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="threads here, processes there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--soak", type=int, default=0, help="images; memory over time instead of speed")
+    parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.folder or make_images(Path(made), args.images)
+        if args.soak:
+            soak(folder, args, device)
+            return
+        result = measure(folder, args, device)
+    result["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    rows = []
+    for row in result["rows"]:
+        for name, v in row["loaders"].items():
+            faster = v["times_timm"]
+            cells = [v["images_per_s"], faster["median"], faster["p20"], faster["p80"]]
+            expected = row["expected"] if name == "ours" else None
+            rows.append([f"{row['recipe']}, {row['workers']} {name}", *cells, expected])
+    harness.print_table(["", "images/s", "x timm", "p20", "p80", "expected"], rows)
+    path = harness.results_dir(args.out) / f"loader-{device.type}.json"
+    harness.write_json(path, result)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
