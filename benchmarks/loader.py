@@ -29,9 +29,10 @@ from scalekd_ds.data.source import index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# as the published recipes of both kinds have them
 RECIPES = {
-    "crop and flip": {},
-    "RandAugment": {"auto_augment": "rand-m5-n2-mstd0.5-inc1", "random_erasing": 0.25},
+    "crop and flip": {"interpolation": "bilinear"},
+    "RandAugment": {"interpolation": "bicubic", "auto_augment": "rand-m5-n2-mstd0.5-inc1", "random_erasing": 0.25},
 }
 # times faster than timm's loader; what the issue asks for, after 1.5 was seen in a draft
 EXPECTED = {"crop and flip": 1.4, "RandAugment": 1.2}
@@ -72,7 +73,7 @@ def make_images(folder: Path, count: int, size: tuple[int, int] = (500, 400)) ->
 
 def ours(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
     source = index_folder(folder, "folder")
-    cfg = DataConfig(image_size=args.size, interpolation="bicubic", threads=workers, **recipe)
+    cfg = DataConfig(image_size=args.size, threads=workers, **recipe)
     return iter(
         TrainLoader(source, cfg, StreamSampler(len(source), 0, args.batch, args.batch, 0, 1), device, MEAN, STD)
     )
@@ -90,7 +91,7 @@ def timms(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, de
         hflip=0.5,
         color_jitter=0.0,
         auto_augment=recipe.get("auto_augment"),
-        interpolation="bicubic",
+        interpolation=recipe["interpolation"],
         mean=MEAN,
         std=STD,
         num_workers=workers,
@@ -101,14 +102,14 @@ def timms(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, de
 
 def torchvisions(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
     steps = [
-        transforms.RandomResizedCrop(args.size, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomResizedCrop(args.size, interpolation=transforms.InterpolationMode(recipe["interpolation"])),
         transforms.RandomHorizontalFlip(),
     ]
-    if recipe:
+    if "auto_augment" in recipe:
         # torchvision has no increasing form; its own RandAugment applies every operation that it draws
         steps.append(transforms.RandAugment(2, 9))
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    if recipe:
+    if "random_erasing" in recipe:
         steps.append(transforms.RandomErasing(recipe["random_erasing"], value="random"))
     data = Endless(TorchFolder(folder, transforms.Compose(steps)))
     return iter(DataLoader(data, args.batch, shuffle=True, num_workers=workers, drop_last=True))

@@ -171,7 +171,7 @@ def apply(image: np.ndarray, ops: Sequence[Op], fill: tuple[int, int, int]) -> n
             picture = Image.new("RGB", picture.size)
             continue
         picture = timm_aa.NAME_TO_OP[name](picture, *arguments, fillcolor=fill, resample=resample)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 def erasing(rng: np.random.Generator, side: int, probability: float) -> tuple[int, int, int, int] | None:

@@ -32,13 +32,6 @@ class Drawn(NamedTuple):
     noise: np.ndarray | None
 
 
-def _apply_to(pixels: np.ndarray, drawn: list[Drawn], first: int, fill: tuple[int, int, int]) -> None:
-    """Applies the drawn operations to some images of (B, H, W, 3) uint8, in place."""
-    for place in range(first, min(first + _CHUNK, len(drawn))):
-        if drawn[place].ops:
-            pixels[place] = apply(pixels[place], drawn[place].ops, fill)
-
-
 class TrainLoader(Loader):
     """Endless training batches of one rank, from any optimizer step on.
 
@@ -77,6 +70,10 @@ class TrainLoader(Loader):
         self.sampler, self.start_step = sampler, start_step
         self.policy = Policy(cfg.auto_augment, cfg.color_jitter, cfg.interpolation)
         self._finish_ahead = 1 if self.policy else 0
+        # of a row of pixels, channels innermost: what operations uncover is the mean colour
+        self._fill = tuple(round(255 * m) for m in mean)
+        self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size)
+        self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size)
         self.bad_files = BadFiles(source.paths, source.labels, sampler.seed, cfg.max_bad_share)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
         if cfg.random_crop:
@@ -137,18 +134,34 @@ class TrainLoader(Loader):
             images = self._erased(self._tensor(images), drawn)
             return lambda: (images, labels)
         pixels = np.array(images.as_cpu().as_array() if self._gpu else images.as_array())
-        fill = tuple(round(255 * m) for m in self.mean)
-        work = [pool.submit(_apply_to, pixels, drawn, i, fill) for i in range(0, len(drawn), _CHUNK)]
+        size = self.cfg.image_size
+        out = None if self._gpu else torch.empty(len(pixels), size, 3 * size)
+        work = [pool.submit(self._apply_to, pixels, out, drawn, i) for i in range(0, len(drawn), _CHUNK)]
 
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             for future in work:
                 future.result()
-            # as bytes over to the device, and a view of NHWC: channels-last is what the student takes
-            batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-            mean, std = (torch.tensor(v, device=self.device)[:, None, None] * 255.0 for v in (self.mean, self.std))
-            return self._erased(batch.sub_(mean).div_(std), drawn), labels
+            normalised = out
+            if normalised is None:
+                # as bytes over to the device
+                rows = torch.from_numpy(pixels).to(self.device, non_blocking=True).flatten(2).float()
+                normalised = rows.mul_(self._scale.to(self.device)).sub_(self._shift.to(self.device))
+            # a view of NHWC: channels-last is what the student takes
+            return self._erased(normalised.unflatten(2, (size, 3)).permute(0, 3, 1, 2), drawn), labels
 
         return wait
+
+    def _apply_to(self, pixels: np.ndarray, out: torch.Tensor | None, drawn: list[Drawn], first: int) -> None:
+        """Applies the drawn operations to some images (B, H, W, 3) in place; on a CPU normalises them, (B, H, 3W), too."""
+        for place in range(first, min(first + _CHUNK, len(drawn))):
+            image = pixels[place]
+            if drawn[place].ops:
+                image = apply(image, drawn[place].ops, self._fill)
+            if out is not None:
+                # while the image is in the cache: a sixth of the time that the whole batch takes
+                out[place].copy_(torch.from_numpy(image).flatten(1)).mul_(self._scale).sub_(self._shift)
+            elif drawn[place].ops:
+                pixels[place] = image
 
     def _erased(self, images: torch.Tensor, drawn: list[Drawn]) -> torch.Tensor:
         for image, (_, box, noise) in zip(images, drawn, strict=False):
