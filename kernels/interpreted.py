@@ -14,8 +14,10 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 def store_as(x, dtype: tl.constexpr):
     """float32 `x` in the dtype of its destination, to nearest, float16 saturated."""
     if dtype == tl.float16:
-        # a token of zeros has a gradient of 1e12 by definition: the largest finite number instead of inf
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+        # a token of zeros has a gradient of 1e12 by definition: the largest finite number instead of inf,
+        # and NaN as it is
+        x = tl.where(x > 65504.0, 65504.0, x)
+        x = tl.where(x < -65504.0, -65504.0, x)
     if INTERPRETED and dtype == tl.bfloat16:
         # the interpreter truncates: round to nearest even by hand
         bits = x.to(tl.int32, bitcast=True)

@@ -33,10 +33,11 @@ def implementation(
     return "triton" if supports(*sizes, dtype) else "sdpa"
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises the ValueErrors of `cap_attention`."""
     if k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: both must be (B, S, heads, head size).")
-    if q.dim() != 4 or q.shape[2:] != k.shape[2:] or k.shape[0] % max(1, q.shape[0]):
+    if q.dim() != 4 or q.shape[2:] != k.shape[2:] or not q.shape[0] or k.shape[0] % q.shape[0]:
         raise ValueError(
             f"q has shape {tuple(q.shape)}: it must be (G, queries, {k.shape[2]}, {k.shape[3]}), G a divisor of "
             f"k's batch, {k.shape[0]}."
@@ -49,6 +50,16 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[3] > 1 and x.stride(3) != 1:
             raise ValueError(f"{name} has strides {x.stride()}: its head size must be contiguous, stride 1.")
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (reference.expand_groups(q, k.shape[0]), k, v))
+    if k.device.type != "cpu" or k.dtype not in (torch.bfloat16, torch.float16):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    # PyTorch's 16-bit backward on CPUs takes up to three times as long as its float32 one, and errs twice as much
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+    return out.transpose(1, 2).to(k.dtype)
 
 
 def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -70,7 +81,7 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit, or a head size that is not contiguous, naming the argument.
     """
-    _check(q, k, v)
+    check(q, k, v)
     if k.is_cuda:
         shared = q.shape[0] < k.shape[0]
         sizes = (q.shape[3], q.shape[1], k.shape[1])
@@ -79,6 +90,4 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
             from scalekd_ds.kernels.cross_attention import ops
 
             return ops.cap_attention(q, k, v, scale)[0]
-    q = reference.expand_groups(q, k.shape[0])
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
+    return _sdpa(q, k, v, scale)

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from scalekd_ds.kernels.cross_attention import triton_kernels as kernels
+from scalekd_ds.kernels.cross_attention.api import check
 from scalekd_ds.kernels.cross_attention.reference import expand_groups
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
@@ -25,7 +26,7 @@ CHUNK = 4
 
 
 def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """True where the kernels take these sizes. float32 is not theirs: three tf32 products spill at every head size."""
+    """True where the kernels take these sizes. float32 is not theirs: its backward in three tf32 products spills."""
     sizes = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
     return sizes and dtype in (torch.bfloat16, torch.float16)
 
@@ -44,14 +45,15 @@ def tiles(head_size: int) -> tuple[Tile, Tile]:
     """Tiles of the forward and of the backward by queries; that by keys swaps the two. tests/kernels: no spills on sm_90."""
     padded = max(16, triton.next_power_of_2(head_size))
     if padded > 128:
-        return Tile(padded, 64, 32, 8, 1), Tile(padded, 32, 64, 8)
+        # rows that are not aligned to 16 elements take more registers
+        return Tile(padded, 64 if head_size % 16 == 0 else 32, 32, 8, 1), Tile(padded, 32, 32, 8)
     tile = Tile(padded, 64, 64, 4 if padded <= 64 else 8)
     return tile, tile
 
 
 def is_small(head_size: int, queries: int, keys: int) -> bool:
-    """True where one launch does the whole backward: a wider head spills."""
-    return max(queries, keys) <= SMALL and head_size <= 128
+    """True where one launch does the whole backward: a wider head spills, or one whose rows are not aligned."""
+    return max(queries, keys) <= SMALL and (head_size <= 64 or (head_size <= 128 and head_size % 16 == 0))
 
 
 def _common(q, k, v, scale):
@@ -141,6 +143,7 @@ def _on_triton(q: torch.Tensor) -> bool:
 @torch.library.custom_op("scalekd_ds::cap_attention", mutates_args=())
 def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Q, N, D), contiguous, and the scores' log-sum-exp (B, N, Q) in powers of two, float32."""
+    check(q, k, v)
     D, tokens = q.shape[3], max(q.shape[1], k.shape[1])
     if D % 8 or not 8 <= D <= MAX_HEAD_SIZE:
         raise ValueError(f"q has head size {D}: the kernels take multiples of 8 from 8 to {MAX_HEAD_SIZE}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -18,13 +17,16 @@ def key_of(architecture: int, head_size: int, queries: int, keys: int, shared: b
     return f"sm_{architecture}/d{head_size}/q{queries}/k{keys}/{kind}/{str(dtype).removeprefix('torch.')}"
 
 
-@functools.cache
+# read at import: torch.compile traces the entry point, and cannot open a file there
+_MEASURED = json.loads(PATH.read_text())
+
+
 def measured() -> dict[str, str]:
     """The shipped table."""
-    return json.loads(PATH.read_text())
+    return _MEASURED
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def architecture_of(device: torch.device) -> int:
     """Compute capability of a CUDA device, 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)

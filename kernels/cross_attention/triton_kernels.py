@@ -5,7 +5,8 @@ Shape letters: G query groups, B batch (group g serves B/G samples in a row), Q 
 
 q (G, Q, N, D), k and v (B, S, N, D) with any strides but the last; out (B, Q, N, D) contiguous, lse (B, N, Q) float32 in
 powers of two. A program of the backward holds dq in registers over a chunk of samples that share their query; the
-chunks' float32 parts are summed afterwards, in a fixed order.
+chunks' float32 parts are summed afterwards, in a fixed order. Strides are declared int64, so that a launch compiles what
+the tests compile, whatever the tensors' sizes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,16 @@ import triton
 import triton.language as tl
 
 from scalekd_ds.kernels.interpreted import dot, store_as
+
+
+@triton.jit
+def _cast(x, dtype: tl.constexpr):
+    """float32 `x` to nearest. What overflows float16 becomes inf and NaN stays NaN, or a loss scaler would miss them."""
+    if dtype == tl.float16:
+        x = x.to(dtype)
+    else:
+        x = store_as(x, dtype)
+    return x
 
 
 @triton.jit
@@ -28,13 +39,15 @@ def _store(ptr, x, rows, count, stride, D: tl.constexpr, BD: tl.constexpr):
     columns = tl.arange(0, BD)
     inside = (rows < count)[:, None] & (columns < D)[None, :]
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(ptr + offsets, store_as(x, ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + offsets, _cast(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def cap_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    q_g, q_r, q_n, k_b, k_r, k_n, v_b, v_r, v_n, per_group, scale,
+    q_g: tl.int64, q_r: tl.int64, q_n: tl.int64, k_b: tl.int64, k_r: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_r: tl.int64, v_n: tl.int64,
+    per_group, scale,
     Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +69,7 @@ def cap_forward_kernel(
         shrink = tl.exp2(largest - now)
         total = total * shrink + tl.sum(p, 1)
         v = _load(v_ptr + b * v_b + n * v_n, keys, S, v_r, D, BD)
-        acc = acc * shrink[:, None] + dot(store_as(p, v.dtype), v, PRECISION)
+        acc = acc * shrink[:, None] + dot(_cast(p, v.dtype), v, PRECISION)
         largest = now
     out = out_ptr + b * Q * N * D + n * D
     _store(out, acc / total[:, None], queries, Q, N * D, D, BD)
@@ -71,7 +84,9 @@ def _delta(out, dout):
 @triton.jit
 def cap_backward_small_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr,
-    q_g, q_r, q_n, k_b, k_r, k_n, v_b, v_r, v_n, d_b, d_r, d_n, per_group, chunks, scale, plain_scale,
+    q_g: tl.int64, q_r: tl.int64, q_n: tl.int64, k_b: tl.int64, k_r: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_r: tl.int64, v_n: tl.int64, d_b: tl.int64, d_r: tl.int64, d_n: tl.int64,
+    per_group, chunks, scale, plain_scale,
     Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,10 +109,10 @@ def cap_backward_small_kernel(
         scores = dot(q, tl.trans(k), PRECISION) * scale
         scores = tl.where((keys < S)[None, :], scores, float("-inf"))
         p = tl.exp2(scores - lse[:, None])
-        dv = dot(tl.trans(store_as(p, dout.dtype)), dout, PRECISION)
+        dv = dot(tl.trans(_cast(p, dout.dtype)), dout, PRECISION)
         _store(dv_ptr + b * d_b + n * d_n, dv, keys, S, d_r, D, BD)
         dp = dot(dout, tl.trans(v), PRECISION)
-        ds = store_as(p * (dp - _delta(out, dout)[:, None]) * plain_scale, q.dtype)
+        ds = _cast(p * (dp - _delta(out, dout)[:, None]) * plain_scale, q.dtype)
         dk = dot(tl.trans(ds), q, PRECISION)
         _store(dk_ptr + b * d_b + n * d_n, dk, keys, S, d_r, D, BD)
         dq += dot(ds, k, PRECISION)
@@ -107,7 +122,9 @@ def cap_backward_small_kernel(
 @triton.jit
 def cap_backward_q_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dq_ptr, delta_ptr,
-    q_g, q_r, q_n, k_b, k_r, k_n, v_b, v_r, v_n, per_group, chunks, scale, plain_scale,
+    q_g: tl.int64, q_r: tl.int64, q_n: tl.int64, k_b: tl.int64, k_r: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_r: tl.int64, v_n: tl.int64,
+    per_group, chunks, scale, plain_scale,
     Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +150,7 @@ def cap_backward_q_kernel(
             scores = tl.where((keys < S)[None, :], scores, float("-inf"))
             p = tl.exp2(scores - lse[:, None])
             dp = dot(dout, tl.trans(v), PRECISION)
-            ds = store_as(p * (dp - delta[:, None]) * plain_scale, k.dtype)
+            ds = _cast(p * (dp - delta[:, None]) * plain_scale, k.dtype)
             dq += dot(ds, k, PRECISION)
     _store(dq_ptr + c * Q * N * D + n * D, dq, queries, Q, N * D, D, BD)
 
@@ -141,7 +158,9 @@ def cap_backward_q_kernel(
 @triton.jit
 def cap_backward_kv_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_g, q_r, q_n, k_b, k_r, k_n, v_b, v_r, v_n, d_b, d_r, d_n, per_group, scale, plain_scale,
+    q_g: tl.int64, q_r: tl.int64, q_n: tl.int64, k_b: tl.int64, k_r: tl.int64, k_n: tl.int64,
+    v_b: tl.int64, v_r: tl.int64, v_n: tl.int64, d_b: tl.int64, d_r: tl.int64, d_n: tl.int64,
+    per_group, scale, plain_scale,
     Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +180,8 @@ def cap_backward_kv_kernel(
         lse = tl.load(lse_ptr + (b * N + n) * Q + queries, mask=queries < Q, other=float("inf"))
         delta = tl.load(delta_ptr + (b * N + n) * Q + queries, mask=queries < Q, other=0.0)
         p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])
-        dv += dot(store_as(p, dout.dtype), dout, PRECISION)
+        dv += dot(_cast(p, dout.dtype), dout, PRECISION)
         dp = dot(v, tl.trans(dout), PRECISION)
-        dk += dot(store_as(p * (dp - delta[None, :]) * plain_scale, q.dtype), q, PRECISION)
+        dk += dot(_cast(p * (dp - delta[None, :]) * plain_scale, q.dtype), q, PRECISION)
     _store(dk_ptr + b * d_b + n * d_n, dk, keys, S, d_r, D, BD)
     _store(dv_ptr + b * d_b + n * d_n, dv, keys, S, d_r, D, BD)

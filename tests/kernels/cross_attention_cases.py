@@ -28,7 +28,7 @@ def relative(ours, theirs) -> float:
 
 
 def run(B, G, N, D, Q, S, dtype="float32", magnitude=1.0, layout="fused", device="cpu"):
-    """Relative errors of the output and the gradients, and whether a second run has the same bits."""
+    """Relative errors, whether a second run has the same bits, and in float16 whether overflow shows."""
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     q = (magnitude * torch.randn(G, Q, N, D)).to(device, dtype)
@@ -47,6 +47,10 @@ def run(B, G, N, D, Q, S, dtype="float32", magnitude=1.0, layout="fused", device
     first, second = ours(), ours()
     errors = {name: relative(x, y) for name, x, y in zip(("out", "dq", "dkv"), first, expected, strict=True)}
     errors["deterministic"] = float(all(torch.equal(x, y) for x, y in zip(first, second, strict=True)))
+    if dtype == torch.float16:
+        # a gradient that float16 cannot hold, as under a loss scale that is too large
+        upstream[:, 0, 0, 0] = 6e4
+        errors["overflow_shows"] = float(not any(x.isfinite().all() for x in ours()[1:]))
     return errors
 
 
