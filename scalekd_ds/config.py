@@ -20,8 +20,9 @@ class DataConfig:
 
     Attributes:
         root: Folder that holds the two folders below.
-        train: Training images below `root`, one folder per class.
-        val: Validation images below `root`, with the same classes.
+        train: Training images below `root`: a folder with one folder per class, WebDataset tars (a folder of them, or
+            `train-{000..127}.tar`), TFRecords, a .csv, .tsv or .parquet with columns path and label, or `hf:NAME[:SPLIT]`.
+        val: Validation images, likewise, with the same classes.
         image_size: Side of the square that the student sees, in pixels.
         train_images: Use only this many training images (drawn with the seed), or all when None.
         subset_seed: Seed of that draw; None takes the run's seed.

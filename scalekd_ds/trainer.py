@@ -16,9 +16,9 @@ from torch import nn
 from scalekd_ds import checkpoint, ds_config
 from scalekd_ds.card import student_card
 from scalekd_ds.config import RunConfig
-from scalekd_ds.data import EvalLoader, ImageFolder, StreamSampler, TrainLoader
+from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
-from scalekd_ds.data.source import check_same_classes, index_folder, subset
+from scalekd_ds.data.source import ImageFolder, Source, check_same_classes, open_source, subset
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import (
@@ -222,7 +222,7 @@ def build(cfg: RunConfig) -> Run:
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
     replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
-    steps_per_epoch = len(train.paths) / cfg.global_batch_size
+    steps_per_epoch = len(train) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
     if distiller.teacher is not None:
@@ -279,22 +279,28 @@ def run_dir_made(run_dir: Path) -> Path:
     return run_dir
 
 
-def read_sources(cfg: RunConfig) -> tuple[ImageFolder, ImageFolder]:
+def read_sources(cfg: RunConfig) -> tuple[Source, Source]:
     """Index of the training images (the subset that the run uses) and of the validation images.
 
     Raises:
-        UserError: A folder that is missing, empty, or has other classes than its counterpart.
+        UserError: A source that is missing, empty, or has other classes than its counterpart.
     """
-    if not cfg.data.root:
+    data = cfg.data
+    if not data.root and not (data.train.startswith("hf:") and data.val.startswith("hf:")):
         raise UserError("data.root is not set: give the folder that holds train/ and val/ as --data.root DIR.")
-    root = Path(cfg.data.root)
-    train = index_folder(root / cfg.data.train, "data.train")
-    val = index_folder(root / cfg.data.val, "data.val")
+    root = Path(data.root)
+
+    def where(name: str) -> str | Path:
+        return name if name.startswith("hf:") else root / name
+
+    train = open_source(where(data.train), "data.train")
+    # folders name their classes themselves; numbers mean in validation what they mean in training
+    named = isinstance(train, ImageFolder) and (root / data.val).is_dir()
+    val = open_source(where(data.val), "data.val", None if named else train.classes)
     check_same_classes(train, val)
     train, val = without_quarantined(train, root), without_quarantined(val, root)
-    if cfg.data.train_images is not None:
-        seed = cfg.seed if cfg.data.subset_seed is None else cfg.data.subset_seed
-        train = subset(train, cfg.data.train_images, seed)
+    if data.train_images is not None:
+        train = subset(train, data.train_images, cfg.seed if data.subset_seed is None else data.subset_seed)
     return train, val
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import index_folder
+from scalekd_ds.data.source import ImageFolder, index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 from scalekd_ds.data.verify import QUARANTINE, find_flaws, read_quarantine, without_quarantined, write_quarantine
 from scalekd_ds.errors import UserError
@@ -150,7 +150,7 @@ def test_a_class_without_a_good_file_is_named(tmp_path):
 
 def test_replacements_spread_over_the_class():
     labels = np.repeat([0, 1], 50)
-    bad = BadFiles([str(i) for i in range(100)], labels, seed=3, max_share=1.0)
+    bad = BadFiles(ImageFolder(Path(), [str(i) for i in range(100)], labels, ["a", "b"]), seed=3, max_share=1.0)
     bad.add(60, "is no image")
     drawn = [bad.replacement(60, epoch) for epoch in range(200)]
     assert {labels[i] for i in drawn} == {1} and 60 not in drawn
@@ -159,6 +159,7 @@ def test_replacements_spread_over_the_class():
 
 
 def test_images_that_pillow_and_dali_take_are_not_flawed(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     images = {
         "grey.jpg": Image.new("L", (30, 20), 90),
         "cmyk.jpg": Image.new("CMYK", (30, 20), (10, 20, 30, 40)),
@@ -168,9 +169,9 @@ def test_images_that_pillow_and_dali_take_are_not_flawed(tmp_path):
         "photo.bmp": Image.new("RGB", (30, 20), (1, 2, 3)),
     }
     for name, image in images.items():
-        image.save(tmp_path / name)
-    (tmp_path / "png_named.jpg").write_bytes(encoded("PNG"))
-    assert find_flaws([str(p) for p in sorted(tmp_path.iterdir())], workers=1) == {}
+        image.save(tmp_path / "a" / name)
+    (tmp_path / "b" / "png_named.jpg").write_bytes(encoded("PNG"))
+    assert find_flaws(index_folder(tmp_path, "verify"), workers=1) == {}
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "RGBA", "1", "CMYK", "webp"])

@@ -293,8 +293,9 @@ def test_threads_end_with_the_iterator_and_with_the_loader(source):
 
 def test_small_sets_are_read_once_and_large_ones_are_not_kept(tmp_path):
     make_folder(tmp_path, {"a": 3, "b": 3})
-    paths = index_folder(tmp_path, "data.train").paths
-    small, large = reader.Reader(paths), reader.Reader(paths, keep_bytes=1000)
+    source = index_folder(tmp_path, "data.train")
+    paths = source.paths
+    small, large = reader.Reader(source), reader.Reader(source, keep_bytes=1000)
     first = [each.encoded(0) for each in (small, large)]
     assert np.array_equal(*first)
     Path(paths[0]).unlink()
@@ -312,7 +313,7 @@ def test_slow_storage_is_read_while_the_caller_computes(source, monkeypatch):
 
     monkeypatch.setattr(np, "fromfile", slow)
     loader = train_loader(source, DataConfig(image_size=32, threads=4), micro=12)
-    loader._reader = reader.Reader(source.paths, keep_bytes=0)
+    loader._reader = reader.Reader(source, keep_bytes=0)
     batches = iter(loader)
     next(batches)
     waits = []

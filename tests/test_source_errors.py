@@ -90,9 +90,20 @@ def test_tables_that_cannot_be_used(tmp_path):
 
 
 @needs_pyarrow
-def test_a_parquet_that_is_cut_off(tmp_path):
-    (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(100))
-    assert "is no whole Parquet file" in message(tmp_path / "t.parquet")
+def test_a_parquet_that_is_damaged(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"path": ["a.jpg", "b.jpg"], "label": [0, 1]}), table)
+    whole = table.read_bytes()
+    for data in (b"PAR1" + bytes(100), b"", whole[: len(whole) // 2], whole[:4] + bytes(30) + whole[34:]):
+        table.write_bytes(data)
+        assert "cannot be read as Parquet" in message(table)
+    table.write_bytes(whole)
+    assert "none of the 2 files" in message(table)
+    parquet.write_table(pyarrow.table({"file": ["a.jpg"], "label": [0]}), table)
+    assert "has no column 'path': it has file, label" in message(table)
 
 
 def test_a_list_of_classes_beside_the_data_is_not_the_training_sets(tmp_path):

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -169,6 +168,7 @@ def test_without_locks_builders_do_no_harm(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(opened, range(4))) == [[0, 1, 2] * 20] * 4
     assert open_source(tmp_path, "data.train").labels.tolist() == [0, 1, 2] * 20
+    assert {path.name for path in tmp_path.iterdir()} == {"s.tar", SUFFIX, ".scalekd_index.lock"}
 
 
 @contextlib.contextmanager
@@ -230,16 +230,19 @@ def test_twenty_thousand_files_are_indexed_in_seconds(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_on_a_terminal_alone(tmp_path, terminal):
-    code = f"from scalekd_ds.data.source import open_source; open_source({str(make_folder(tmp_path / 's', {'a': 9, 'b': 9}))!r}, 'k')"
+def test_progress_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, terminal):
+    folder = make_folder(tmp_path / "set", {"a": 9, "b": 9})
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
     ours, theirs = os.openpty() if terminal else os.pipe()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=environment, timeout=60, check=True)
-    os.write(theirs, b"end")
-    shown = b""
-    while not shown.endswith(b"end"):
-        shown += os.read(ours, 4096)
+    with open(theirs, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        open_source(folder, "data.train")
+        stderr.write("end")
+        stderr.flush()
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += os.read(ours, 4096)
     os.close(ours)
-    os.close(theirs)
     assert (b"18/18" in shown) == terminal
     assert terminal or shown == b"end"

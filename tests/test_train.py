@@ -1,6 +1,7 @@
 """Whole runs through the real launcher: every ZeRO config on two ranks, resume after kill -9, plain weights, TensorBoard."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from image_fixtures import make_dataset
 from launching import ROOT, alone, environment, free_port, launch
 from safetensors.torch import load_file
+from source_fixtures import write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalekd_ds.checkpoint import checkpoints_of, choose, consolidate
@@ -252,3 +254,27 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(data, tmp_path):
 @pytest.mark.slow
 def test_thirty_kills_while_saving(data, tmp_path):
     kill_while_saving(data, tmp_path / "run", kills=30)
+
+
+def test_tars_with_every_augmentation_and_a_damaged_image(data, tmp_path):
+    """WebDataset in, RandAugment, erasing, mixup and cutmix, repeated and balanced order, one member that is no image."""
+    for name in ("train", "val"):
+        members = []
+        for number, path in enumerate(sorted((data / name).rglob("*.jpg"))):
+            members.append((f"{path.parent.name}/{number:04d}.jpg", path.read_bytes()))
+        if name == "train":
+            members[5] = (members[5][0], b"not an image")
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        write_tar(tmp_path / "tars" / f"{name}-000.tar", members)
+    run_dir = tmp_path / "run"
+    more = ("--data.train", "train-{000..000}.tar", "--data.val", "val-000.tar", "--data.max_bad_share", 0.5)
+    more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25, "--data.mixup", 0.2)
+    more += ("--data.cutmix", 1.0, "--data.repeats", 2, "--data.balanced", "true", "--data.random_crop", "true")
+    done = launch(TRAIN, *arguments(tmp_path / "tars", run_dir, *more))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    logged = scalars(run_dir)
+    assert all(math.isfinite(value) for value in logged["loss/total"].values()) and len(logged["loss/total"]) == 10
+    # each of the two ranks counts what it meets
+    assert 2.0 <= logged["data/bad_files"][10] <= 6.0
+    assert "train-000.tar" in done.stdout + done.stderr and "is no image" in done.stdout + done.stderr
+    assert json.loads((run_dir / "results.json").read_text())["step"] == 10

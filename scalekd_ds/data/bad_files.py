@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 
 from scalekd_ds.data import augment
+from scalekd_ds.data.source import Source
 from scalekd_ds.errors import UserError
 
 _STREAM = 7
@@ -21,14 +21,13 @@ class BadFiles:
     What replaces a file is a pure function of (seed, epoch, file) and of which files are bad, so a resumed run draws the same.
 
     Args:
-        names: Of all files, for messages.
-        labels: (n,) class of each.
+        source: All files.
         seed: The run's.
         max_share: Of all files that may be bad before the run stops.
     """
 
-    def __init__(self, names: Sequence[str], labels: np.ndarray, seed: int, max_share: float) -> None:
-        self.names, self.labels, self.seed, self.max_share = names, labels, seed, max_share
+    def __init__(self, source: Source, seed: int, max_share: float) -> None:
+        self.source, self.seed, self.max_share = source, seed, max_share
         self.reasons: dict[int, str] = {}
         self._lock = threading.Lock()
         self._by_class: np.ndarray | None = None
@@ -49,14 +48,14 @@ class BadFiles:
             if index in self.reasons:
                 return
             self.reasons[index] = reason
-            count, limit = len(self.reasons), self.max_share * len(self.names)
+            count, limit = len(self.reasons), self.max_share * len(self.source)
         if count <= limit:
-            print(f"warning: {self.names[index]} {reason}; another of its class takes its place", file=sys.stderr)
+            print(f"warning: {self.source.name(index)} {reason}; another of its class takes its place", file=sys.stderr)
             return
-        named = [f"{self.names[i]} {why}" for i, why in list(self.reasons.items())[:_NAMED_AT_THE_END]]
+        named = [f"{self.source.name(i)} {why}" for i, why in list(self.reasons.items())[:_NAMED_AT_THE_END]]
         more = f", and {count - len(named)} more" if count > len(named) else ""
         raise UserError(
-            f"{count} of {len(self.names)} training images cannot be used, more than data.max_bad_share "
+            f"{count} of {len(self.source)} training images cannot be used, more than data.max_bad_share "
             f"{self.max_share:g} allows: {'; '.join(named)}{more}. `launch/prepare_data.py verify DIR` sets them aside."
         )
 
@@ -67,12 +66,14 @@ class BadFiles:
             UserError: The class has none left.
         """
         if self._by_class is None:
-            self._by_class = np.argsort(self.labels, kind="stable")
-        label = self.labels[index]
-        first, last = np.searchsorted(self.labels[self._by_class], [label, label + 1])
+            self._by_class = np.argsort(self.source.labels, kind="stable")
+        label = self.source.labels[index]
+        first, last = np.searchsorted(self.source.labels[self._by_class], [label, label + 1])
         start = augment.uniform(self.seed, np.array([epoch]), np.array([index]), _STREAM)[0]
         for step in range(last - first):
             candidate = int(self._by_class[first + (int(start * (last - first)) + step) % (last - first)])
             if candidate not in self.reasons:
                 return candidate
-        raise UserError(f"every image of the class of {self.names[index]} is bad: mend them, or remove the class.")
+        raise UserError(
+            f"every image of the class of {self.source.name(index)} is bad: mend them, or remove the class."
+        )

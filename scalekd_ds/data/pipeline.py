@@ -20,7 +20,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.reader import Reader, undecodable
-from scalekd_ds.data.source import ImageFolder
+from scalekd_ds.data.source import Source
 from scalekd_ds.errors import UserError
 
 FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -47,7 +47,7 @@ class Loader:
 
     def __init__(
         self,
-        source: ImageFolder,
+        source: Source,
         cfg: DataConfig,
         batch_size: int,
         device: torch.device,
@@ -57,7 +57,7 @@ class Loader:
         self.source, self.cfg, self.device = source, cfg, device
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
-        self._reader = Reader(source.paths)
+        self._reader = Reader(source)
         self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class Loader:
 
     def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
         """Says which of the samples that were being decoded cannot be; without one, the error is another."""
-        bad = undecodable([self.source.paths[i] for i in indices])
+        bad = undecodable(self.source, np.unique(indices).tolist())
         if not bad:
             raise error
-        raise UserError(f"image {next(iter(bad))!r} cannot be decoded. Mend or remove it.")
+        raise UserError(f"image {self.source.name(next(iter(bad)))!r} cannot be decoded. Mend or remove it.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, UnidentifiedImageError
 
+from scalekd_ds.data.source import Source
 from scalekd_ds.data.structure import flaw_by_structure
 from scalekd_ds.errors import UserError
 
@@ -30,16 +30,14 @@ class Reader:
     """Encoded bytes and sizes of images. Threads may share it: each entry is written whole, and is the same each time.
 
     Args:
-        paths: The files.
+        source: The images.
         keep_bytes: Sets below this many bytes stay in memory once they are read.
     """
 
-    def __init__(self, paths: Sequence[str], keep_bytes: int = KEEP_BYTES) -> None:
-        self.paths = paths
-        self._kept: dict[int, np.ndarray] | None = {} if _estimate(paths) <= keep_bytes else None
-        # (n, 2) height and width, 0 where not yet known: opening a header costs more than the draw of a crop
-        self._sizes = np.zeros((len(paths), 2), dtype=np.int32)
-        self._sound = np.zeros(len(paths), dtype=bool)
+    def __init__(self, source: Source, keep_bytes: int = KEEP_BYTES) -> None:
+        self.source = source
+        self._kept: dict[int, np.ndarray] | None = {} if _estimate(source) <= keep_bytes else None
+        self._sound = np.zeros(len(source), dtype=bool)
 
     def encoded(self, index: int) -> np.ndarray:
         """(bytes,) uint8 of one file.
@@ -50,12 +48,12 @@ class Reader:
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         try:
-            data = np.fromfile(self.paths[index], dtype=np.uint8)
+            data = self.source.read(index)
         except OSError as error:
-            raise BadImageError(self.paths[index], f"cannot be read: {error.strerror}") from None
+            raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
         if not self._sound[index]:
             if flaw := flaw_by_structure(memoryview(data)):
-                raise BadImageError(self.paths[index], flaw)
+                raise BadImageError(self.source.name(index), flaw)
             self._sound[index] = True
         data = _as_pillow_reads_it(data)
         if self._kept is not None:
@@ -63,12 +61,13 @@ class Reader:
         return data
 
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
-        """(height, width) of one image in pixels, from the header alone.
+        """(height, width) of one image in pixels, from the index, or else from the header alone.
 
         Raises:
             BadImageError: There is no header of an image.
         """
-        height, width = self._sizes[index].tolist()
+        # opening a header costs more than the draw of a crop
+        height, width = self.source.sizes[index].tolist()
         if height == 0:
             try:
                 with Image.open(io.BytesIO(encoded)) as image:
@@ -76,8 +75,8 @@ class Reader:
             except (OSError, Image.DecompressionBombError) as error:
                 # what Pillow says then is the address of the buffer
                 reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"is damaged: {error}"
-                raise BadImageError(self.paths[index], reason) from None
-            self._sizes[index] = height, width
+                raise BadImageError(self.source.name(index), reason) from None
+            self.source.sizes[index] = height, width
         return height, width
 
 
@@ -92,70 +91,68 @@ def _as_pillow_reads_it(data: np.ndarray) -> np.ndarray:
     return np.frombuffer(out.getvalue(), dtype=np.uint8)
 
 
-def _estimate(paths: Sequence[str]) -> float:
+def _estimate(source: Source) -> float:
     """Bytes of all files, from a few of them: asking a network file system for a million sizes takes minutes."""
     sizes = []
-    for path in paths[:: max(1, len(paths) // _ESTIMATE_FROM)]:
+    for index in range(0, len(source), max(1, len(source) // _ESTIMATE_FROM)):
         try:
-            sizes.append(os.path.getsize(path))
+            sizes.append(len(source.read(index)))
         except OSError:
             # whoever reads the file names it
             continue
-    return len(paths) * float(np.mean(sizes)) if sizes else 0.0
+    return len(source) * float(np.mean(sizes)) if sizes else 0.0
 
 
-def flaw_of(path: str) -> str | None:
+def flaw_of(data: np.ndarray) -> str | None:
     """What keeps a whole file from being decoded to RGB, by its structure or by Pillow; None where nothing does."""
+    if flaw := flaw_by_structure(memoryview(data)):
+        return flaw
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        if flaw := flaw_by_structure(memoryview(data)):
-            return flaw
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
     except UnidentifiedImageError:
         return "is no image"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}" if error.strerror else f"is damaged: {error}"
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"is damaged: {error}"
     return None
 
 
-def undecodable(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> reason of the files that Pillow or DALI cannot decode; the message of DALI's own error need not name them."""
-    found = {path: flaw for path in paths if (flaw := flaw_of(path))}
-    # formats that Pillow knows and DALI does not, such as a GIF that is named .jpg
-    found |= dict.fromkeys(
-        not_for_dali([path for path in paths if path not in found]), "has a format without a decoder"
-    )
+def undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """Index -> reason of the files that Pillow or DALI cannot decode; DALI's own error need not name them."""
+    found: dict[int, str] = {}
+    sound: list[tuple[int, np.ndarray]] = []
+    for index in indices:
+        try:
+            data = source.read(index)
+        except OSError as error:
+            found[index] = f"cannot be read: {error.strerror or error}"
+            continue
+        if flaw := flaw_of(data):
+            found[index] = flaw
+        else:
+            sound.append((index, data))
+    while sound:
+        # a pipeline is of no use after an error: the next one takes the files after it
+        decoded = _decode_until_refused([data for _, data in sound])
+        if decoded < len(sound):
+            found[sound[decoded][0]] = "is refused by DALI's decoder"
+        sound = sound[decoded + 1 :]
     return found
 
 
-def not_for_dali(paths: Sequence[str]) -> list[str]:
-    """Those of the files that DALI's decoder refuses."""
-    refused, left = [], list(paths)
-    while left:
-        # a pipeline is of no use after an error: the next one takes the files after it
-        decoded = _decode_until_refused(left)
-        refused += left[decoded : decoded + 1]
-        left = left[decoded + 1 :]
-    return refused
-
-
-def _decode_until_refused(paths: Sequence[str]) -> int:
-    waiting = iter(paths)
+def _decode_until_refused(files: Sequence[np.ndarray]) -> int:
+    waiting = iter(files)
 
     def one() -> list[np.ndarray]:
-        return [np.fromfile(next(waiting), dtype=np.uint8)]
+        return [next(waiting)]
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         encoded = fn.external_source(source=one, dtype=types.UINT8, ndim=1)
         pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
-    for decoded in range(len(paths)):
+    for decoded in range(len(files)):
         try:
             pipeline.run()
         except RuntimeError:
             return decoded
-    return len(paths)
+    return len(files)

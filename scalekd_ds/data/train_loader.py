@@ -17,7 +17,7 @@ from scalekd_ds.data.pipeline import FILTERS, Loader
 from scalekd_ds.data.policy import Op, Policy, apply, erasing
 from scalekd_ds.data.reader import BadImageError, undecodable
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import ImageFolder
+from scalekd_ds.data.source import Source
 
 _FLIP_STREAM = 1
 # images of one task of the pool
@@ -58,7 +58,7 @@ class TrainLoader(Loader):
 
     def __init__(
         self,
-        source: ImageFolder,
+        source: Source,
         cfg: DataConfig,
         sampler: StreamSampler,
         device: torch.device,
@@ -74,7 +74,7 @@ class TrainLoader(Loader):
         self._fill = tuple(round(255 * m) for m in mean)
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size)
-        self.bad_files = BadFiles(source.paths, source.labels, sampler.seed, cfg.max_bad_share)
+        self.bad_files = BadFiles(source, sampler.seed, cfg.max_bad_share)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
         if cfg.random_crop:
             self._inputs += [(types.INT64, 1), (types.INT64, 1)]
@@ -183,10 +183,8 @@ class TrainLoader(Loader):
                 self.bad_files.add(index, error.reason)
 
     def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
-        unique = np.unique(indices)
-        bad = undecodable([self.source.paths[i] for i in unique])
+        bad = undecodable(self.source, np.unique(indices).tolist())
         if not bad:
             raise error
-        for index in unique.tolist():
-            if self.source.paths[index] in bad:
-                self.bad_files.add(index, bad[self.source.paths[index]])
+        for index, reason in bad.items():
+            self.bad_files.add(index, reason)

@@ -3,49 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scalekd_ds.data.source import ImageFolder
+from scalekd_ds.data.source import Source
 from scalekd_ds.errors import UserError
 
 QUARANTINE = "quarantine.tsv"
 _CHUNK = 64
 
 
-def _flaws(paths: Sequence[str]) -> dict[str, str]:
-    # imported in the worker: DALI is slow to load, and the parent does not need it
-    from scalekd_ds.data.reader import undecodable
-
-    return undecodable(paths)
-
-
-def find_flaws(paths: Sequence[str], workers: int | None = None) -> dict[str, str]:
-    """Path -> reason of every file that Pillow or DALI cannot decode whole, with a progress bar on a terminal.
+def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
+    """Name -> reason of every image that Pillow or DALI cannot decode whole, with a progress bar on a terminal.
 
     Args:
-        paths: The files.
-        workers: Processes; None is one a core.
+        source: The images.
+        workers: Threads; None is one a core. Decoders leave Python's lock.
     """
-    workers = workers or len(os.sched_getaffinity(0))
-    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    # DALI is slow to load, and only this needs it
+    from scalekd_ds.data.reader import undecodable
+
+    chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]
     console = Console(stderr=True)
     columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     flaws: dict[str, str] = {}
-    # spawned: DALI's threads do not survive a fork
     with (
-        ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn")) as pool,
+        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
-        task = progress.add_task("verify", total=len(paths))
-        for chunk, found in zip(chunks, pool.map(_flaws, chunks), strict=True):
-            flaws |= found
+        task = progress.add_task("verify", total=len(source))
+        for chunk, found in zip(chunks, pool.map(lambda chunk: undecodable(source, chunk), chunks), strict=True):
+            flaws |= {source.name(index): reason for index, reason in found.items()}
             progress.advance(task, len(chunk))
     return flaws
 
@@ -90,8 +82,8 @@ def read_quarantine(folder: Path) -> dict[str, str]:
     return listed
 
 
-def without_quarantined(source: ImageFolder, folder: Path) -> ImageFolder:
-    """The source without the files that `folder`'s quarantine lists, in the same order.
+def without_quarantined(source: Source, folder: Path) -> Source:
+    """The source without the images that `folder`'s quarantine lists, in the same order.
 
     Raises:
         UserError: A class has nothing left, or the list cannot be read.
@@ -99,10 +91,10 @@ def without_quarantined(source: ImageFolder, folder: Path) -> ImageFolder:
     listed = read_quarantine(folder)
     if not listed:
         return source
-    keep = np.array([os.path.normpath(path) not in listed for path in source.paths], dtype=bool)
+    keep = np.array([os.path.normpath(source.name(i)) not in listed for i in range(len(source))], dtype=bool)
     left = np.bincount(source.labels[keep], minlength=len(source.classes))
-    if (left == 0).any():
-        name = source.classes[int((left == 0).argmax())]
+    emptied = (left == 0) & (np.bincount(source.labels, minlength=len(source.classes)) > 0)
+    if emptied.any():
+        name = source.classes[int(emptied.argmax())]
         raise UserError(f"every image of class {name!r} in {source.root} is in {folder / QUARANTINE}: mend them first.")
-    paths = [path for path, kept in zip(source.paths, keep, strict=True) if kept]
-    return ImageFolder(source.root, paths, source.labels[keep], source.classes)
+    return source.select(np.flatnonzero(keep))
