@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from test_distiller import batch, student, teacher
 
 from scalekd_ds import ScaleKD
@@ -208,6 +210,29 @@ def test_plot_draws_every_result(results):
     assert refused.returncode == 1 and "must be a result of step.py or kernels.py" in refused.stderr
     assert len(charts) == 5
     assert all(chart.read_bytes().startswith(b"\x89PNG") for chart in charts)
+
+
+def test_loaders_are_measured_in_turn(tmp_path):
+    small = ("--images", "20", "--size", "32", "--batch", "4", "--batches", "1", "--repeats", "1", "--workers", "1")
+    done = run_script("loader.py", *small, "--device", "cpu", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "loader-cpu.json").read_text())["rows"]
+    assert [row["recipe"] for row in rows] == ["crop and flip", "RandAugment"]
+    for row in rows:
+        assert row["loaders"].keys() == {"ours", "timm", "torchvision"}
+        assert row["loaders"]["timm"]["times_timm"]["median"] == 1.0
+        assert min(loader["images_per_s"] for loader in row["loaders"].values()) > 0
+
+
+def test_augmentations_are_drawn_beside_timms(tmp_path):
+    done = run_script("augment_gallery.py", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = np.asarray(Image.open(tmp_path / "augmentations.png"))
+    height = 112 + 14 + 6
+    # each row of ours stands above timm's, pixel for pixel, labels apart
+    for row in (0, 2, 4):
+        ours, theirs = (page[6 + r * height + 14 : 6 + r * height + 14 + 112] for r in (row, row + 1))
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
