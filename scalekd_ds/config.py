@@ -25,7 +25,8 @@ class DataConfig:
         val: Validation images, likewise, with the same classes.
         image_size: Side of the square that the student sees, in pixels.
         train_images: Use only this many training images (drawn with the seed), or all when None.
-        subset_seed: Seed of that draw; None takes the run's seed.
+        images_per_class: Use only this many training images of every class, or all when None.
+        subset_seed: Seed of these draws; None takes the run's seed.
         repeats: Times that an image comes in a row, with other augmentations each time (repeated augmentation).
         balanced: Every class comes equally often, small ones by repeating their images.
         crop_scale: Share of the image's area that random resized crop keeps, lowest and highest.
@@ -55,6 +56,7 @@ class DataConfig:
     val: str = "val"
     image_size: int = 224
     train_images: int | None = None
+    images_per_class: int | None = None
     subset_seed: int | None = None
     repeats: int = 1
     balanced: bool = False
@@ -95,7 +97,9 @@ class DataConfig:
         _require(0.0 < low <= high <= 1.0, "data.crop_scale", self.crop_scale, "two shares, 0 < low <= high <= 1")
         low, high = self.crop_ratio
         _require(0.0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios, 0 < low <= high")
-        _require(self.train_images is None or self.train_images > 0, "data.train_images", self.train_images, "positive")
+        for name in ("train_images", "images_per_class"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"data.{name}", value, "positive")
         _require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1")
         _require(self.repeats > 0, "data.repeats", self.repeats, "at least 1")
         _require(self.threads > 0, "data.threads", self.threads, "at least 1")

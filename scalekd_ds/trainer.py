@@ -18,7 +18,7 @@ from scalekd_ds.card import student_card
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
-from scalekd_ds.data.source import ImageFolder, Source, check_same_classes, open_source, subset
+from scalekd_ds.data.source import ImageFolder, Source, check_same_classes, open_source, per_class, subset
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import (
@@ -299,8 +299,11 @@ def read_sources(cfg: RunConfig) -> tuple[Source, Source]:
     val = open_source(where(data.val), "data.val", None if named else train.classes)
     check_same_classes(train, val)
     train, val = without_quarantined(train, root), without_quarantined(val, root)
+    seed = cfg.seed if data.subset_seed is None else data.subset_seed
+    if data.images_per_class is not None:
+        train = per_class(train, data.images_per_class, seed)
     if data.train_images is not None:
-        train = subset(train, data.train_images, cfg.seed if data.subset_seed is None else data.subset_seed)
+        train = subset(train, data.train_images, seed)
     return train, val
 
 

@@ -14,8 +14,9 @@ from image_fixtures import make_folder
 from source_fixtures import JPEGS, SHAPES, labelled, message, needs_datasets, needs_pyarrow, write_table, write_tar
 
 from scalekd_ds.data.index import SUFFIX
-from scalekd_ds.data.source import ImageFolder, check_same_classes, index_folder, open_source, subset
+from scalekd_ds.data.source import ImageFolder, check_same_classes, index_folder, open_source, per_class, subset
 from scalekd_ds.data.tfrecord import _scan
+from scalekd_ds.errors import UserError
 
 
 def assert_whole(source, encoded, labels, shapes):
@@ -267,3 +268,14 @@ def test_dali_reads_the_same_tfrecords(tmp_path):
     data = path.read_bytes()
     assert [int(sample.label) for sample in ours] == labels.as_array().ravel().tolist() == [1, 0, 2, 300, -1, 2**40]
     assert [data[s.offset : s.offset + s.length] for s in ours] == [images.at(i).tobytes() for i in range(6)] == JPEGS
+
+
+def test_as_many_of_every_class(tmp_path):
+    make_folder(tmp_path, {"a": 5, "b": 9, "c": 7})
+    source = index_folder(tmp_path, "data.train")
+    chosen = per_class(source, 4, seed=1)
+    assert np.bincount(chosen.labels).tolist() == [4, 4, 4]
+    assert chosen.paths == sorted(chosen.paths) and set(chosen.paths) <= set(source.paths)
+    assert chosen.paths == per_class(source, 4, seed=1).paths != per_class(source, 4, seed=2).paths
+    with pytest.raises(UserError, match="class 'a' of .* has 5 images"):
+        per_class(source, 6, seed=1)

@@ -277,3 +277,21 @@ def subset(source: Source, count: int, seed: int) -> Source:
     if count > len(source):
         raise UserError(f"data.train_images is {count}: {source.root} has {len(source)} images.")
     return source.select(np.sort(np.random.Generator(np.random.Philox(seed % 2**64)).permutation(len(source))[:count]))
+
+
+def per_class(source: Source, count: int, seed: int) -> Source:
+    """`count` images of every class drawn without replacement, in the index's order; a pure function of the seed.
+
+    Raises:
+        UserError: A class with fewer images.
+    """
+    rng = np.random.Generator(np.random.Philox(seed % 2**64))
+    chosen = []
+    for label, name in enumerate(source.classes):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < count:
+            raise UserError(
+                f"data.images_per_class is {count}: class {name!r} of {source.root} has {len(members)} images."
+            )
+        chosen.append(rng.permutation(members)[:count])
+    return source.select(np.sort(np.concatenate(chosen)))
