@@ -277,5 +277,5 @@ def test_as_many_of_every_class(tmp_path):
     assert np.bincount(chosen.labels).tolist() == [4, 4, 4]
     assert chosen.paths == sorted(chosen.paths) and set(chosen.paths) <= set(source.paths)
     assert chosen.paths == per_class(source, 4, seed=1).paths != per_class(source, 4, seed=2).paths
-    with pytest.raises(UserError, match="class 'a' of .* has 5 images"):
+    with pytest.raises(UserError, match=r"class 'a' of .* has 5 images"):
         per_class(source, 6, seed=1)
