@@ -47,6 +47,9 @@ class DataConfig:
         eval_batch_size: Validation images in a forward pass on one rank.
         threads: DALI's decoding threads on each rank.
         prefetch: Batches that DALI prepares ahead.
+        keep_mb: A set below this many 2^20 bytes is read once and stays in memory, on each rank.
+        hw_decoder_load: Share of the JPEGs that a GPU's hardware decoder takes, where it has one.
+        largest_image: Height and width in pixels for which a GPU's decoder reserves memory at the start (ImageNet's).
         max_bad_share: Of the training images that may be unreadable before the run stops; each is replaced by another of
             its class.
     """
@@ -76,6 +79,9 @@ class DataConfig:
     eval_batch_size: int = 64
     threads: int = 2
     prefetch: int = 2
+    keep_mb: int = 512
+    hw_decoder_load: float = 0.65
+    largest_image: tuple[int, int] = (6430, 5980)
     max_bad_share: float = 0.001
 
     @property
@@ -104,6 +110,9 @@ class DataConfig:
         _require(self.repeats > 0, "data.repeats", self.repeats, "at least 1")
         _require(self.threads > 0, "data.threads", self.threads, "at least 1")
         _require(self.prefetch > 0, "data.prefetch", self.prefetch, "at least 1")
+        _require(self.keep_mb >= 0, "data.keep_mb", self.keep_mb, "not negative (0 reads anew each time)")
+        _require(0.0 <= self.hw_decoder_load <= 1.0, "data.hw_decoder_load", self.hw_decoder_load, "a share, 0 to 1")
+        _require(min(self.largest_image) > 0, "data.largest_image", self.largest_image, "a height and a width")
         _require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "a share, 0 to 1")
         if self.eval_resize is not None:
             _require(self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize, "at least image_size")
@@ -157,7 +166,9 @@ class OptimConfig:
         name: Optimizer.
         lr: Learning rate for the whole global batch, after warm-up.
         weight_decay: Decoupled for AdamW and LAMB, L2 for SGD.
-        no_decay_1d: No decay for norms, biases and other one-dimensional parameters, position embeddings and queries.
+        no_decay: What weight decay leaves alone: `1d` norms, biases and other one-dimensional parameters, position
+            embeddings, class tokens and the projectors' queries; `embeddings` position embeddings and class tokens; `none`
+            nothing.
         momentum: SGD only (Nesterov off).
         betas: AdamW and LAMB.
         eps: AdamW and LAMB.
@@ -167,7 +178,7 @@ class OptimConfig:
     name: Literal["sgd", "adamw", "lamb"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
-    no_decay_1d: bool = True
+    no_decay: Literal["1d", "embeddings", "none"] = "1d"
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -177,6 +188,23 @@ class OptimConfig:
         _require(self.lr > 0.0, "optim.lr", self.lr, "positive")
         _require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
         _require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
+
+
+@dataclass
+class EmaConfig:
+    """Moving average of the student's weights, once an optimizer step: average <- decay * average + (1 - decay) * weights.
+
+    Attributes:
+        decay: Share of the old average that stays, the same from the first step on; 0 keeps no average. (The published
+            momentum is 1 - decay.)
+        evaluate: The average is what is shipped as student.safetensors and what `top1` counts; it is measured in any case.
+    """
+
+    decay: float = 0.0
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.decay < 1.0, "ema.decay", self.decay, "in [0, 1) (0 is off)")
 
 
 @dataclass
@@ -288,6 +316,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
 

@@ -140,6 +140,8 @@ def start(data, run_dir, *more):
 def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
     more = ("--run.save_every", 4, "--run.ds_config", "zero2", "--student_kwargs.drop_path_rate", 0.2)
     more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
+    more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
+    more += ("--data.mixup", 0.8, "--data.cutmix", 1.0)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(data, whole, *more).wait(timeout=300) == 0
 

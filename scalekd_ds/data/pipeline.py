@@ -23,6 +23,9 @@ from scalekd_ds.data.reader import Reader, undecodable
 from scalekd_ds.data.source import Source
 from scalekd_ds.errors import UserError
 
+# bytes that suffice for every image of ImageNet-1K in NVIDIA's own training examples
+_LARGEST_DEVICE_PADDING, _LARGEST_HOST_PADDING = 211_025_920, 140_544_512
+
 FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -42,8 +45,8 @@ class Loader:
     """
 
     _inputs: list[tuple[types.DALIDataType, int]]
-    # batches whose finish overlaps with the decoding of the next
-    _finish_ahead = 0
+    # whether threads of the pool work on a batch after DALI, while the caller is busy with the one before it
+    _finishes_later = False
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Loader:
         self.source, self.cfg, self.device = source, cfg, device
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
-        self._reader = Reader(source)
+        self._reader = Reader(source, cfg.keep_mb * 2**20)
         self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def close(self) -> None:
@@ -68,7 +71,20 @@ class Loader:
     # -- the graph -----------------------------------------------------------------------------------------------
 
     def _decoder(self) -> dict:
-        return {"device": "mixed" if self._gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        common = {"output_type": types.RGB, "adjust_orientation": False}
+        if not self._gpu:
+            return {"device": "cpu", **common}
+        height, width = self.cfg.largest_image
+        return {
+            "device": "mixed",
+            "hw_decoder_load": self.cfg.hw_decoder_load,
+            # what nvJPEG needs for the largest image, from the start: growing later stalls every rank of the job
+            "device_memory_padding": min(height * width * 6, _LARGEST_DEVICE_PADDING),
+            "host_memory_padding": min(height * width * 4, _LARGEST_HOST_PADDING),
+            "preallocate_height_hint": height,
+            "preallocate_width_hint": width,
+            **common,
+        }
 
     def _normalised(self, images, **crop):
         return fn.crop_mirror_normalize(
@@ -126,8 +142,9 @@ class Loader:
     def _decode(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         reading: deque[Future] = deque()
         decoding: deque[tuple[np.ndarray, Any]] = deque()
-        finishing: deque[Callable[[], tuple[torch.Tensor, torch.Tensor]]] = deque()
-        pool = ThreadPoolExecutor(self.cfg.threads, thread_name_prefix="read-images")
+        finish: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+        # many small tensors: one thread each, and the pool's threads side by side
+        pool = ThreadPoolExecutor(self.cfg.threads, "read-images", initializer=torch.set_num_threads, initargs=(1,))
 
         def read_ahead() -> None:
             for number in itertools.islice(numbers, self.cfg.prefetch + 1 - len(reading)):
@@ -145,6 +162,8 @@ class Loader:
         try:
             pipeline = self._start(prepare)
             while True:
+                # before the next run, which reuses the memory that is read here
+                finished = finish() if finish is not None else None
                 try:
                     # on the caller's stream: DALI then reuses an output's memory only after the copy below has run
                     images, labels = pipeline.run(torch.cuda.current_stream(self.device) if self._gpu else None)
@@ -152,11 +171,13 @@ class Loader:
                     break
                 except RuntimeError as error:
                     raise UndecodableError(np.concatenate([indices for indices, _ in decoding]), error) from None
-                finishing.append(self._finish(pool, images, labels, decoding.popleft()[1]))
-                if len(finishing) > self._finish_ahead:
-                    yield finishing.popleft()()
-            while finishing:
-                yield finishing.popleft()()
+                finish = self._finish(pool, images, labels, decoding.popleft()[1])
+                if not self._finishes_later:
+                    finished, finish = finish(), None
+                if finished is not None:
+                    yield finished
+            if finished is not None:
+                yield finished
         finally:
             pool.shutdown(cancel_futures=True)
 

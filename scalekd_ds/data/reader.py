@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
@@ -13,8 +15,6 @@ from scalekd_ds.data.source import Source
 from scalekd_ds.data.structure import flaw_by_structure
 from scalekd_ds.errors import UserError
 
-# Small sets, such as 60,000 images of 32x32, are kept whole; a set that does not fit gains nothing from a part of it.
-KEEP_BYTES = 512 * 2**20
 _ESTIMATE_FROM = 64
 
 
@@ -26,15 +26,20 @@ class BadImageError(UserError):
         self.reason = reason
 
 
+class StorageGoneError(UserError):
+    """The images' folder has gone: a lost mount, not a bad file."""
+
+
 class Reader:
     """Encoded bytes and sizes of images. Threads may share it: each entry is written whole, and is the same each time.
 
     Args:
         source: The images.
-        keep_bytes: Sets below this many bytes stay in memory once they are read.
+        keep_bytes: Sets below this many bytes stay in memory once they are read; one that does not fit gains nothing
+            from a part of it.
     """
 
-    def __init__(self, source: Source, keep_bytes: int = KEEP_BYTES) -> None:
+    def __init__(self, source: Source, keep_bytes: int) -> None:
         self.source = source
         self._kept: dict[int, np.ndarray] | None = {} if _estimate(source) <= keep_bytes else None
         self._sound = np.zeros(len(source), dtype=bool)
@@ -44,12 +49,14 @@ class Reader:
 
         Raises:
             BadImageError: The file cannot be read, or no decoder could take it.
+            StorageGoneError: Nor can the folder of the images.
         """
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         try:
             data = self.source.read(index)
         except OSError as error:
+            _check_storage(self.source.root)
             raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
         if not self._sound[index]:
             if flaw := flaw_by_structure(memoryview(data)):
@@ -78,6 +85,22 @@ class Reader:
                 raise BadImageError(self.source.name(index), reason) from None
             self.source.sizes[index] = height, width
         return height, width
+
+
+def _check_storage(root: Path) -> None:
+    """Raises StorageGoneError where the folder cannot be listed any more, or is empty as a lost mount's is."""
+    try:
+        with os.scandir(root) as entries:
+            problem = None if next(entries, None) else "it is empty now"
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise StorageGoneError(
+            f"the images' folder {str(root)!r} cannot be read any more ({problem}): is its disk or mount gone? Once it is "
+            "back, --run.resume auto goes on from the last checkpoint."
+        )
 
 
 def _as_pillow_reads_it(data: np.ndarray) -> np.ndarray:

@@ -1,13 +1,19 @@
-"""Training batches: crop, flip, policy, erasing, with every draw a pure function of (seed, epoch, sample)."""
+"""Training batches: crop, flip, policy, erasing, with every draw a pure function of (seed, epoch, sample).
+
+DALI decodes the crop alone. On a GPU it resizes and flips there too, and normalises where no policy follows. On a CPU the
+rest is the pool's: torch resizes 8-bit images in a fifth of the time that DALI's CPU operator takes (0.17 against 0.85 ms
+from a crop of 500x400 to 224), as Pillow does to 2 of 255 levels, and so as timm's and torchvision's loaders do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from nvidia.dali import fn, types
 
 from scalekd_ds.config import DataConfig
@@ -25,8 +31,9 @@ _CHUNK = 4
 
 
 class Drawn(NamedTuple):
-    """What is left to do with a sample after DALI: a policy's operations, and the box that is erased, with its noise."""
+    """What is left to do with a sample after DALI: flip, a policy's operations, the box that is erased and its noise."""
 
+    flip: bool
     ops: list[Op]
     box: tuple[int, int, int, int] | None
     noise: np.ndarray | None
@@ -69,25 +76,32 @@ class TrainLoader(Loader):
         super().__init__(source, cfg, sampler.micro_batch, device, mean, std)
         self.sampler, self.start_step = sampler, start_step
         self.policy = Policy(cfg.auto_augment, cfg.color_jitter, cfg.interpolation)
-        self._finish_ahead = 1 if self.policy else 0
+        # without a crop there is little to resize: such images are small, or cut out already
+        self._host_resize = not self._gpu and (cfg.random_crop or bool(self.policy))
+        self._finishes_later = self._host_resize or bool(self.policy)
         # of a row of pixels, channels innermost: what operations uncover is the mean colour
         self._fill = tuple(round(255 * m) for m in mean)
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size)
         self.bad_files = BadFiles(source, sampler.seed, cfg.max_bad_share)
-        self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.INT32, 0)]
+        self._inputs = [(types.UINT8, 1), (types.INT64, 0)]
+        if not self._host_resize:
+            self._inputs += [(types.INT32, 0)]
         if cfg.random_crop:
             self._inputs += [(types.INT64, 1), (types.INT64, 1)]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(self.start_step * self.sampler.accumulation, None)
 
-    def _graph(self, encoded, labels, flips, *crop):
+    def _graph(self, encoded, labels, *rest):
         size = self.cfg.image_size
+        flips, crop = (None, rest) if self._host_resize else (rest[0], rest[1:])
         if crop:
             images = fn.decoders.image_slice(encoded, *crop, axis_names="HW", **self._decoder())
         else:
             images = fn.decoders.image(encoded, **self._decoder())
+        if self._host_resize:
+            return images, labels
         images = fn.resize(
             images,
             resize_x=size,
@@ -107,7 +121,9 @@ class TrainLoader(Loader):
         indices = np.array([index for index, _, _ in usable])
         encoded = [data for _, data, _ in usable]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
-        inputs = [encoded, list(self.source.labels[indices]), list(flips.astype(np.int32))]
+        inputs = [encoded, list(self.source.labels[indices])]
+        if not self._host_resize:
+            inputs += [list(flips.astype(np.int32))]
         drawn = []
         crops = np.empty((len(indices), 4), dtype=np.int64)
         if cfg.random_crop or self.policy or cfg.random_erasing:
@@ -115,34 +131,37 @@ class TrainLoader(Loader):
                 rng = augment.generator(sampler.seed, epoch, index)
                 if cfg.random_crop:
                     crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
-                drawn.append(self._draw(rng))
+                drawn.append(self._draw(rng, bool(flips[place])))
         if cfg.random_crop:
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
         return indices, inputs, drawn
 
-    def _draw(self, rng: np.random.Generator) -> Drawn:
+    def _draw(self, rng: np.random.Generator, flip: bool) -> Drawn:
         ops = self.policy.draw(rng) if self.policy else []
         box = erasing(rng, self.cfg.image_size, self.cfg.random_erasing) if self.cfg.random_erasing else None
         if box is None:
-            return Drawn(ops, None, None)
+            return Drawn(flip, ops, None, None)
         noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
-        return Drawn(ops, box, noise)
+        return Drawn(flip, ops, box, noise)
 
     def _finish(self, pool: ThreadPoolExecutor, images, labels, drawn: list[Drawn]):
         labels = self._tensor(labels)
-        if not self.policy:
+        if not self._finishes_later:
             images = self._erased(self._tensor(images), drawn)
             return lambda: (images, labels)
-        pixels = np.array(images.as_cpu().as_array() if self._gpu else images.as_array())
         size = self.cfg.image_size
-        out = None if self._gpu else torch.empty(len(pixels), size, 3 * size)
-        work = [pool.submit(self._apply_to, pixels, out, drawn, i) for i in range(0, len(drawn), _CHUNK)]
+        if self._gpu:
+            pixels = out = images.as_cpu().as_array().copy()
+            work = self._in_chunks(pool, self._apply_policy, pixels, drawn)
+        else:
+            pixels, out = [np.asarray(image) for image in images], torch.empty(len(drawn), size, 3 * size)
+            work = self._in_chunks(pool, self._resize_and_normalise, pixels, drawn, out)
 
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             for future in work:
                 future.result()
             normalised = out
-            if normalised is None:
+            if self._gpu:
                 # as bytes over to the device
                 rows = torch.from_numpy(pixels).to(self.device, non_blocking=True).flatten(2).float()
                 normalised = rows.mul_(self._scale.to(self.device)).sub_(self._shift.to(self.device))
@@ -151,20 +170,36 @@ class TrainLoader(Loader):
 
         return wait
 
-    def _apply_to(self, pixels: np.ndarray, out: torch.Tensor | None, drawn: list[Drawn], first: int) -> None:
-        """Applies the drawn operations to some images (B, H, W, 3) in place; on a CPU normalises them, (B, H, 3W), too."""
-        for place in range(first, min(first + _CHUNK, len(drawn))):
-            image = pixels[place]
-            if drawn[place].ops:
-                image = apply(image, drawn[place].ops, self._fill)
-            if out is not None:
-                # while the image is in the cache: a sixth of the time that the whole batch takes
-                out[place].copy_(torch.from_numpy(image).flatten(1)).mul_(self._scale).sub_(self._shift)
-            elif drawn[place].ops:
-                pixels[place] = image
+    @staticmethod
+    def _in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
+        def some(first: int) -> None:
+            for place in range(first, min(first + _CHUNK, len(drawn))):
+                work(place, images[place], drawn[place], *more)
+
+        return [pool.submit(some, first) for first in range(0, len(drawn), _CHUNK)]
+
+    def _apply_policy(self, place: int, pixels: np.ndarray, drawn: Drawn) -> None:
+        """The drawn operations on (S, S, 3) uint8, in place."""
+        if drawn.ops:
+            pixels[:] = apply(pixels, drawn.ops, self._fill)
+
+    def _resize_and_normalise(self, place: int, pixels: np.ndarray, drawn: Drawn, out: torch.Tensor) -> None:
+        """All that follows the decoding of (h, w, 3) uint8, into its place in (B, S, 3S): while it is in the cache."""
+        size = self.cfg.image_size
+        image = torch.from_numpy(pixels)
+        if image.shape[:2] != (size, size):
+            planes = F.interpolate(
+                image.permute(2, 0, 1)[None], (size, size), mode=self.cfg.interpolation, antialias=True
+            )
+            image = planes[0].permute(1, 2, 0)
+        if drawn.flip:
+            image = image.flip(1)
+        if drawn.ops:
+            image = torch.from_numpy(apply(image.numpy(), drawn.ops, self._fill))
+        out[place].copy_(image.flatten(1)).mul_(self._scale).sub_(self._shift)
 
     def _erased(self, images: torch.Tensor, drawn: list[Drawn]) -> torch.Tensor:
-        for image, (_, box, noise) in zip(images, drawn, strict=False):
+        for image, (*_, box, noise) in zip(images, drawn, strict=False):
             if box is not None:
                 y, x, h, w = box
                 image[:, y : y + h, x : x + w] = 0.0 if noise is None else torch.from_numpy(noise).to(images.device)
