@@ -8,6 +8,7 @@ draw ahead of DALI, which decodes ahead of the caller.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -179,7 +180,9 @@ class Loader:
             if finished is not None:
                 yield finished
         finally:
-            pool.shutdown(cancel_futures=True)
+            # at the interpreter's end the threads have been joined, and what shutdown needs is gone
+            if not sys.is_finalizing():
+                pool.shutdown(cancel_futures=True)
 
     def _finish(
         self, pool: ThreadPoolExecutor, images, labels, drawn

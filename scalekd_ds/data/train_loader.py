@@ -151,7 +151,10 @@ class TrainLoader(Loader):
             return lambda: (images, labels)
         size = self.cfg.image_size
         if self._gpu:
-            pixels = out = images.as_cpu().as_array().copy()
+            # pinned, so that the copy back does not wait for the steps before it
+            out = torch.empty(len(drawn), size, size, 3, dtype=torch.uint8, pin_memory=True)
+            pixels = out.numpy()
+            pixels[:] = images.as_cpu().as_array()
             work = self._in_chunks(pool, self._apply_policy, pixels, drawn)
         else:
             pixels, out = [np.asarray(image) for image in images], torch.empty(len(drawn), size, 3 * size)
@@ -163,7 +166,7 @@ class TrainLoader(Loader):
             normalised = out
             if self._gpu:
                 # as bytes over to the device
-                rows = torch.from_numpy(pixels).to(self.device, non_blocking=True).flatten(2).float()
+                rows = out.to(self.device, non_blocking=True).flatten(2).float()
                 normalised = rows.mul_(self._scale.to(self.device)).sub_(self._shift.to(self.device))
             # a view of NHWC: channels-last is what the student takes
             return self._erased(normalised.unflatten(2, (size, 3)).permute(0, 3, 1, 2), drawn), labels
