@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Images a second of the library's loader, timm's, and torchvision's in a DataLoader: `python benchmarks/loader.py`.
+"""Images a second of the library's loader, timm's, torchvision's, and FFCV's: `python benchmarks/loader.py`.
 
 The same JPEGs, to the same size, with as many decoding threads here as worker processes there, in turn in one process. A
 turn drops what was prepared while others ran, then times whole batches. `--soak N` reports memory over N images instead.
+FFCV takes part where it is installed (`pip install ffcv`, which needs the headers of OpenCV and libturbojpeg).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -115,7 +118,32 @@ def torchvisions(folder: Path, args: argparse.Namespace, recipe: dict, workers: 
     return iter(DataLoader(data, args.batch, shuffle=True, num_workers=workers, drop_last=True))
 
 
-LOADERS = {"ours": ours, "timm": timms, "torchvision": torchvisions}
+def ffcvs(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator | None:
+    """FFCV on the same JPEG bytes in its own file; it decodes whole images and has no RandAugment."""
+    if "auto_augment" in recipe or importlib.util.find_spec("ffcv") is None:
+        return None
+    from ffcv import fields, loader, transforms, writer
+    from ffcv.fields import decoders
+
+    packed = folder.parent / f"{folder.name}.beton"
+    if not packed.exists():
+        columns = {"image": fields.RGBImageField(write_mode="jpg", jpeg_quality=90), "label": fields.IntField()}
+        writer.DatasetWriter(packed, columns, num_workers=1).from_indexed_dataset(TorchFolder(folder))
+    pixels = [decoders.RandomResizedCropRGBImageDecoder((args.size, args.size)), transforms.RandomHorizontalFlip()]
+    pixels.append(transforms.NormalizeImage(np.array(MEAN) * 255, np.array(STD) * 255, np.float32))
+    to_torch = [transforms.ToTensor(), transforms.ToTorchImage()]
+    batches = loader.Loader(
+        str(packed),
+        batch_size=args.batch,
+        num_workers=workers,
+        order=loader.OrderOption.RANDOM,
+        drop_last=True,
+        pipelines={"image": pixels + to_torch, "label": [decoders.IntDecoder(), transforms.ToTensor()]},
+    )
+    return itertools.chain.from_iterable(itertools.repeat(batches))
+
+
+LOADERS = {"ours": ours, "timm": timms, "torchvision": torchvisions, "FFCV": ffcvs}
 
 
 def turn(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
@@ -137,11 +165,12 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
     result = {"benchmark": "loader", "machine": harness.machine(device), "settings": vars(args), "rows": []}
     for name, recipe in RECIPES.items():
         for workers in args.workers:
-            running = {n: build(folder, args, recipe, workers, device) for n, build in LOADERS.items()}
+            built = {n: build(folder, args, recipe, workers, device) for n, build in LOADERS.items()}
+            running = {n: batches for n, batches in built.items() if batches is not None}
             seconds: dict[str, list[float]] = {n: [] for n in running}
             for round_ in range(args.repeats):
                 names = list(running)
-                for n in names[round_ % 3 :] + names[: round_ % 3]:
+                for n in names[round_ % len(names) :] + names[: round_ % len(names)]:
                     settle(running[n])
                     seconds[n].append(harness.seconds_of(turn(running[n], args), device))
             images = args.batch * args.batches
