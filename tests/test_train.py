@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,3 +282,29 @@ def test_tars_with_every_augmentation_and_a_damaged_image(data, tmp_path):
     assert 2.0 <= logged["data/bad_files"][10] <= 6.0
     assert "train-000.tar" in done.stdout + done.stderr and "is no image" in done.stdout + done.stderr
     assert json.loads((run_dir / "results.json").read_text())["step"] == 10
+
+
+def test_a_disk_that_vanishes_in_mid_epoch(data, tmp_path):
+    here, run_dir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, here)
+    args = ("--recipe", "fashion-ce", "--data.root", here, "--data.keep_mb", 0, "--run.dir", run_dir)
+    args += ("--data.train_images", "null", "--global_batch_size", 8, "--run.resume", "auto", "--run.save_every", 2)
+    args += ("--schedule.epochs", 2000, "--run.eval_every", 0)
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *map(str, args)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not checkpoints_of(run_dir) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    (here / "train").rename(tmp_path / "gone")
+    _, stderr = process.communicate(timeout=60)
+    told = [line for line in stderr.splitlines() if "cannot be read any more" in line]
+    assert process.returncode != 0 and len(told) == 1, stderr[-2000:]
+    assert str(here / "train") in told[0] and "Traceback" not in stderr
+    saved = choose(run_dir, "auto")
+    assert saved is not None
+    step = int(saved.name[4:])
+    (tmp_path / "gone").rename(here / "train")
+    on = alone(TRAIN, *args, "--run.stop_after", step + 2)
+    assert on.returncode == 0 and f"from {saved.name}" in on.stdout, on.stderr[-2000:]
