@@ -5,6 +5,7 @@ run_dir/checkpoints/step00000500/
     rng_rank0.pt ...      generators of every rank
     student.safetensors   the bare student, BatchNorm statistics averaged over ranks
     student.json          its card
+    student_ema.*         the same for its moving average, where the run keeps one
     state.json            step, samples seen, world size, ZeRO stage
     manifest.json         size and SHA-256 of every file above, written last
 """
@@ -30,6 +31,8 @@ from scalekd_ds.errors import UserError
 MANIFEST = "manifest.json"
 # names the newest checkpoint, so that a vanished one is an error and not a silent fresh start
 LATEST = "latest.json"
+# what a checkpoint exports, by the name that consolidate() takes
+WEIGHTS = {"student": "student.safetensors", "ema": "student_ema.safetensors"}
 _STEP = re.compile(r"step(\d{8})")
 
 
@@ -138,8 +141,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
-def save(engine: Any, run_dir: Path, state: dict[str, Any], card: dict[str, Any], keep_last: int) -> Path:
+def save(
+    engine: Any,
+    run_dir: Path,
+    state: dict[str, Any],
+    card: dict[str, Any],
+    keep_last: int,
+    average: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
+) -> Path:
     """Saves a checkpoint; collective. `state` has at least `step`, `world_size` and `zero_stage`.
+
+    `average` is the state-dict and the card of the student's moving average, where there is one.
 
     Returns:
         The finished checkpoint's folder.
@@ -160,7 +172,9 @@ def save(engine: Any, run_dir: Path, state: dict[str, Any], card: dict[str, Any]
     torch.save(rng_state(), partial / f"rng_rank{rank}.pt")
     weights = student_state(engine.module)
     if rank == 0:
-        write_student(partial / "student.safetensors", weights, card)
+        write_student(partial / WEIGHTS["student"], weights, card)
+        if average is not None:
+            write_student(partial / WEIGHTS["ema"], *average)
         write_json(partial / "state.json", state)
     dist.barrier()
     if rank == 0:
@@ -246,21 +260,50 @@ def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def consolidate(checkpoint_dir: str | Path) -> dict[str, torch.Tensor]:
+def consolidate(checkpoint_dir: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
     """The plain student of a checkpoint from any ZeRO stage: timm's names, float32, BatchNorm buffers included.
 
     Args:
         checkpoint_dir: A checkpoint's folder, a run's folder, or its checkpoints/ (the newest is taken).
+        weights: `student` for its own weights, `ema` for their moving average; None takes what the run ships.
 
     Raises:
-        UserError: No checkpoint there, or a damaged one.
+        UserError: No checkpoint there, a damaged one, or one without an average.
     """
-    checkpoint = resolve(Path(checkpoint_dir))
-    verify(checkpoint)
+    return read_weights(weights_file(resolve(Path(checkpoint_dir)), weights))
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """A .safetensors file of a verified checkpoint.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
-        return load_file(checkpoint / "student.safetensors")
+        return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{checkpoint / 'student.safetensors'} cannot be read: {error}.") from None
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def weights_file(checkpoint: Path, weights: str | None = None) -> Path:
+    """The plain weights in a checkpoint, which is verified, by the name that `consolidate` takes.
+
+    Raises:
+        UserError: A damaged checkpoint, another name, or an average that is not there.
+    """
+    verify(checkpoint)
+    if weights is None:
+        ema = read_state(checkpoint).get("config", {}).get("ema", {})
+        weights = "ema" if ema.get("decay") and ema["evaluate"] else "student"
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}: it must be one of {', '.join(WEIGHTS)}.")
+    file = checkpoint / WEIGHTS[weights]
+    if not file.is_file():
+        raise UserError(
+            f"{checkpoint} holds no {weights} weights: its run kept no average. Take `student`, or train with --ema.decay "
+            "0.9999."
+        )
+    return file
 
 
 def resolve(path: Path) -> Path:

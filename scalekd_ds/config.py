@@ -166,7 +166,9 @@ class OptimConfig:
         name: Optimizer.
         lr: Learning rate for the whole global batch, after warm-up.
         weight_decay: Decoupled for AdamW and LAMB, L2 for SGD.
-        no_decay_1d: No decay for norms, biases and other one-dimensional parameters, position embeddings and queries.
+        no_decay: What weight decay leaves alone: `1d` norms, biases and other one-dimensional parameters, position
+            embeddings, class tokens and the projectors' queries; `embeddings` position embeddings and class tokens; `none`
+            nothing.
         momentum: SGD only (Nesterov off).
         betas: AdamW and LAMB.
         eps: AdamW and LAMB.
@@ -176,7 +178,7 @@ class OptimConfig:
     name: Literal["sgd", "adamw", "lamb"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
-    no_decay_1d: bool = True
+    no_decay: Literal["1d", "embeddings", "none"] = "1d"
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -186,6 +188,23 @@ class OptimConfig:
         _require(self.lr > 0.0, "optim.lr", self.lr, "positive")
         _require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
         _require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
+
+
+@dataclass
+class EmaConfig:
+    """Moving average of the student's weights, once an optimizer step: average <- decay * average + (1 - decay) * weights.
+
+    Attributes:
+        decay: Share of the old average that stays, the same from the first step on; 0 keeps no average. (The published
+            momentum is 1 - decay.)
+        evaluate: The average is what is shipped as student.safetensors and what `top1` counts; it is measured in any case.
+    """
+
+    decay: float = 0.0
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.decay < 1.0, "ema.decay", self.decay, "in [0, 1) (0 is off)")
 
 
 @dataclass
@@ -263,14 +282,17 @@ class RunConfig:
 
     Attributes:
         recipe: Name this config started from.
-        student: timm name.
+        student: timm name (`hf-hub:` and `local-dir:` ones too), or a consolidated .safetensors with its card beside it.
         student_kwargs: Further arguments of the student's constructor, as JSON.
-        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors file.
+        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors,
+            .pth or .pt file; a classifier of other classes starts fresh.
         student_taps: Indices of the two feature maps that are distilled, as timm's `forward_intermediates` counts them;
             None takes the ones that the published code takes for this kind of model.
-        teacher: timm name, a consolidated .safetensors with its card beside it, or `none` for supervised training.
+        teacher: timm name (`hf-hub:` and `local-dir:` ones too), a consolidated .safetensors with its card beside it, or
+            `none` for supervised training.
         teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
-        teacher_weights: `pretrained`, a .safetensors file, or `none` (random; for tests).
+        teacher_weights: `pretrained`, `none` (random; for tests), or a .safetensors, .pth or .pt file in timm's names,
+            mmpretrain's or those of the first release; its number of classes is the teacher's.
         teacher_image_size: Side that the teacher sees, in pixels; None is its own, or the student's where its
             constructor takes an image size.
         loss: Student loss on the labels; bce is summed over classes and averaged over the batch.
@@ -297,6 +319,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
 

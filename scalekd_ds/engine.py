@@ -124,10 +124,13 @@ def synchronise_buffers(module: nn.Module) -> None:
 
     ZeRO never communicates buffers: each rank's drift apart, and checkpoints keep rank 0's.
     """
-    if dist.get_world_size() == 1:
-        return
-    buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel()]
-    if not buffers:
+    average_over_ranks([b for b in module.buffers() if b.is_floating_point() and b.numel()])
+
+
+@torch.no_grad()
+def average_over_ranks(buffers: list[torch.Tensor]) -> None:
+    """Makes floating-point tensors their mean over ranks, in place, with one all-reduce."""
+    if dist.get_world_size() == 1 or not buffers:
         return
     flat = torch.cat([b.flatten().float() for b in buffers])
     dist.all_reduce(flat)
@@ -142,12 +145,15 @@ def student_state(distiller: ScaleKD) -> dict[str, torch.Tensor]:
 
     Buffers are this rank's: call `synchronise_buffers` first.
     """
-    state = {}
-    for name, tensor in distiller.student.state_dict(keep_vars=True).items():
-        sharded = hasattr(tensor, "ds_id")
-        with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
-            state[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return state
+    return {name: gathered(tensor) for name, tensor in distiller.student.state_dict(keep_vars=True).items()}
+
+
+@torch.no_grad()
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a whole parameter or buffer on the CPU; collective where ZeRO-3 shards it."""
+    sharded = hasattr(tensor, "ds_id")
+    with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
+        return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -7,25 +7,13 @@ call makes them whole: the update equals the unsharded one on any stage and any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where layers lie in one flat shard.
-
-    Attributes:
-        segments: (layer, first element, elements) of each layer's part on this rank.
-        layers: Number of layers over all ranks.
-    """
-
-    segments: list[tuple[int, int, int]]
-    layers: int
+from scalekd_ds.zero_layout import Segment, Shard, shards_of
 
 
 class Lamb(torch.optim.Optimizer):
@@ -51,17 +39,17 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._engine: Any = None
-        self._layouts: dict[int, Layout] = {}
+        self._shards: dict[int, Shard] = {}
 
-    def _layout(self, parameter: torch.Tensor) -> Layout:
+    def _shard(self, parameter: torch.Tensor) -> Shard:
         if self._engine is None or self._engine.zero_optimization_stage() == 0:
-            return Layout([(0, 0, parameter.numel())], 1)
-        if id(parameter) not in self._layouts:
+            return Shard(parameter, [parameter], [Segment(0, 0, parameter.numel(), 0)])
+        if id(parameter) not in self._shards:
             # a checkpoint that was loaded may have put other tensors in place
-            self._layouts = layouts_of(self._engine)
-        if id(parameter) not in self._layouts:
+            self._shards = {id(shard.flat): shard for shard in shards_of(self._engine)}
+        if id(parameter) not in self._shards:
             raise RuntimeError(f"LAMB was given a shard that DeepSpeed {deepspeed.__version__} does not account for.")
-        return self._layouts[id(parameter)]
+        return self._shards[id(parameter)]
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """Adam's direction with decay, before the trust ratio."""
@@ -89,31 +77,33 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    work.append((group, parameter, self._update(parameter, group), self._layout(parameter)))
+                    work.append((group, parameter, self._update(parameter, group), self._shard(parameter)))
         if not work:
             return loss
         ratios = self._trust_ratios(work)
         first = 0
-        for group, parameter, update, layout in work:
+        for group, parameter, update, shard in work:
             flat, step = parameter.view(-1), update.view(-1)
-            for layer, start, count in layout.segments:
-                ratio = ratios[first + layer] if group["weight_decay"] else 1.0
-                flat[start : start + count].sub_(step[start : start + count] * (group["lr"] * ratio))
-            first += layout.layers
+            for segment in shard.segments:
+                ratio = ratios[first + segment.layer] if group["weight_decay"] else 1.0
+                part = slice(segment.start, segment.start + segment.count)
+                flat[part].sub_(step[part] * (group["lr"] * ratio))
+            first += len(shard.parameters)
         return loss
 
     def _trust_ratios(self, work: list) -> torch.Tensor:
         """|w| / |update| of every layer in `work`, 1 where either is 0; on the device, without a host sync."""
-        layers = sum(layout.layers for *_, layout in work)
+        layers = sum(len(shard.parameters) for *_, shard in work)
         squares = torch.zeros(2, layers, dtype=torch.float64, device=work[0][1].device)
         first = 0
-        for _, parameter, update, layout in work:
+        for _, parameter, update, shard in work:
             flat, step = parameter.view(-1), update.view(-1)
-            for layer, start, count in layout.segments:
+            for segment in shard.segments:
+                part = slice(segment.start, segment.start + segment.count)
                 # one kernel a norm; float64 for the sum over segments and ranks
-                squares[0, first + layer] += flat[start : start + count].norm().double().square()
-                squares[1, first + layer] += step[start : start + count].norm().double().square()
-            first += layout.layers
+                squares[0, first + segment.layer] += flat[part].norm().double().square()
+                squares[1, first + segment.layer] += step[part].norm().double().square()
+            first += len(shard.parameters)
         if self._engine is not None and self._engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:
             dist.all_reduce(squares)
         weight, update = squares.sqrt()
@@ -128,54 +118,4 @@ def attach(optimizer: Lamb, engine: Any) -> None:
     """
     optimizer._engine = engine
     if engine.zero_optimization_stage() > 0:
-        optimizer._layouts = layouts_of(engine)
-
-
-def layouts_of(engine: Any) -> dict[int, Layout]:
-    """`Layout` of every flat fp32 shard of this rank, by the shard's id.
-
-    It reads private fields of DeepSpeed's ZeRO optimizers, so it checks that every parameter is accounted for.
-    """
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    try:
-        layouts = _layouts_stage3(zero) if stage == 3 else _layouts_stage12(zero)
-    except AttributeError as error:
-        raise RuntimeError(
-            f"LAMB cannot find its layers in DeepSpeed {deepspeed.__version__}'s ZeRO-{stage} optimizer ({error}): use "
-            "ZeRO 0, another optimizer, or a DeepSpeed version that the tests cover."
-        ) from None
-    known = sum(layout.layers for layout in layouts.values())
-    trainable = sum(p.requires_grad for p in engine.module.parameters())
-    if known != trainable:
-        raise RuntimeError(
-            f"LAMB found {known} layers in DeepSpeed {deepspeed.__version__}'s ZeRO-{stage} shards, the model has {trainable}."
-        )
-    return layouts
-
-
-def _layouts_stage12(zero: Any) -> dict[int, Layout]:
-    layouts = {}
-    for flat, parameters in zip(zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, strict=True):
-        segments = []
-        for layer, parameter in enumerate(parameters):
-            # None where another rank holds all of it
-            if parameter._hp_mapping is not None:
-                address = parameter._hp_mapping.get_hp_fragment_address()
-                segments.append((layer, address.start, address.numel))
-        layouts[id(flat)] = Layout(segments, len(parameters))
-    return layouts
-
-
-def _layouts_stage3(zero: Any) -> dict[int, Layout]:
-    layouts, rank = {}, dist.get_rank()
-    for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
-        segments, start = [], 0
-        for layer, parameter in enumerate(parameters):
-            held = parameter.partition_numel()
-            # a layer that the ranks do not divide ends in padding, which is memory that nobody has written
-            real = min(held, max(0, parameter.ds_numel - rank * held))
-            if real:
-                segments.append((layer, start, real))
-            start += held
-        layouts[id(flat)] = Layout(segments, len(parameters))
-    return layouts
+        optimizer._shards = {id(shard.flat): shard for shard in shards_of(engine)}

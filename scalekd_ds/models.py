@@ -1,19 +1,22 @@
-"""timm models by name or from a consolidated file, with errors that say what to type instead."""
+"""timm models by name, with weights from a hub or a file, and errors that say what to type instead."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import load_model_config_from_hf
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.weights import load_weights
+from scalekd_ds.weights_file import TORCH_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,50 @@ class Preprocessing:
         return cls(tuple(mean) if mean else None, tuple(std) if std else None, size if all(size) else None)
 
 
+# timm's own prefixes for models outside its registry
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
 def check_name(name: str) -> None:
     """Raises UserError for a name that timm does not have, with the nearest ones."""
-    if not timm.is_model(name):
+    if name.startswith(HUBS):
+        origin_of(name)
+    elif name.endswith(TORCH_SUFFIXES) or (not timm.is_model(name) and Path(name).exists()):
+        raise UserError(
+            f"{name!r} is a file of weights, which does not say what model it is: give the model's timm name, and the "
+            f"file as --teacher_weights {name} (or --student_weights); or a .safetensors with its card."
+        )
+    elif not timm.is_model(name):
         architecture = name.split(".", 1)[0]
         raise UserError(f"unknown timm model {name!r}.{suggest(architecture, timm.list_models())}")
+
+
+def origin_of(name: str) -> tuple[str, dict[str, Any]]:
+    """timm's name and constructor arguments behind a name, a hub's `config.json`, or a consolidated file's card.
+
+    Raises:
+        UserError: Such a config or card cannot be had.
+    """
+    if name.endswith(".safetensors"):
+        card = read_card(name)
+        for key in ("architecture", "num_classes"):
+            if key not in card:
+                raise UserError(f"{card_path(name)} has no {key!r}: consolidate the checkpoint again.")
+        return card["architecture"], dict(card.get("model_kwargs") or {})
+    source, _, where = name.partition(":")
+    if not name.startswith(HUBS):
+        return name, {}
+    read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    try:
+        _, architecture, arguments = read(where)
+        return architecture, dict(arguments or {})
+    # the hub raises its own, requests' and the system's errors
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} has no model of timm's that can be read ({first}): it needs config.json and weights, as timm's "
+            "push_to_hf_hub and save_for_hf write them."
+        ) from None
 
 
 def card_path(weights: str | Path) -> Path:
@@ -56,36 +98,14 @@ def read_card(weights: str | Path) -> dict[str, Any]:
     if not weights.is_file():
         raise UserError(f"weights file {str(weights)!r} does not exist.")
     if not card.is_file():
-        raise UserError(f"{weights} has no card: expected {card}, which launch/consolidate.py writes beside it.")
+        raise UserError(
+            f"{weights} has no card: expected {card}, which launch/consolidate.py writes beside it. For weights of "
+            f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
+        )
     try:
         return json.loads(card.read_text())
     except ValueError as error:
         raise UserError(f"{card} is not JSON ({error}): consolidate the checkpoint again.") from None
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a .safetensors file into `model`, strictly.
-
-    Raises:
-        UserError: The file is missing or damaged, or its names or shapes differ (the first five of each are listed).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights file {str(path)!r} does not exist.")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file ({error}).") from None
-    own = model.state_dict()
-    problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in problems.items() if keys)
-        raise UserError(f"{path} does not fit {type(model).__name__}: {found}. Is it another architecture or width?")
-    model.load_state_dict(state)
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -98,16 +118,20 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"{name} cannot be built with {shown}: {error}") from None
 
 
-# transformers in timm that are built for one grid of patches, though some of them also run on others
-_GRID_FAMILIES = ("vision_transformer", "swin", "eva", "beit", "deit", "mlp_mixer")
+# timm's modules of models that are built for one grid of patches, though some of them also run on others
+_GRID_FAMILIES = (
+    *("vision_transformer", "swin", "eva", "beit", "deit", "mlp_mixer", "byoanet", "byobnet", "cait", "coat", "convit"),
+    *("efficientformer_v2", "gcvit", "hiera", "levit", "maxxvit", "nest", "pit", "tnt", "visformer", "volo"),
+)
 
 
-def constructor_kwargs(name: str, kwargs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """`kwargs`, with the image size among them where the model's grid of patches depends on it."""
-    module = timm.model_entrypoint(name.split(".", 1)[0]).__module__.rpartition(".")[2]
+def constructor_kwargs(name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    """`kwargs` over those of the model's origin, with the image size where its grid of patches depends on it."""
+    architecture, own = origin_of(name)
+    module = timm.model_entrypoint(architecture.split(".", 1)[0]).__module__.rpartition(".")[2]
     if image_size is None or "img_size" in kwargs or not module.startswith(_GRID_FAMILIES):
-        return dict(kwargs)
-    return {**kwargs, "img_size": image_size}
+        return {**own, **kwargs}
+    return {**own, **kwargs, "img_size": image_size}
 
 
 def build_model(
@@ -120,22 +144,26 @@ def build_model(
     """A timm model.
 
     Args:
-        name: timm name, or the path of a consolidated .safetensors with its card beside it (kwargs and weights are
-            then the card's).
-        num_classes: Width of the head; None keeps the model's own.
-        kwargs: Further constructor arguments.
-        weights: `pretrained`, `none`, or a .safetensors file.
+        name: timm name (`hf-hub:` and `local-dir:` ones too), or the path of a consolidated .safetensors with its card
+            beside it (weights, and what kwargs do not say, are then the card's).
+        num_classes: Width of the head; one that `weights` does not have starts fresh. None keeps the model's own, or
+            that of the file in `weights`.
+        kwargs: Further constructor arguments; a `num_classes` here must be the file's.
+        weights: `pretrained`, `none`, or a file of weights as `weights.load_weights` takes them; what had to be resized
+            or left fresh is printed.
         image_size: Side of the images in pixels, for models that are built for one size.
 
     Raises:
         UserError: Unknown name, arguments that the constructor refuses, weights that do not fit or cannot be had.
     """
     if name.endswith(".safetensors"):
+        architecture, own = origin_of(name)
         card = read_card(name)
-        for key in ("architecture", "num_classes"):
-            if key not in card:
-                raise UserError(f"{card_path(name)} has no {key!r}: consolidate the checkpoint again.")
-        model = build_model(card["architecture"], card["num_classes"], card.get("model_kwargs"), name, image_size)
+        own["num_classes"] = card["num_classes"]
+        if num_classes is not None and image_size is not None:
+            # a teacher keeps the size that it knows; a student takes that of its new images
+            own.pop("img_size", None)
+        model = build_model(architecture, num_classes, {**own, **(kwargs or {})}, name, image_size)
         model.pretrained_cfg = dict(
             getattr(model, "pretrained_cfg", None) or {},
             mean=tuple(card["mean"]),
@@ -157,11 +185,14 @@ def build_model(
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"pretrained weights of {name} could not be loaded ({first}): check the network, or give a "
-                ".safetensors file with --teacher_weights or --student_weights."
+                ".safetensors or .pth file with --teacher_weights or --student_weights."
             ) from None
     model = _create(name, pretrained=False, **kwargs)
     if weights != "none":
-        load_weights(model, weights)
+        head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
+        notes = load_weights(model, weights, head)
+        if notes and os.environ.get("RANK", "0") == "0":
+            print(f"{weights}: {'; '.join(notes)}", flush=True)
     return model
 
 

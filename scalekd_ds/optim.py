@@ -10,8 +10,10 @@ from torch import nn
 from scalekd_ds.config import OptimConfig, ScheduleConfig
 from scalekd_ds.lamb import Lamb
 
-# position embeddings, tokens and the projectors' learned queries: no decay, as the published groups have it
-_NO_DECAY = ("pos_embed", "relative_position_bias_table", "cls_token", "reg_token", "dist_token", "query.weight")
+# the names that the published Mixer recipes list, and nothing else beside them
+_EMBEDDINGS = ("pos_embed", "cls_token")
+# position embeddings, tokens and the projectors' learned queries
+_NO_DECAY = (*_EMBEDDINGS, "relative_position_bias_table", "reg_token", "dist_token", "query.weight")
 
 
 def _no_decay_names(module: nn.Module) -> set[str]:
@@ -26,16 +28,21 @@ def _no_decay_names(module: nn.Module) -> set[str]:
 def param_groups(module: nn.Module, cfg: OptimConfig) -> list[dict]:
     """Groups with and without weight decay, in the module's order; none is empty.
 
-    With `cfg.no_decay_1d` norms, biases and other one-dimensional parameters, position embeddings, class tokens and the
-    projectors' queries have none.
+    What has no decay is `cfg.no_decay`'s choice, the three that the published settings have: `1d` (AdamW on transformers
+    and ConvNeXt) also takes what a model asks for by timm's `no_weight_decay()`, `embeddings` (the Mixers) position
+    embeddings and class tokens by name, `none` (SGD and LAMB) nothing.
     """
     asked = _no_decay_names(module)
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.ndim <= 1 or name.endswith(_NO_DECAY) or name in asked
-        groups["no_decay" if cfg.no_decay_1d and exempt else "decay"].append(parameter)
+        exempt = {
+            "1d": parameter.ndim <= 1 or name.endswith(_NO_DECAY) or name in asked,
+            "embeddings": name.endswith(_EMBEDDINGS),
+            "none": False,
+        }
+        groups["no_decay" if exempt[cfg.no_decay] else "decay"].append(parameter)
     decay = {"decay": cfg.weight_decay, "no_decay": 0.0}
     return [{"params": p, "weight_decay": decay[name]} for name, p in groups.items() if p]
 

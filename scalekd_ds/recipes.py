@@ -104,7 +104,7 @@ def _traditional(name: str, teacher: str, distill: DistillConfig) -> RunConfig:
         micro_batch_size=32,
         distill=distill,
         data=DataConfig(threads=4),
-        optim=OptimConfig("sgd", lr=0.1, weight_decay=1e-4, momentum=0.9, no_decay_1d=False),
+        optim=OptimConfig("sgd", lr=0.1, weight_decay=1e-4, momentum=0.9, no_decay="none"),
         schedule=ScheduleConfig("multistep", epochs=100, milestones=(30, 60, 90), gamma=0.1),
         run=RunDirConfig(dir=f"runs/{name}", ds_config="zero1", log_every=50, save_every=2500),
     )

@@ -1,29 +1,38 @@
 """The frozen teacher: targets without gradient, and its last stage, differentiable in its input (TPP).
 
-What "the last stage" is, by family:
-    Swin, Swin-v2               layers[-1] with its down-sampling, then the final norm; the target is normed.
-    ViT, DeiT, DINOv2, CLIP,    the last 2 of 24 blocks, in proportion for other depths, on patch tokens alone: no class
-    BEiT, EVA, EVA-02, DINOv3   token, no final norm; the target is the un-normed patch tokens of the last block.
+What "the last stage" of each family is: `scalekd_ds.teacher_families`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.models import Preprocessing, build_model
+from scalekd_ds.teacher_families import (
+    FAMILIES,
+    Family,
+    Stage,
+    family_of,
+    last_block_count,
+    register_family,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Stage",
+    "Teacher",
+    "TeacherTargets",
+    "family_of",
+    "last_block_count",
+    "register_family",
+]
 
 
 class TeacherTargets(NamedTuple):
@@ -33,154 +42,16 @@ class TeacherTargets(NamedTuple):
     logits: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Tokens at one place of the teacher: grid (h, w), channels, and the heads of the attention there."""
-
-    grid: tuple[int, int]
-    dim: int
-    heads: int
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to read one kind of teacher.
-
-    Attributes:
-        forward: (model, images) -> (tokens (B, P, C), features that `forward_head` takes).
-        last_stage: (model, tokens (B, P_in, C_in)) -> (B, P, C).
-        stages: model -> (input of the last stage, its output).
-    """
-
-    forward: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    last_stage: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    stages: Callable[[nn.Module], tuple[Stage, Stage]]
-
-
-def _swin_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    features_BHWC = model.forward_features(images)
-    return features_BHWC.flatten(1, 2), features_BHWC
-
-
-def _swin_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    stage = model.layers[-1]
-    return model.norm(stage(tokens.unflatten(1, tuple(stage.input_resolution)))).flatten(1, 2)
-
-
-def _swin_stages(model: nn.Module) -> tuple[Stage, Stage]:
-    if len(model.layers) < 2:
-        raise UserError("the teacher has one stage: ScaleKD needs a stage before the last one.")
-    last, before = model.layers[-1], model.layers[-2]
-    return (
-        Stage(tuple(last.input_resolution), last.dim, before.blocks[-1].attn.num_heads),
-        Stage(tuple(last.output_resolution), model.num_features, last.blocks[-1].attn.num_heads),
-    )
-
-
-def last_block_count(depth: int) -> int:
-    """Blocks in a plain ViT's last stage: 2 of 24, in proportion for other depths, at least one."""
-    return max(1, round(2 * depth / 24))
-
-
-def _vit_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    features, taps = model.forward_intermediates(images, indices=1, norm=False, output_fmt="NLC")
-    return taps[0], features
-
-
-def _patch_only(block: nn.Module) -> nn.Module:
-    """A shallow copy of a transformer block that attends among patch tokens alone.
-
-    Parameters and hooks are shared with the original; only what counts prefix tokens is replaced: rotary embeddings
-    skip `num_prefix_tokens`, and BEiT's bias table has a row for the class token.
-    """
-    attn = block.attn
-    has_bias = getattr(attn, "relative_position_bias_table", None) is not None
-    if not has_bias and not getattr(attn, "num_prefix_tokens", 0):
-        return block
-    attn = copy.copy(attn)
-    if has_bias:
-        bias = attn._get_rel_pos_bias()[..., 1:, 1:]
-        attn._get_rel_pos_bias = lambda: bias
-    if hasattr(attn, "num_prefix_tokens"):
-        attn.num_prefix_tokens = 0
-    block = copy.copy(block)
-    block._modules = {**block._modules, "attn": attn}
-    return block
-
-
-def _block_arguments(model: nn.Module, first: int) -> list[dict[str, Any]]:
-    """What each block of the last stage takes beside its tokens: rotary embeddings, or BEiT's shared bias."""
-    count = len(model.blocks) - first
-    if getattr(model, "rope", None) is not None:
-        # DINOv3 and other any-size models keep no grid of their own in the rotary module
-        has_grid = getattr(model.rope, "feat_shape", None) is not None
-        rope = model.rope.get_embed() if has_grid else model.rope.get_embed(shape=model.patch_embed.grid_size)
-        if getattr(model, "rope_mixed", False):
-            return [{"rope": rope[i]} for i in range(first, len(model.blocks))]
-        return [{"rope": rope}] * count
-    if getattr(model, "rel_pos_bias", None) is not None:
-        bias = model.rel_pos_bias()[..., 1:, 1:]
-        return [{"shared_rel_pos_bias": bias}] * count
-    return [{}] * count
-
-
-def _vit_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    first = len(model.blocks) - last_block_count(len(model.blocks))
-    for block, arguments in zip(list(model.blocks)[first:], _block_arguments(model, first), strict=True):
-        tokens = _patch_only(block)(tokens, **arguments)
-    return tokens
-
-
-def _vit_stages(model: nn.Module) -> tuple[Stage, Stage]:
-    if not hasattr(model.blocks[-1], "attn"):
-        raise UserError(f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention.")
-    if len(model.blocks) < 2:
-        raise UserError("the teacher has one block: ScaleKD needs a block before the last stage.")
-    stage = Stage(tuple(model.patch_embed.grid_size), model.embed_dim, model.blocks[-1].attn.num_heads)
-    return stage, stage
-
-
-_SWIN = Family(_swin_forward, _swin_last_stage, _swin_stages)
-_VIT = Family(_vit_forward, _vit_last_stage, _vit_stages)
-
-FAMILIES: dict[type[nn.Module], Family] = {
-    SwinTransformer: _SWIN,
-    SwinTransformerV2: _SWIN,
-    VisionTransformer: _VIT,
-    Beit: _VIT,
-    Eva: _VIT,
-}
-
-
-def register_family(model_class: type[nn.Module], family: Family) -> None:
-    """Lets models of `model_class` be teachers; see `Family` for the three functions it needs."""
-    FAMILIES[model_class] = family
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family of a model.
-
-    Raises:
-        UserError: No last stage is known for its class.
-    """
-    for model_class in type(model).__mro__:
-        if model_class in FAMILIES:
-            return FAMILIES[model_class]
-    known = ", ".join(c.__name__ for c in FAMILIES)
-    raise UserError(
-        f"{type(model).__name__} cannot be a ScaleKD teacher: its last stage is not known. Families that can: {known}; "
-        "scalekd_ds.teacher.register_family adds one; --distill.features false distils from logits alone."
-    )
-
-
 class Teacher(nn.Module):
     """A frozen timm vision transformer, always in eval mode.
 
     Args:
         model: timm name, path of a consolidated .safetensors, or a built model.
-        image_size: Side of the images in pixels, for a model built by name.
+        image_size: Side or (h, w) of the images in pixels, for a model built by name whose constructor takes a size.
         weights: `pretrained`, `none` or a .safetensors file, for a model built by name.
         features: False needs logits only, and takes any model.
+        input_size: Side or (h, w) that its images are resized to; None is the size that it was built for, or that of its
+            pretrained weights. Any size for convolutional models, that of the grid for the others.
         **kwargs: Further constructor arguments, for a model built by name.
 
     Attributes:
@@ -195,27 +66,42 @@ class Teacher(nn.Module):
     def __init__(
         self,
         model: str | nn.Module,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         weights: str = "pretrained",
         features: bool = True,
+        input_size: int | tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         if isinstance(model, str):
             model = build_model(model, None, kwargs, weights, image_size)
-        self.family = family_of(model) if features else None
-        self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
         self.model = model
-        self.preprocessing = Preprocessing.of(model)
-        self._check_patches()
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
         self.precision: torch.dtype | None = None
         self.requires_grad_(False)
         self.train(False)
+        if input_size is not None:
+            self._resize(input_size)
+        self.preprocessing = Preprocessing.of(model)
+        self._check_patches()
+        self.family = family_of(model) if features else None
+        self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
+
+    def _resize(self, size: int | tuple[int, int]) -> None:
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        built = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        if built is not None and tuple(built) != size:
+            raise UserError(
+                f"the teacher ({type(self.model).__name__}) was built for {built[0]}x{built[1]} images and cannot take "
+                f"{size[0]}x{size[1]}: build it with img_size, or leave out --teacher_image_size."
+            )
+        self.model.pretrained_cfg = dict(getattr(self.model, "pretrained_cfg", None) or {}, input_size=(3, *size))
 
     def _check_patches(self) -> None:
         """timm would cut the right and lower border off without a word."""
-        patch, size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None), self.preprocessing.size
+        embed, size = getattr(self.model, "patch_embed", None), self.preprocessing.size
+        # PVT's patches overlap and have no grid
+        patch = getattr(embed, "patch_size", None) if hasattr(embed, "grid_size") else None
         if patch is not None and size is not None and (size[0] % patch[0] or size[1] % patch[1]):
             raise UserError(
                 f"the teacher ({type(self.model).__name__}) cannot take {size[0]}x{size[1]} images: its patches are "
@@ -257,6 +143,8 @@ class Teacher(nn.Module):
             if self.family is None:
                 return TeacherTargets(images.new_empty(0), self.model(images))
             tokens, features = self.family.forward(self.model, images)
+            # the losses' kernels read whole rows of channels; convolutional teachers and ViTs without a prefix have none
+            tokens = tokens.contiguous()
             return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
 
     def last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -275,7 +163,7 @@ class Teacher(nn.Module):
         if tokens.shape[1:] != (h * w, self.last_input.dim):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {self.last_input.dim}).")
         with self._autocast(tokens):
-            return self.family.last_stage(self.model, tokens)
+            return self.family.last_stage(self.model, tokens).contiguous()
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
         """Same as `targets`."""

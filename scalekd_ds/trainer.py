@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed import comm as dist
@@ -21,6 +21,7 @@ from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.source import ImageFolder, Source, check_same_classes, open_source, per_class, subset
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.ema import StudentEma, start_ema
 from scalekd_ds.engine import (
     build_engine,
     check_hostfile,
@@ -49,7 +50,12 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
     teacher = None
     if cfg.teacher != "none":
         teacher = Teacher(
-            cfg.teacher, cfg.teacher_image_size or size, cfg.teacher_weights, features=d.features, **cfg.teacher_kwargs
+            cfg.teacher,
+            cfg.teacher_image_size or size,
+            cfg.teacher_weights,
+            features=d.features,
+            input_size=cfg.teacher_image_size,
+            **cfg.teacher_kwargs,
         )
         # a teacher that is built must not shift the student's initialisation
         seed_everything(cfg.seed)
@@ -86,6 +92,8 @@ class Run:
     replica: nn.Module | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
+    ema: StudentEma | None = None
+    ema_accuracy: dict[str, float] | None = None
 
     @property
     def distiller(self) -> ScaleKD:
@@ -94,6 +102,14 @@ class Run:
     @property
     def teacher(self) -> Teacher | None:
         return self.distiller.teacher
+
+    @property
+    def ships(self) -> Literal["student", "ema"]:
+        """Which weights student.safetensors gets, and whose accuracy is the run's."""
+        return "ema" if self.ema is not None and self.cfg.ema.evaluate else "student"
+
+    def accuracy_of(self, weights: Literal["student", "ema"]) -> dict[str, float] | None:
+        return self.ema_accuracy if weights == "ema" else self.accuracy
 
 
 def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tensor]:
@@ -116,12 +132,14 @@ def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tens
         run.engine.step()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach()
+    if run.ema is not None:
+        run.ema.update()
     return {name: loss / accumulation for name, loss in sums.items()}
 
 
 def own_grad_norm(engine: Any) -> torch.Tensor | None:
-    """Norm of the averaged gradients where DeepSpeed takes none: without ZeRO and without clipping."""
-    if engine.zero_optimization_stage() > 0 or engine.gradient_clipping() > 0.0:
+    """Norm of the averaged gradients, before they are clipped, where DeepSpeed reports none: without ZeRO."""
+    if engine.zero_optimization_stage() > 0:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
@@ -172,8 +190,18 @@ def student_to_evaluate(run: Run) -> nn.Module:
     return run.replica
 
 
+def averaged_student(run: Run) -> nn.Module:
+    """An unsharded student that holds the moving average; collective.
+
+    Below ZeRO-3 it lives for this evaluation alone, so that training has the memory of a whole copy.
+    """
+    student = copy.deepcopy(run.distiller.student) if run.replica is None else run.replica
+    student.load_state_dict(run.ema.state())
+    return student
+
+
 def validate(run: Run, reporter: Reporter) -> None:
-    """Top-1 and top-5 of the student, and once of the teacher; collective."""
+    """Top-1 and top-5 of the student and its average, and once of the teacher; collective."""
     synchronise_buffers(run.distiller)
     run.accuracy = evaluate_module(student_to_evaluate(run), run.val_loader, run.device)
     teacher = run.teacher
@@ -183,6 +211,10 @@ def validate(run: Run, reporter: Reporter) -> None:
         )
     scalars = {"val/top1": run.accuracy["top1"], "val/top5": run.accuracy["top5"]}
     line = f"step {run.step}  val top-1 {run.accuracy['top1']:.2f}%  top-5 {run.accuracy['top5']:.2f}%"
+    if run.ema is not None:
+        run.ema_accuracy = evaluate_module(averaged_student(run), run.val_loader, run.device)
+        scalars |= {f"val/ema_{k}": run.ema_accuracy[k] for k in ("top1", "top5")}
+        line += f"  (average {run.ema_accuracy['top1']:.2f}%)"
     if run.teacher_accuracy:
         scalars |= {f"val/teacher_{k}": run.teacher_accuracy[k] for k in ("top1", "top5")}
         line += f"  (teacher {run.teacher_accuracy['top1']:.2f}%)"
@@ -199,11 +231,20 @@ def save(run: Run) -> Path:
         "zero_stage": run.engine.zero_optimization_stage(),
         "cpu_seconds": run.cpu_seconds,
         "accuracy": run.accuracy,
+        "ema_accuracy": run.ema_accuracy,
         "teacher_accuracy": run.teacher_accuracy,
         "config": run.cfg.as_dict(),
     }
-    card = student_card(run.cfg, run.distiller, run.classes, run.step, run.accuracy, run.teacher_accuracy)
-    return checkpoint.save(run.engine, Path(run.cfg.run.dir), state, card, run.cfg.run.keep_last)
+    average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
+    return checkpoint.save(
+        run.engine, Path(run.cfg.run.dir), state, card_of(run, "student"), run.cfg.run.keep_last, average
+    )
+
+
+def card_of(run: Run, weights: Literal["student", "ema"]) -> dict[str, Any]:
+    """The card beside the student's own weights, or beside their average."""
+    accuracy = run.accuracy_of(weights)
+    return student_card(run.cfg, run.distiller, run.classes, run.step, accuracy, run.teacher_accuracy, weights)
 
 
 def build(cfg: RunConfig) -> Run:
@@ -233,6 +274,7 @@ def build(cfg: RunConfig) -> Run:
     # ranks draw different dropout and stochastic depth
     seed_everything(cfg.seed + rank)
     state = checkpoint.load(engine, resume_from) if resume_from else {}
+    ema = start_ema(engine, cfg.ema.decay, resume_from)
     if rank == 0:
         checkpoint.write_json(run_dir_made(run_dir) / "config.json", cfg.as_dict())
         if resume_from:
@@ -263,6 +305,8 @@ def build(cfg: RunConfig) -> Run:
         replica=replica,
         teacher_accuracy=state.get("teacher_accuracy"),
         accuracy=state.get("accuracy"),
+        ema=ema,
+        ema_accuracy=state.get("ema_accuracy"),
     )
 
 
@@ -351,19 +395,22 @@ def _loop(run: Run, reporter: Reporter, last: int) -> None:
 
 def _finish(run: Run, reporter: Reporter) -> dict[str, Any]:
     run_dir = Path(run.cfg.run.dir)
-    weights = student_state(run.distiller)
+    weights = run.ema.state() if run.ships == "ema" else student_state(run.distiller)
+    shipped = run.accuracy_of(run.ships)
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
-        "top1": run.accuracy["top1"],
-        "top5": run.accuracy["top5"],
+        "weights": run.ships,
+        "top1": shipped["top1"],
+        "top5": shipped["top5"],
+        "student_top1": run.accuracy["top1"],
+        "ema_top1": (run.ema_accuracy or {}).get("top1"),
         "teacher_top1": (run.teacher_accuracy or {}).get("top1"),
         "cpu_seconds": run.cpu_seconds,
         "world_size": dist.get_world_size(),
     }
     if dist.get_rank() == 0:
-        card = student_card(run.cfg, run.distiller, run.classes, run.step, run.accuracy, run.teacher_accuracy)
-        checkpoint.write_student(run_dir / "student.safetensors", weights, card)
+        checkpoint.write_student(run_dir / "student.safetensors", weights, card_of(run, run.ships))
         checkpoint.write_json(run_dir / "results.json", results)
         reporter.line(
             f"top-1 {results['top1']:.2f}% after {run.step} steps; weights: {run_dir / 'student.safetensors'}"

@@ -1,0 +1,119 @@
+"""Where layers lie in ZeRO's flat shards: what LAMB's norms and the average of the student need to know.
+
+It reads private fields of DeepSpeed's ZeRO optimizers, so it checks that every parameter is accounted for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One layer's part in one flat shard of this rank.
+
+    Attributes:
+        layer: Index into `Shard.parameters`.
+        start: First element in the flat shard.
+        count: Elements.
+        offset: First element in the layer, flattened.
+    """
+
+    layer: int
+    start: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A flat piece of master weights that this rank updates.
+
+    Attributes:
+        flat: The master weights, as the optimizer has them.
+        parameters: The layers of the group, on every rank the same.
+        segments: What this rank holds of them, padding left out.
+    """
+
+    flat: torch.Tensor
+    parameters: list[nn.Parameter]
+    segments: list[Segment]
+
+
+def shards_of(engine: Any) -> list[Shard]:
+    """This rank's master weights, from any ZeRO stage.
+
+    Without ZeRO every rank updates everything: each parameter is then a shard of its own, and of its elements this rank
+    gets the slice that ZeRO-3 would give it.
+
+    Raises:
+        RuntimeError: This DeepSpeed keeps its shards in other fields than the ones known here.
+    """
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    try:
+        shards = {0: _replicated, 3: _stage3}.get(stage, _stage12)(zero if stage else engine.module)
+    except AttributeError as error:
+        raise RuntimeError(
+            f"layers cannot be found in DeepSpeed {deepspeed.__version__}'s ZeRO-{stage} optimizer ({error}): use ZeRO 0, "
+            "or neither LAMB nor ema.decay, or a DeepSpeed version that the tests cover."
+        ) from None
+    known = sum(len(shard.parameters) for shard in shards)
+    trainable = sum(p.requires_grad for p in engine.module.parameters())
+    if known != trainable:
+        raise RuntimeError(
+            f"{known} layers were found in DeepSpeed {deepspeed.__version__}'s ZeRO-{stage} shards, the model has {trainable}."
+        )
+    return shards
+
+
+def _slice_of_rank(numel: int, held: int) -> tuple[int, int]:
+    """(offset, elements) of this rank's slice of a layer that is cut into slices of `held`; the last ones may be padding."""
+    offset = dist.get_rank() * held
+    return offset, min(held, max(0, numel - offset))
+
+
+def _replicated(module: nn.Module) -> list[Shard]:
+    shards = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            offset, count = _slice_of_rank(parameter.numel(), -(-parameter.numel() // dist.get_world_size()))
+            shards.append(Shard(parameter, [parameter], [Segment(0, offset, count, offset)] if count else []))
+    return shards
+
+
+def _stage12(zero: Any) -> list[Shard]:
+    shards = []
+    groups = zip(
+        zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True
+    )
+    for flat, parameters, places in groups:
+        # a group laid end to end is cut into equal partitions; DeepSpeed's own _hp_mapping is wrong with round_robin_gradients
+        first = dist.get_rank() * flat.numel()
+        segments = []
+        for layer, (parameter, place) in enumerate(zip(parameters, places, strict=True)):
+            start, end = max(place, first), min(place + parameter.numel(), first + flat.numel())
+            if start < end:
+                segments.append(Segment(layer, start - first, end - start, start - place))
+        shards.append(Shard(flat, list(parameters), segments))
+    return shards
+
+
+def _stage3(zero: Any) -> list[Shard]:
+    shards = []
+    for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        segments, start = [], 0
+        for layer, parameter in enumerate(parameters):
+            held = parameter.partition_numel()
+            # a layer that the ranks do not divide ends in padding, which is memory that nobody has written
+            offset, count = _slice_of_rank(parameter.ds_numel, held)
+            if count:
+                segments.append(Segment(layer, start, count, offset))
+            start += held
+        shards.append(Shard(flat, list(parameters), segments))
+    return shards

@@ -1,0 +1,128 @@
+"""Files of weights that are damaged, are something else, or would run code: one line each, and nothing runs."""
+
+import argparse
+import shlex
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from image_fixtures import make_dataset
+from launching import ROOT, alone
+from safetensors.torch import save_file
+from weight_files import same_outputs, shaken, vit, written
+
+from scalekd_ds.errors import UserError
+from scalekd_ds.weights import load_weights
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_does_not_run(tmp_path, legacy):
+    state, mark = vit().state_dict(), tmp_path / "ran"
+    path = tmp_path / "w.pth"
+    torch.save({"model": state, "hook": Bomb(mark)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        UserError, match=r"w.pth needs pickled code.* is not run. .*convert it once: python -c"
+    ) as error:
+        load_weights(vit(), path)
+    assert "\n" not in str(error.value) and not mark.exists()
+    # the bomb is live: what is refused here would run elsewhere
+    torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+def test_the_conversion_that_the_refusal_names_works(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    (tmp_path / "my weights").mkdir()
+    path = written({"model": theirs.state_dict(), "config": types.SimpleNamespace(lr=1)}, tmp_path / "my weights/w.pth")
+    with pytest.raises(UserError, match="SimpleNamespace") as error:
+        load_weights(ours, path)
+    command = shlex.split(str(error.value).split("convert it once: ")[1])
+    subprocess.run(command, check=True)
+    load_weights(ours, path.with_suffix(".safetensors"))
+    same_outputs(ours, theirs)
+
+
+def test_the_arguments_of_timm_s_training_script_are_no_code(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    content = {"state_dict": theirs.state_dict(), "args": argparse.Namespace(lr=0.1), "metric": 81.0}
+    load_weights(ours, written(content, tmp_path / "w.tar"))
+    same_outputs(ours, theirs)
+
+
+def scripted(path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+BAD = {
+    "page.pth": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "is a web page, not weights"),
+    "page.safetensors": (lambda p: p.write_text("<html><body>login"), "is a web page, not weights"),
+    "pointer.pth": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "git-lfs pointer"),
+    "empty.pth": (lambda p: p.write_bytes(b""), "is empty: fetch it again"),
+    "noise.pth": (lambda p: p.write_bytes(bytes(range(1, 200))), "holds neither .safetensors nor PyTorch weights"),
+    "folder.pth": (lambda p: p.mkdir(), "is a folder: give a file in it"),
+    "missing.pth": (lambda p: None, "missing.pth' does not exist"),
+    "none.pth": (lambda p: torch.save({"epoch": 3, "optimizer": {}}, p), r"no weights \(its keys: epoch, optimizer\)"),
+    "list.pth": (lambda p: torch.save([1, 2], p), "holds a list, not weights by name"),
+    "script.pt": (scripted, "is a TorchScript program"),
+    "jax.npz": (lambda p: p.write_bytes(b"PK\x03\x04"), "is a NumPy archive of a JAX model"),
+    "nothing.safetensors": (lambda p: save_file({}, p), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript).*")
+def test_files_that_are_no_weights(tmp_path, name):
+    make, words = BAD[name]
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=words) as error:
+        load_weights(vit(), tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "legacy.pth"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_files_that_are_cut_short(tmp_path, name, share):
+    path = tmp_path / name
+    if name == "legacy.pth":
+        torch.save(vit().state_dict(), path, _use_new_zipfile_serialization=False)
+    else:
+        written(vit().state_dict(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"is damaged or cut short|is not a readable .safetensors") as error:
+        load_weights(vit(), path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("safetensors", "w.pth"), ("pth", "w.safetensors.pth")])
+def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, kind, name):
+    theirs, ours = shaken(vit()), vit()
+    written(theirs.state_dict(), tmp_path / f"x.{kind}").rename(tmp_path / name)
+    load_weights(ours, tmp_path / name)
+    same_outputs(ours, theirs)
+
+
+def test_a_run_with_such_a_teacher_ends_before_it_starts(tmp_path):
+    data = make_dataset(tmp_path / "data", train=4, val=2, classes=2, size=(32, 32))
+    page = tmp_path / "teacher.pth"
+    page.write_text("<html>")
+    done = alone(
+        ROOT / "launch" / "train.py",
+        *("--recipe", "fashion-scalekd", "--data.root", data, "--data.train_images", "null", "--global_batch_size", 2),
+        *("--run.dir", tmp_path / "run", "--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", page),
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and errors == [
+        f"error: {page} is a web page, not weights: fetch the file itself (a `raw` or `resolve` link)."
+    ]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -1,0 +1,190 @@
+"""Two ranks: the student's average at every ZeRO stage against a plain loop, and through a checkpoint. Prints JSON."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from scalekd_ds import checkpoint
+from scalekd_ds.ema import StudentEma, start_ema
+from scalekd_ds.engine import student_state
+from scalekd_ds.errors import UserError
+
+DECAY, STEPS, SAVED, LR, MOMENTUM = 0.7, 6, 3, 0.1, 0.9
+
+
+class Student(nn.Module):
+    """Odd sizes, so that shards cut through layers; BatchNorm, a frozen parameter, a tied one, an unsaved buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2, self.head = (
+            nn.Linear(13, 37),
+            nn.BatchNorm1d(37),
+            nn.Linear(37, 37),
+            nn.Linear(37, 11),
+        )
+        self.tied = nn.Linear(37, 37)
+        self.tied.weight = self.fc2.weight
+        self.scale = nn.Parameter(torch.full((37,), 0.5), requires_grad=False)
+        self.register_buffer("unsaved", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.fc1(x)))
+        return self.head(self.scale * self.tied(self.fc2(x)))
+
+
+class Distiller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.projector = Student(), nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.projector(self.student(x))
+
+
+def batches():
+    """(x, y) of 8 rows a step, 4 of them each rank's."""
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 13, generator=generator), torch.randn(8, 5, generator=generator)) for _ in range(STEPS)]
+
+
+def loss_of(output, target):
+    return (output - target).square().mean()
+
+
+def expected() -> dict[str, torch.Tensor]:
+    """One process, no DeepSpeed: two replicas on half a batch each, gradients averaged, SGD; averages in float64."""
+    replicas = [Distiller(), Distiller()]
+    optimizers = [torch.optim.SGD(r.parameters(), lr=LR, momentum=MOMENTUM) for r in replicas]
+    averages = [None, None]
+    for step, (x, y) in enumerate(batches(), start=1):
+        for rank, replica in enumerate(replicas):
+            replica.zero_grad()
+            rows = slice(4 * rank, 4 * rank + 4)
+            loss_of(replica(x[rows]), y[rows]).backward()
+        for a, b in zip(*(r.parameters() for r in replicas), strict=True):
+            if a.grad is not None:
+                mean = (a.grad + b.grad) / 2
+                a.grad, b.grad = mean.clone(), mean.clone()
+        for rank, replica in enumerate(replicas):
+            optimizers[rank].step()
+            now = {k: v.detach().double() for k, v in replica.student.state_dict().items()}
+            old = averages[rank] or now
+            averages[rank] = {k: DECAY * old[k] + (1 - DECAY) * now[k] for k in now}
+        if step == SAVED:
+            # a checkpoint makes live statistics their mean over ranks, and the averaged ones too
+            for name in ("running_mean", "running_var"):
+                live = [getattr(r.student.norm, name) for r in replicas]
+                mean = (live[0] + live[1]) / 2
+                for buffer in live:
+                    buffer.copy_(mean)
+                kept = (averages[0][f"norm.{name}"] + averages[1][f"norm.{name}"]) / 2
+                for average in averages:
+                    average[f"norm.{name}"] = kept
+    result = {k: (averages[0][k] + averages[1][k]) / 2 for k in averages[0]}
+    return result | {"norm.num_batches_tracked": replicas[0].student.norm.num_batches_tracked}
+
+
+def start(zero: dict):
+    module = Distiller()
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LR, momentum=MOMENTUM),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        },
+    )
+    return engine
+
+
+def train(engine, ema: StudentEma, data) -> None:
+    rank = dist.get_rank()
+    for x, y in data:
+        engine.backward(loss_of(engine(x[4 * rank : 4 * rank + 4]), y[4 * rank : 4 * rank + 4]))
+        engine.step()
+        ema.update()
+
+
+def case(zero: dict, oracle: dict[str, torch.Tensor], folder: Path) -> dict:
+    data = batches()
+    engine = start(zero)
+    ema = start_ema(engine, DECAY, None)
+    train(engine, ema, data[:SAVED])
+    state = {"step": SAVED, "world_size": 2, "zero_stage": zero["stage"]}
+    saved = checkpoint.save(engine, folder, state, {}, 1, (ema.state(), {"weights": "ema"}))
+    train(engine, ema, data[SAVED:])
+    whole = ema.state()
+    held = torch.tensor(float(sum(average.numel() for average in ema._averages)))
+    dist.all_reduce(held)
+
+    checkpoint.verify(saved)
+    resumed = start(zero)
+    checkpoint.load(resumed, saved)
+    again = start_ema(resumed, DECAY, saved)
+    train(resumed, again, data[SAVED:])
+    other = again.state()
+    errors = [refusal(resumed, 0.0, saved), refusal(resumed, DECAY, folder)]
+    weights = student_state(engine.module)
+    return {
+        "errors": errors,
+        "error": largest_difference(whole, oracle),
+        "distance": largest_difference(weights, oracle),
+        "names": list(whole) == list(oracle),
+        "bits": all(
+            torch.equal(whole[k].view(-1).view(torch.uint8), other[k].view(-1).view(torch.uint8)) for k in whole
+        ),
+        "held": int(held.item()),
+    }
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return max((ours[k].double() - theirs[k].double()).abs().max().item() for k in theirs)
+
+
+def refusal(engine, decay: float, folder: Path) -> str:
+    try:
+        start_ema(engine, decay, folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    oracle, results = expected(), {}
+    cases = {f"zero{stage}": {"stage": stage} for stage in range(3)}
+    cases["zero3"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    cases["zero3 persistent"] = {"stage": 3, "stage3_param_persistence_threshold": 100_000}
+    # several flat shards a rank
+    cases["zero3 sub-groups"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 700}
+    cases["zero2 round robin"] = {"stage": 2, "round_robin_gradients": True}
+    for name, zero in cases.items():
+        results[name] = case(copy.deepcopy(zero), oracle, Path(folder[0]) / name.replace(" ", "_"))
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(results), flush=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
