@@ -76,16 +76,17 @@ class ScaleKD(nn.Module):
         side = (image_size, image_size) if isinstance(image_size, int) else image_size
         features = features and teacher is not None
         if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = Teacher(teacher, image_size=side[0] if side else None, features=features)
+            teacher = Teacher(teacher, image_size=side, features=features)
         # a tuple, so that the teacher is not registered as a submodule
         self._teacher = (teacher,)
         if isinstance(student, str):
             classes = num_classes or (teacher.num_classes if teacher is not None else None)
-            student = build_model(student, classes, image_size=side[0] if side else None)
+            student = build_model(student, classes, image_size=side)
         self._taps = (student if isinstance(student, Student) else Student(student),)
         self.student = self._taps[0].model
 
-        self.kd_weight = kd_weight if teacher is not None else 0.0
+        # a teacher without a classifier, such as DINOv2 or SigLIP, has its features to give
+        self.kd_weight = kd_weight if teacher is not None and teacher.num_classes else 0.0
         self.temperature, self.cut = temperature, cut
         self.loss, self.label_smoothing = loss, label_smoothing
         self.feature_weights = {
@@ -160,8 +161,9 @@ class ScaleKD(nn.Module):
                 continue
             if stage == "s3" and (grid[0] > place.grid[0] * 2 or grid[1] > place.grid[1] * 2):
                 raise UserError(
-                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the teacher's "
-                    f"{place.grid[0]}x{place.grid[1]} there: choose a student with more stages, or smaller images."
+                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the "
+                    f"teacher's {place.grid[0]}x{place.grid[1]} there: choose a student with more stages, smaller images, "
+                    "or a larger --teacher_image_size."
                 )
             try:
                 self.projectors[stage] = ProjectorPair(

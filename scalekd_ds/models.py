@@ -139,7 +139,7 @@ def build_model(
     num_classes: int | None = None,
     kwargs: dict[str, Any] | None = None,
     weights: str = "none",
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """A timm model.
 
@@ -151,7 +151,7 @@ def build_model(
         kwargs: Further constructor arguments; a `num_classes` here must be the file's.
         weights: `pretrained`, `none`, or a file of weights as `weights.load_weights` takes them; what had to be resized
             or left fresh is printed.
-        image_size: Side of the images in pixels, for models that are built for one size.
+        image_size: Side or (h, w) of the images in pixels, for models that are built for one size.
 
     Raises:
         UserError: Unknown name, arguments that the constructor refuses, weights that do not fit or cannot be had.

@@ -39,7 +39,8 @@ def default_taps(model: nn.Module) -> Taps:
     count = len(reductions)
     if count < 2:
         raise UserError(f"{type(model).__name__} has {count} feature maps: a student needs two. Another --student?")
-    if reductions[-1] != reductions[-2]:
+    # a dilated last stage has the resolution of the one before: it is a stage all the same
+    if reductions[-1] != reductions[0]:
         return Taps((count - 2, count - 1), False)
     if isinstance(model, MlpMixer) or not isinstance(model, VisionTransformer):
         return Taps((max(0, count - 3), count - 1), False)
@@ -63,7 +64,7 @@ class Student(nn.Module):
     Args:
         model: timm name or a built model.
         num_classes: Width of the head, for a model built by name.
-        image_size: Side of the images in pixels, for a model built by name.
+        image_size: Side or (h, w) of the images in pixels, for a model built by name whose constructor takes a size.
         weights: `none`, `pretrained` or a .safetensors file, for a model built by name.
         taps: Where to tap; None is `default_taps`.
         **kwargs: Further constructor arguments, for a model built by name.
@@ -76,7 +77,7 @@ class Student(nn.Module):
         self,
         model: str | nn.Module,
         num_classes: int | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         weights: str = "none",
         taps: Taps | None = None,
         **kwargs: Any,

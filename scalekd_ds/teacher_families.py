@@ -180,7 +180,10 @@ def _vit_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def _vit_stages(model: nn.Module) -> tuple[Stage, Stage]:
     if not hasattr(model.blocks[-1], "attn"):
-        raise UserError(f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention.")
+        raise UserError(
+            f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention, and it cannot be "
+            "a ScaleKD teacher; --distill.features false distils from logits alone."
+        )
     if len(model.blocks) < 2:
         raise UserError("the teacher has one block: ScaleKD needs a block before the last stage.")
     stage = Stage(tuple(model.patch_embed.grid_size), model.embed_dim, model.blocks[-1].attn.num_heads)

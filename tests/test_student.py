@@ -16,6 +16,9 @@ STUDENTS = {
     "mobilenetv3_small_100": ({}, None, None),
     "efficientnet_b0": ({}, None, None),
     "regnety_002": ({}, (152, 14, 14), (368, 7, 7)),
+    "mobilenetv4_conv_small": ({}, (96, 14, 14), (960, 7, 7)),
+    "efficientformer_l1": ({}, (224, 14, 14), (448, 7, 7)),
+    "fastvit_t8": ({"layers": (1, 1, 1, 1)}, (192, 14, 14), (384, 7, 7)),
     "convnext_tiny": ({"depths": (1, 1, 1, 1)}, (384, 14, 14), (768, 7, 7)),
     "mixer_s16_224": ({}, (512, 14, 14), (512, 14, 14)),
     "resmlp_12_224": ({}, (384, 14, 14), (384, 14, 14)),
@@ -37,7 +40,8 @@ def test_maps_and_logits_of_one_forward(name):
     with torch.no_grad():
         out = student(images)
         assert not calls, "the taps must not run the model a second time"
-        assert torch.allclose(out.logits, student.model(images), atol=1e-5)
+        expected = student.model(images)
+        assert torch.allclose(out.logits, expected, atol=1e-5 * max(1.0, expected.abs().max().item()))
     for expected, value in ((before, out.before), (last, out.last)):
         assert value.dim() == 4
         if expected:
@@ -51,12 +55,45 @@ def test_maps_and_logits_of_one_forward(name):
         ("mixer_b16_224", (9, 11), False),
         ("mixer_s16_224", (5, 7), False),
         ("resnet50", (3, 4), False),
+        ("swin_tiny_patch4_window7_224", (2, 3), False),
+        ("convnext_tiny", (2, 3), False),
     ],
 )
 def test_taps_are_where_the_published_code_has_them(name, indices, normed):
     with torch.device("meta"):
         taps = Student(timm.create_model(name)).taps
     assert (taps.indices, taps.normed_last) == (indices, normed)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_a_dilated_cnn_is_tapped_at_its_last_two_stages(stride):
+    with torch.device("meta"):
+        student = Student(timm.create_model("resnet50", output_stride=stride))
+        out = student.shapes((224, 224))
+    assert student.taps.indices == (3, 4)
+    assert out.before.shape[1:] == (1024, 224 // stride, 224 // stride)
+    assert out.last.shape[1:] == (2048, 224 // stride, 224 // stride)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("botnet26t_256", "cait_xxs24_224", "coat_lite_tiny", "coatnet_0_224", "convit_tiny", "efficientformerv2_s0"),
+        *("gcvit_xxtiny", "hiera_tiny_224", "levit_128s", "maxvit_tiny_tf_224", "nest_tiny", "pit_ti_224"),
+        *("swinv2_cr_tiny_224", "tnt_s_legacy_patch16_224", "visformer_tiny", "vit_relpos_small_patch16_224"),
+        *("volo_d1_224", "resmlp_12_224"),
+    ],
+)
+@pytest.mark.parametrize("size", [(128, 128), (96, 128)])
+def test_models_of_one_grid_are_built_for_the_images(name, size):
+    if name in ("convit_tiny", "nest_tiny") and size[0] != size[1]:
+        # square images are all that these two take
+        with torch.device("meta"), pytest.raises(UserError, match=r"cannot (take|be built)"):
+            Student(name, 10, size).shapes(size)
+        return
+    with torch.device("meta"):
+        out = Student(name, 10, size).shapes(size)
+    assert out.logits.shape == (1, 10)
 
 
 def test_the_vits_last_map_is_normed_and_has_no_prefix():
