@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.host_memory import keep_freed_memory
 from scalekd_ds.optim import build_optimizer
-from scalekd_ds.trainer import build_distiller
+from scalekd_ds.run import build_distiller
 
 # ImageNet-1K's, and what timm builds by default
 CLASSES = 1000

@@ -1,38 +1,41 @@
 """Checkpoints: written aside, synced, renamed. A kill at any moment leaves the last good one.
 
 run_dir/checkpoints/step00000500/
-    zero/                 DeepSpeed's own files: parameters, optimizer, schedule, sharded by rank
-    rng_rank0.pt ...      generators of every rank
-    student.safetensors   the bare student, BatchNorm statistics averaged over ranks
-    student.json          its card
-    student_ema.*         the same for its moving average, where the run keeps one
-    state.json            step, samples seen, world size, ZeRO stage
-    manifest.json         size and SHA-256 of every file above, written last
+    shards_rank0.safetensors ...    parameters and optimizer, each rank its part, by the layers' names
+    engine.json                     counters and schedule
+    buffers.safetensors             what is not trained: statistics, frozen parameters
+    rng_rank0.pt ...                generators of every rank
+    student.safetensors             the bare student, BatchNorm statistics averaged over ranks
+    student.json                    its card
+    student_ema.*                   the same for its moving average, where the run keeps one
+    state.json                      step, samples seen, world size, ZeRO stage
+    manifest.json                   size and SHA-256 of every file above, written last
+
+Any number of ranks and any ZeRO stage reads it. There is no pickle in it but torch's own of the generators, which is read
+with `weights_only`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scalekd_ds.errors import UserError
+from scalekd_ds.manifest import MANIFEST, sync, verify, write_json
+from scalekd_ds.rng import rng_state, set_rng_state
+from scalekd_ds.saver import LATEST, Saver
+from scalekd_ds.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
 
-MANIFEST = "manifest.json"
-# names the newest checkpoint, so that a vanished one is an error and not a silent fresh start
-LATEST = "latest.json"
 # what a checkpoint exports, by the name that consolidate() takes
 WEIGHTS = {"student": "student.safetensors", "ema": "student_ema.safetensors"}
+BUFFERS = "buffers.safetensors"
 _STEP = re.compile(r"step(\d{8})")
 
 
@@ -42,75 +45,15 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return sorted(p for p in found if _STEP.fullmatch(p.name) and p.is_dir())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)
-
-
 def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
     """Writes plain weights and their card beside them; the weights appear last."""
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_json(weights.with_suffix(".json"), card)
     partial = weights.with_name(f".{weights.name}.partial")
     save_file(state, partial, metadata={"format": "pt"})
-    _sync(partial)
+    sync(partial)
     partial.rename(weights)
-    _sync(weights.parent)
-
-
-def write_manifest(folder: Path) -> None:
-    """Syncs every file of a folder to the disk and lists them with size and SHA-256."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {}
-    for path in files:
-        _sync(path)
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_json(folder / MANIFEST, {"version": 1, "files": entries})
-    for directory in {p.parent for p in files}:
-        _sync(directory)
-
-
-def verify(checkpoint: Path) -> None:
-    """Checks every file of a checkpoint against its manifest.
-
-    Raises:
-        UserError: Naming the first file that is missing or damaged, and what to do.
-    """
-    if not checkpoint.is_dir():
-        raise UserError(f"checkpoint {str(checkpoint)!r} does not exist.")
-    cure = f"move {checkpoint} away to go on from the one before it"
-    manifest = checkpoint / MANIFEST
-    try:
-        entries = json.loads(manifest.read_text())["files"]
-    except FileNotFoundError:
-        raise UserError(f"{manifest} is missing: this is no finished checkpoint; {cure}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is damaged ({type(error).__name__}: {error}); {cure}.") from None
-    for name, entry in entries.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {cure}.")
-        if path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written; {cure}.")
-        if _sha256(path) != entry["sha256"]:
-            raise UserError(f"{path} is damaged: its SHA-256 differs from the manifest's; {cure}.")
+    sync(weights.parent)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -118,81 +61,50 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def rng_state() -> dict[str, Any]:
-    """State of every generator of this process, as tensors and plain values."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": [s.cpu() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Undoes `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-
-
 def save(
     engine: Any,
-    run_dir: Path,
+    saver: Saver,
     state: dict[str, Any],
     card: dict[str, Any],
-    keep_last: int,
     average: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
 ) -> Path:
-    """Saves a checkpoint; collective. `state` has at least `step`, `world_size` and `zero_stage`.
+    """Begins a checkpoint, which `saver` finishes beside the training; collective.
 
-    `average` is the state-dict and the card of the student's moving average, where there is one.
+    Args:
+        engine: The engine.
+        saver: Of this run.
+        state: At least `step`, `world_size` and `zero_stage`; `top1` where it was measured.
+        card: Of the student.
+        average: State-dict and card of the student's moving average, where there is one.
 
     Returns:
-        The finished checkpoint's folder.
+        Where the finished checkpoint will be.
     """
     from deepspeed import comm as dist
 
-    from scalekd_ds.engine import student_state, synchronise_buffers
+    from scalekd_ds.engine import gathered, student_state, synchronise_buffers
 
     rank = dist.get_rank()
-    final = run_dir / "checkpoints" / f"step{state['step']:08d}"
-    partial = final.with_name(f".partial-{final.name}")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     synchronise_buffers(engine.module)
-    engine.save_checkpoint(str(partial), tag="zero", save_latest=False)
-    torch.save(rng_state(), partial / f"rng_rank{rank}.pt")
+    shards, generators, counters = snapshot(engine), rng_state(), engine_state(engine)
     weights = student_state(engine.module)
-    if rank == 0:
-        write_student(partial / WEIGHTS["student"], weights, card)
-        if average is not None:
-            write_student(partial / WEIGHTS["ema"], *average)
-        write_json(partial / "state.json", state)
-    dist.barrier()
-    if rank == 0:
-        write_manifest(partial)
-        if final.exists():
-            # the same step saved again (a resumed run that ended at once): the new one is as good
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(final.parent)
-        write_json(run_dir / LATEST, {"checkpoint": final.name})
-        for old in checkpoints_of(run_dir)[:-keep_last]:
-            # renamed first, so that a kill in the middle leaves no half checkpoint under a good name
-            doomed = old.with_name(f".partial-{old.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-    dist.barrier()
-    return final
+    state_dict = engine.module.state_dict(keep_vars=True)
+    untrained = {name: gathered(tensor) for name, tensor in state_dict.items() if not tensor.requires_grad}
+
+    def write(folder: Path) -> None:
+        save_file(shards, shard_file(folder, rank))
+        torch.save(generators, folder / f"rng_rank{rank}.pt")
+        if rank == 0:
+            save_file(untrained, folder / BUFFERS)
+            write_json(folder / ENGINE, counters)
+            write_student(folder / WEIGHTS["student"], weights, card)
+            if average is not None:
+                write_student(folder / WEIGHTS["ema"], *average)
+            write_json(folder / "state.json", state)
+        for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
+            sync(path)
+
+    return saver.start(state["step"], write)
 
 
 def choose(run_dir: Path, resume: str) -> Path | None:
@@ -213,8 +125,10 @@ def choose(run_dir: Path, resume: str) -> Path | None:
                 "go on from it, or choose another --run.dir."
             )
         return None
+    # each rank of a job reads its share of the files
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if resume != "auto":
-        verify(Path(resume))
+        verify(Path(resume), rank, world_size)
         return Path(resume)
     newest = _named_by(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
@@ -224,7 +138,7 @@ def choose(run_dir: Path, resume: str) -> Path | None:
         )
     if not found:
         return None
-    verify(found[-1])
+    verify(found[-1], rank, world_size)
     return found[-1]
 
 
@@ -238,25 +152,34 @@ def _named_by(latest: Path) -> str | None:
 
 
 def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Restores engine and generators from a verified checkpoint; collective. Returns its state.
+    """Restores engine and generators from a verified checkpoint of any world size and ZeRO stage; collective.
+
+    Returns:
+        Its state.
 
     Raises:
-        UserError: It was written by another world size or ZeRO stage, or DeepSpeed cannot read it.
+        UserError: It was written by a release before 0.2, or is of another model or optimizer.
     """
     from deepspeed import comm as dist
 
+    from scalekd_ds.engine import overwrite
+
     state = read_state(checkpoint)
-    here = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
-    for key, value in here.items():
-        if state[key] != value:
-            raise UserError(
-                f"{checkpoint} was written with {key.replace('_', ' ')} {state[key]}, this run has {value}: start it as "
-                "it was, or start a new run from its student.safetensors with --student_weights."
-            )
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="zero")
-    if path is None:
-        raise UserError(f"DeepSpeed found nothing to load in {checkpoint / 'zero'}.")
-    set_rng_state(torch.load(checkpoint / f"rng_rank{dist.get_rank()}.pt", weights_only=True))
+    if not (checkpoint / ENGINE).is_file():
+        raise UserError(
+            f"{checkpoint} has no {ENGINE}: an older release wrote it. Start a new run from its student.safetensors with "
+            "--student_weights."
+        )
+    restore(engine, checkpoint, state["world_size"])
+    own = engine.module.state_dict(keep_vars=True)
+    for name, saved in load_file(checkpoint / BUFFERS).items():
+        if name not in own or getattr(own[name], "ds_shape", own[name].shape) != saved.shape:
+            raise UserError(f"{checkpoint} has {name}, which this model has not: start it as it was started.")
+        overwrite(own[name], saved)
+    rank = dist.get_rank()
+    # ranks that were not there draw from the run's seed
+    if state["world_size"] == dist.get_world_size():
+        set_rng_state(torch.load(checkpoint / f"rng_rank{rank}.pt", weights_only=True))
     return state
 
 

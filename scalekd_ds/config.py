@@ -252,7 +252,11 @@ class RunDirConfig:
         log_every: Steps between two lines of scalars.
         eval_every: Epochs between two evaluations; 0 evaluates at the end only.
         save_every: Steps between two checkpoints; 0 saves at the end only.
-        keep_last: Checkpoints kept.
+        keep_last: Newest checkpoints kept.
+        keep_best: Checkpoints with the best top-1 kept besides.
+        rank_timeout: Seconds without a word from another rank after which a rank ends, naming it.
+        hang_timeout: Seconds in which no rank gets on, though all live, after which all write their stacks and end; 0 waits.
+        max_skipped: Steps in a row that may be skipped for gradients that are not finite.
         stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs it out.
         progress: `auto` draws a bar on a terminal and writes plain lines elsewhere.
         compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.
@@ -265,6 +269,10 @@ class RunDirConfig:
     eval_every: float = 1.0
     save_every: int = 500
     keep_last: int = 2
+    keep_best: int = 1
+    rank_timeout: float = 30.0
+    hang_timeout: float = 1800.0
+    max_skipped: int = 10
     stop_after: int | None = None
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     compile_teacher: bool = False
@@ -272,6 +280,10 @@ class RunDirConfig:
     def __post_init__(self) -> None:
         _require(self.log_every > 0, "run.log_every", self.log_every, "at least 1")
         _require(self.keep_last > 0, "run.keep_last", self.keep_last, "at least 1")
+        _require(self.keep_best >= 0, "run.keep_best", self.keep_best, "not negative")
+        _require(self.rank_timeout >= 5.0, "run.rank_timeout", self.rank_timeout, "at least 5 s")
+        _require(self.hang_timeout >= 0.0, "run.hang_timeout", self.hang_timeout, "not negative (0 is off)")
+        _require(self.max_skipped > 0, "run.max_skipped", self.max_skipped, "at least 1")
         _require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
         _require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
 

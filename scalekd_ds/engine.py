@@ -79,6 +79,13 @@ def start_processes() -> torch.device:
     return torch.device(accelerator.device_name(), local_rank)
 
 
+def job_store() -> Any:
+    """torch's key-value store of the job, which rank 0 serves; None on one rank."""
+    if dist.get_world_size() == 1:
+        return None
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def seed_everything(seed: int) -> None:
     """Seeds every generator of this process."""
     random.seed(seed)
@@ -154,6 +161,15 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     sharded = hasattr(tensor, "ds_id")
     with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
         return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Undoes `gathered`; collective where ZeRO-3 shards the parameter."""
+    sharded = hasattr(tensor, "ds_id")
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0) if sharded else nullcontext():
+        if not sharded or dist.get_rank() == 0:
+            tensor.copy_(values)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

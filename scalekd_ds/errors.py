@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: the thing, what it was, what to do."""
 
+    # of the process that ends with it
+    status = 2
+
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
@@ -25,7 +28,7 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main`, turning a UserError into one line on stderr and exit status 2, without a traceback.
+    """Run `main`, turning a UserError into one line on stderr and its exit status, without a traceback.
 
     Every rank of a job meets the same mistake. Ranks other than 0 wait a moment before they print, so that the
     launcher, which ends the others as soon as one fails, normally leaves exactly one line to read.
@@ -41,5 +44,5 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print(f"error{where}: {message}", file=sys.stderr, flush=True)
         # os._exit would lose buffered output; a process group that is half set up must not hang the exit
         sys.stdout.flush()
-        os._exit(2)
+        os._exit(error.status)
     sys.exit(status or 0)

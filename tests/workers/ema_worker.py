@@ -15,8 +15,9 @@ from torch import nn
 
 from scalekd_ds import checkpoint
 from scalekd_ds.ema import StudentEma, start_ema
-from scalekd_ds.engine import student_state
+from scalekd_ds.engine import job_store, student_state
 from scalekd_ds.errors import UserError
+from scalekd_ds.saver import Saver
 
 DECAY, STEPS, SAVED, LR, MOMENTUM = 0.7, 6, 3, 0.1, 0.9
 
@@ -126,7 +127,9 @@ def case(zero: dict, oracle: dict[str, torch.Tensor], folder: Path) -> dict:
     ema = start_ema(engine, DECAY, None)
     train(engine, ema, data[:SAVED])
     state = {"step": SAVED, "world_size": 2, "zero_stage": zero["stage"]}
-    saved = checkpoint.save(engine, folder, state, {}, 1, (ema.state(), {"weights": "ema"}))
+    saver = Saver(folder, 1, 0, job_store())
+    saved = checkpoint.save(engine, saver, state, {}, (ema.state(), {"weights": "ema"}))
+    saver.finish()
     train(engine, ema, data[SAVED:])
     whole = ema.state()
     held = torch.tensor(float(sum(average.numel() for average in ema._averages)))

@@ -39,6 +39,7 @@ def main() -> None:
     logits = torch.cat([student(images) for images, _ in run.val_loader])
     run.engine.train()
     trainer.save(run)
+    run.saver.finish()
     save_file({"logits": logits.contiguous()}, f"{out}.rank{dist.get_rank()}")
     dist.barrier()
 

@@ -1,0 +1,95 @@
+"""Saves and restores shards over ZeRO stages and world sizes. Prints one JSON line of errors against the uninterrupted run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from optim_worker import CASES, Net, batches, error, loss_of, weights
+from safetensors.torch import save_file
+
+from scalekd_ds import lamb
+from scalekd_ds.checkpoint import write_json
+from scalekd_ds.config import OptimConfig
+from scalekd_ds.optim import build_optimizer
+from scalekd_ds.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
+
+OPTIMIZERS = {"sgd": 0.05, "adamw": 0.01, "lamb": 0.02}
+SAVED, STEPS = 3, 6
+
+
+def start(name: str, zero: dict):
+    net, cfg = Net(), OptimConfig(name, lr=OPTIMIZERS[name], weight_decay=0.1, eps=1e-6)
+    optimizer = build_optimizer(net, cfg)
+    engine, *_ = deepspeed.initialize(
+        model=net,
+        optimizer=optimizer,
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0 / (1 + step)),
+        config={
+            "train_batch_size": 24,
+            "train_micro_batch_size_per_gpu": 24 // dist.get_world_size(),
+            "gradient_clipping": 0.5,
+            "zero_optimization": dict(zero),
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        },
+    )
+    if name == "lamb":
+        lamb.attach(optimizer, engine)
+    return engine
+
+
+def train(engine, data) -> None:
+    rank, share = dist.get_rank(), 24 // dist.get_world_size()
+    for x, y in data:
+        part = slice(share * rank, share * (rank + 1))
+        engine.backward(loss_of(engine(x.repeat(3, 1)[part]), y.repeat(3, 1)[part]))
+        engine.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int, default=0)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--load", type=int, default=0, help="world size that saved; 0 saves")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    initial, errors = [p.detach().clone() for p in Net().parameters()], {}
+    for name in OPTIMIZERS:
+        for stage, zero in CASES.items():
+            folder = args.folder / f"{name}-{stage}".replace(" ", "_")
+            if not args.load:
+                engine = start(name, zero)
+                train(engine, batches()[:SAVED])
+                folder.mkdir(exist_ok=True)
+                save_file(snapshot(engine), shard_file(folder, dist.get_rank()))
+                if dist.get_rank() == 0:
+                    write_json(folder / ENGINE, engine_state(engine))
+                train(engine, batches()[SAVED:STEPS])
+                whole = weights(engine)
+                if dist.get_rank() == 0:
+                    torch.save(whole, folder / "whole.pt")
+                dist.barrier()
+                engine.destroy()
+            # what one stage saved, every other one reads
+            others = CASES if stage in ("zero0", "zero2", "zero3") else {stage: zero}
+            for other, other_zero in others.items():
+                engine = start(name, other_zero)
+                restore(engine, folder, args.load or dist.get_world_size())
+                assert engine.global_steps == SAVED and engine.get_lr()[0] == OPTIMIZERS[name] / (1 + SAVED)
+                train(engine, batches()[SAVED:STEPS])
+                expected = torch.load(folder / "whole.pt", weights_only=True)
+                errors[f"{name}: {stage} -> {other}"] = error(weights(engine), expected, initial)
+                engine.destroy()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(errors), flush=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
