@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.11",
     # `kernels` here is found through the symlink scalekd_ds/kernels, never as a top-level package.
     packages=find_packages(include=["scalekd_ds", "scalekd_ds.*"]),
-    package_data={"scalekd_ds": ["ds_configs/*.json", "kernels/*/*.json"]},
+    package_data={"scalekd_ds": ["ds_configs/*.json", "kernels/*/*.json", "recipes/*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",

@@ -118,6 +118,8 @@ def parse_run(args: list[str] | None = None, prog: str = "launch/train.py") -> t
     args = sys.argv[1:] if args is None else args
     warnings.filterwarnings("ignore", module="jsonargparse")
     if "--list-recipes" in args:
+        from scalekd_ds.recipes.listing import print_recipes
+
         print_recipes()
         return None
     parser = _parser(prog)
@@ -129,10 +131,3 @@ def parse_run(args: list[str] | None = None, prog: str = "launch/train.py") -> t
     except ArgumentError as error:
         raise UserError(_one_line(error, parser)) from None
     return run, Path(parsed.dump_config) if parsed.dump_config else None
-
-
-def print_recipes() -> None:
-    """One line for each recipe: its name and what it is."""
-    width = max(map(len, RECIPES))
-    for name, recipe in RECIPES.items():
-        print(f"{name:<{width}}  {(recipe.__doc__ or '').strip().splitlines()[0]}")

@@ -164,7 +164,8 @@ class OptimConfig:
 
     Attributes:
         name: Optimizer.
-        lr: Learning rate for the whole global batch, after warm-up.
+        lr: Learning rate after warm-up, for `base_batch` images or, where that is None, for the run's global batch.
+        base_batch: Images that `lr` was made for: it is scaled in proportion to the global batch. None does not scale.
         weight_decay: Decoupled for AdamW and LAMB, L2 for SGD.
         no_decay: What weight decay leaves alone: `1d` norms, biases and other one-dimensional parameters, position
             embeddings, class tokens and the projectors' queries; `embeddings` position embeddings and class tokens; `none`
@@ -177,6 +178,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw", "lamb"] = "adamw"
     lr: float = 1e-3
+    base_batch: int | None = None
     weight_decay: float = 0.05
     no_decay: Literal["1d", "embeddings", "none"] = "1d"
     momentum: float = 0.9
@@ -186,6 +188,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0.0, "optim.lr", self.lr, "positive")
+        _require(self.base_batch is None or self.base_batch > 0, "optim.base_batch", self.base_batch, "at least 1")
         _require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
         _require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
 
@@ -289,6 +292,21 @@ class RunDirConfig:
 
 
 @dataclass
+class AsPublishedConfig:
+    """What the published files do though they say otherwise; each is off, and the intended behaviour on.
+
+    Attributes:
+        no_mixing: Mixup and cutmix are configured, and never happen.
+        unscaled_lr: The learning rate is the same on any batch, whatever `optim.base_batch` is.
+        teacher_in_train_mode: The teacher's stochastic depth runs, in its targets, its logits and its last stage.
+    """
+
+    no_mixing: bool = False
+    unscaled_lr: bool = False
+    teacher_in_train_mode: bool = False
+
+
+@dataclass
 class RunConfig:
     """One run of `launch/train.py`.
 
@@ -296,6 +314,7 @@ class RunConfig:
         recipe: Name this config started from.
         student: timm name (`hf-hub:` and `local-dir:` ones too), or a consolidated .safetensors with its card beside it.
         student_kwargs: Further arguments of the student's constructor, as JSON.
+        student_sync_bn: BatchNorm statistics of the student over all ranks, on GPUs; CPUs have no such operator.
         student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors,
             .pth or .pt file; a classifier of other classes starts fresh.
         student_taps: Indices of the two feature maps that are distilled, as timm's `forward_intermediates` counts them;
@@ -317,6 +336,7 @@ class RunConfig:
     recipe: str = ""
     student: str = "resnet50"
     student_kwargs: dict[str, Any] = field(default_factory=dict)
+    student_sync_bn: bool = False
     student_weights: str = "none"
     student_taps: tuple[int, int] | None = None
     teacher: str = "none"
@@ -333,6 +353,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    as_published: AsPublishedConfig = field(default_factory=AsPublishedConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
 
     def __post_init__(self) -> None:
@@ -342,6 +363,19 @@ class RunConfig:
         _require(
             self.label_smoothing == 0.0 or self.loss == "ce", "label_smoothing", self.label_smoothing, "0 with loss bce"
         )
+
+    @property
+    def learning_rate(self) -> float:
+        """After warm-up, for this run's global batch."""
+        base = self.optim.base_batch
+        if base is None or self.as_published.unscaled_lr:
+            return self.optim.lr
+        return self.optim.lr * self.global_batch_size / base
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return (self.data.mixup > 0 or self.data.cutmix > 0) and not self.as_published.no_mixing
 
     def batches(self, world_size: int) -> tuple[int, int]:
         """(micro batch, accumulation steps) on `world_size` ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import socket
@@ -22,31 +23,37 @@ from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.ds_config import stage_of
 from scalekd_ds.errors import UserError
 from scalekd_ds.host_memory import keep_freed_memory
+from scalekd_ds.hosts import read_hosts
 from scalekd_ds.optim import build_optimizer, build_schedule
+
+# how the launcher is called, as a command, a script or a module
+_LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
 
 
 def check_hostfile() -> None:
-    """Refuses a hosts file that does not exist.
+    """Refuses a hosts file that does not exist, or that says more than DeepSpeed reads in it.
 
-    DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a 32-GPU job into an
-    8-GPU one. The launcher's command line is the only place where the name can still be read.
+    Without the file DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a 32-GPU
+    job into an 8-GPU one. The launcher's command line is the only place where the name can still be read.
     """
     for process in psutil.Process().parents():
         try:
             command, folder = process.cmdline(), process.cwd()
         except psutil.Error:
             continue
-        if not any(os.path.basename(part) in ("deepspeed", "ds", "runner.py") for part in command[:3]):
+        if not any(os.path.basename(part) in _LAUNCHERS for part in command[:3]):
             continue
         for position, part in enumerate(command):
             flag, _, value = part.partition("=")
             if flag in ("--hostfile", "-H"):
                 value = value or (command[position + 1] if position + 1 < len(command) else "")
-                if not os.path.isfile(os.path.join(folder, value)):
+                path = os.path.join(folder, value)
+                if not os.path.isfile(path):
                     raise UserError(
                         f"hosts file {value!r} does not exist: DeepSpeed would train on this node alone. Give the right "
                         "path to --hostfile, or leave it out for one machine."
                     )
+                read_hosts(path)
             # what follows the script's name belongs to the script
             if part.endswith(".py") and os.path.basename(part) != "runner.py":
                 break
@@ -101,7 +108,8 @@ def build_engine(
     Raises:
         UserError: DeepSpeed refuses the configuration.
     """
-    optimizer = build_optimizer(distiller, cfg.optim)
+    lr = cfg.learning_rate
+    optimizer = build_optimizer(distiller, dataclasses.replace(cfg.optim, lr=lr))
     if stage_of(ds_config) == 3:
         # taps call forward_intermediates(), not forward(), so what the root module owns itself (position embeddings,
         # class token) has to be fetched with the distiller's forward
@@ -115,7 +123,7 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=distiller,
             optimizer=optimizer,
-            lr_scheduler=lambda opt: build_schedule(opt, cfg.schedule, steps_per_epoch, total_steps, cfg.optim.lr),
+            lr_scheduler=lambda opt: build_schedule(opt, cfg.schedule, steps_per_epoch, total_steps, lr),
             config=ds_config,
         )
     except deepspeed.runtime.config.DeepSpeedConfigError as error:

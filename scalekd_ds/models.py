@@ -14,6 +14,7 @@ from timm.models import load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+import scalekd_ds.mlp_mixer_presets  # noqa: F401  registers them with timm
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.weights import load_weights
 from scalekd_ds.weights_file import TORCH_SUFFIXES

@@ -49,6 +49,7 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
             cfg.teacher_weights,
             features=d.features,
             input_size=cfg.teacher_image_size,
+            train_mode=cfg.as_published.teacher_in_train_mode,
             **cfg.teacher_kwargs,
         )
         # a teacher that is built must not shift the student's initialisation
@@ -131,6 +132,8 @@ def build(cfg: RunConfig) -> Run:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
+    if cfg.student_sync_bn and device.type != "cpu" and world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
     replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
@@ -155,8 +158,7 @@ def build(cfg: RunConfig) -> Run:
             print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
     mean, std = normalisation_of(distiller.student)
     micro, _ = cfg.batches(world_size)
-    mixes = cfg.data.mixup > 0 or cfg.data.cutmix > 0
-    mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if mixes else None
+    mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes else None
     labels = train.labels if cfg.data.balanced else None
     batch = cfg.global_batch_size
     sampler = StreamSampler(len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels)

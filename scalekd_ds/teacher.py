@@ -43,7 +43,7 @@ class TeacherTargets(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen timm vision transformer, always in eval mode.
+    """A frozen timm vision transformer, in eval mode.
 
     Args:
         model: timm name, path of a consolidated .safetensors, or a built model.
@@ -52,6 +52,7 @@ class Teacher(nn.Module):
         features: False needs logits only, and takes any model.
         input_size: Side or (h, w) that its images are resized to; None is the size that it was built for, or that of its
             pretrained weights. Any size for convolutional models, that of the grid for the others.
+        train_mode: Lets its stochastic depth run, as the published code does without meaning to.
         **kwargs: Further constructor arguments, for a model built by name.
 
     Attributes:
@@ -70,9 +71,11 @@ class Teacher(nn.Module):
         weights: str = "pretrained",
         features: bool = True,
         input_size: int | tuple[int, int] | None = None,
+        train_mode: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self._train_mode = train_mode
         if isinstance(model, str):
             model = build_model(model, None, kwargs, weights, image_size)
         self.model = model
@@ -109,8 +112,8 @@ class Teacher(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode whatever a parent asks: stochastic depth in a target is noise."""
-        return super().train(False)
+        """Stays in its mode whatever a parent asks: stochastic depth in a target is noise."""
+        return super().train(self._train_mode)
 
     def lower(self, dtype: torch.dtype) -> Teacher:
         """Holds the weights of linear layers and convolutions in `dtype`, and runs under autocast to it from then on.

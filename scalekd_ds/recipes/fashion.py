@@ -1,13 +1,10 @@
-"""Recipes: functions that return a RunConfig. A reader sees what the runs share and where they differ."""
+"""Fashion-MNIST at 32x32: the quickstart's teacher, its student, and what the student is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from scalekd_ds.config import DataConfig, DistillConfig, OptimConfig, RunConfig, RunDirConfig, ScheduleConfig
-
-# -- Fashion-MNIST at 32x32: the quickstart ------------------------------------------------------------------------
+from scalekd_ds.config import DataConfig, OptimConfig, RunConfig, RunDirConfig, ScheduleConfig
 
 _FASHION = DataConfig(
     root="runs/fashion-mnist",
@@ -86,47 +83,3 @@ def fashion_ce() -> RunConfig:
     """`fashion-scalekd` without a teacher: the baseline."""
     cfg = fashion_scalekd()
     return replace(cfg, recipe="fashion-ce", teacher="none", run=replace(cfg.run, dir="runs/quickstart/ce"))
-
-
-# -- ImageNet-1K: the published settings ---------------------------------------------------------------------------
-
-SWIN_S = "swin_small_patch4_window7_224.ms_in1k"
-SWIN_L = "swin_large_patch4_window7_224.ms_in22k_ft_in1k"
-
-
-def _traditional(name: str, teacher: str, distill: DistillConfig) -> RunConfig:
-    """The published "traditional" strategy: 100 epochs of SGD, crop and flip alone, 8 GPUs of 32 images."""
-    return RunConfig(
-        recipe=name,
-        student="resnet50",
-        teacher=teacher,
-        global_batch_size=256,
-        micro_batch_size=32,
-        distill=distill,
-        data=DataConfig(threads=4),
-        optim=OptimConfig("sgd", lr=0.1, weight_decay=1e-4, momentum=0.9, no_decay="none"),
-        schedule=ScheduleConfig("multistep", epochs=100, milestones=(30, 60, 90), gamma=0.1),
-        run=RunDirConfig(dir=f"runs/{name}", ds_config="zero1", log_every=50, save_every=2500),
-    )
-
-
-def swin_l_resnet50_traditional() -> RunConfig:
-    """Swin-L -> ResNet-50, 100 epochs (the official file as shipped leaves the teacher in train mode; this does not)."""
-    distill = DistillConfig(heads_s3=16, heads_s4=24, softmax_scale=5.0)
-    return _traditional("swin_l-resnet50-traditional", SWIN_L, distill)
-
-
-def swin_s_resnet50_traditional() -> RunConfig:
-    """Swin-S -> ResNet-50, 100 epochs, without logit KD and without the last stage's frequency view, as published."""
-    distill = DistillConfig(kd_weight=0.0, weights_s4=(0.08, 0.0), heads_s3=3, heads_s4=6, softmax_scale=5.0)
-    return _traditional("swin_s-resnet50-traditional", SWIN_S, distill)
-
-
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "fashion-teacher": fashion_teacher,
-    "fashion-ce": fashion_ce,
-    "fashion-kd": fashion_kd,
-    "fashion-scalekd": fashion_scalekd,
-    "swin_l-resnet50-traditional": swin_l_resnet50_traditional,
-    "swin_s-resnet50-traditional": swin_s_resnet50_traditional,
-}
