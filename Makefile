@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+ABLATION_ARGS ?=
 # The op that DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
@@ -26,6 +27,7 @@ help:
 	@echo "make test          ruff and the tests (PYTEST_ARGS='-k name')"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure (on a GPU where there is one)"
+	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12)"
 	@echo "make clean         remove .venv, builds and caches"
@@ -108,6 +110,13 @@ benchmark: $(STAMP)
 		$(BIN)/python benchmarks/step.py --pair swin_small-resnet50 --batch 8 && \
 		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/plot.py; \
 	fi
+
+# in the background: it takes both cores of a small machine for half an hour
+.PHONY: ablation
+ablation: $(STAMP) compiler fashion-mnist
+	@mkdir -p runs/ablation
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
+		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
 
 .PHONY: clean
 clean:

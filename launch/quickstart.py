@@ -17,36 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scalekd_ds.errors import UserError, run_cli
+from scalekd_ds.finished_run import finished_run
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"ce": "CE (no teacher)", "kd": "CE + logit KD", "scalekd": "ScaleKD"}
-
-
-def train(arguments: list[str], threads: int, log: Path) -> dict:
-    """Runs launch/train.py to its end, or reads the results of the same run from before."""
-    from scalekd_ds.cli import parse_run
-
-    command = [*arguments, "--run.resume", "auto"]
-    cfg, _ = parse_run(command)
-    run_dir = Path(cfg.run.dir)
-    results, config = run_dir / "results.json", run_dir / "config.json"
-    # through JSON, so that tuples compare as the lists that were written
-    if (
-        results.is_file()
-        and config.is_file()
-        and json.loads(config.read_text()) == json.loads(json.dumps(cfg.as_dict()))
-    ):
-        return json.loads(results.read_text())
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("w") as out:
-        done = subprocess.run(
-            [sys.executable, HERE / "train.py", *command], env=env, stdout=out, stderr=subprocess.STDOUT
-        )
-    if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
-        raise UserError(f"{run_dir.name} failed with status {done.returncode} ({last[0]}); the whole log is {log}.")
-    return json.loads(results.read_text())
 
 
 def table(rows: list[tuple], teacher: dict, seeds: int) -> str:
@@ -87,7 +61,7 @@ def main() -> None:
     def run(recipe: str, name: str, threads: int, *more: str) -> dict:
         common = ["--data.root", str(args.data), "--run.dir", str(args.out / name), "--run.progress", "plain"]
         arguments = ["--recipe", recipe, *common, *more, *args.train_args]
-        result = train(arguments, threads, args.out / "logs" / f"{name}.log")
+        result = finished_run(HERE / "train.py", arguments, threads, args.out / "logs" / f"{name}.log")
         print(f"{name:<16} top-1 {result['top1']:.2f}  {result['cpu_seconds']:.0f} CPU s", flush=True)
         return result
 

@@ -132,6 +132,9 @@ class DistillConfig:
         heads_s4: Attention heads of the last stage's projectors; None takes the teacher's own.
         softmax_scale: gamma in softmax(gamma QK^T / sqrt(d)).
         norm: Norm after the projector's convolution.
+        projector: `cap`, or `linear` for the common 1x1 convolution, to compare with.
+        tpp: False compares stage n-1 with the teacher's own stage n-1 instead of passing it through the teacher's last
+            stage, and lets the last stage's projectors learn their own queries.
         cut: Side of the lowest DCT frequencies that the frequency view drops, k x k.
     """
 
@@ -144,6 +147,8 @@ class DistillConfig:
     heads_s4: int | None = None
     softmax_scale: float = 5.0
     norm: Literal["batch", "layer"] = "batch"
+    projector: Literal["cap", "linear"] = "cap"
+    tpp: bool = True
     cut: int = 1
 
     def __post_init__(self) -> None:

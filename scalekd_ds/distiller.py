@@ -12,6 +12,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
 from scalekd_ds.models import Preprocessing, build_model, num_parameters
 from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.projector_linear import LinearPair, LinearProjector
 from scalekd_ds.projector_pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import Teacher, TeacherTargets
@@ -36,6 +37,8 @@ class ScaleKD(nn.Module):
         heads_s4: Attention heads of the last stage's projectors; None is the teacher's.
         softmax_scale: gamma of the projectors' attention.
         norm: `batch` or `layer`, of the projectors.
+        projector: `cap`, or `linear` to compare with.
+        tpp: False matches stage n-1 to the teacher's own stage n-1.
         cut: Side of the block of lowest frequencies that the frequency view drops.
         loss: Student loss on the labels, `ce` or `bce`.
         label_smoothing: For `ce`.
@@ -67,6 +70,8 @@ class ScaleKD(nn.Module):
         heads_s4: int | None = None,
         softmax_scale: float = 5.0,
         norm: str = "batch",
+        projector: str = "cap",
+        tpp: bool = True,
         cut: int = 1,
         loss: str = "ce",
         label_smoothing: float = 0.0,
@@ -87,7 +92,7 @@ class ScaleKD(nn.Module):
 
         # a teacher without a classifier, such as DINOv2 or SigLIP, has its features to give
         self.kd_weight = kd_weight if teacher is not None and teacher.num_classes else 0.0
-        self.temperature, self.cut = temperature, cut
+        self.temperature, self.cut, self.tpp = temperature, cut, tpp
         self.loss, self.label_smoothing = loss, label_smoothing
         self.feature_weights = {
             f"{view}_{stage}": weight
@@ -104,7 +109,7 @@ class ScaleKD(nn.Module):
             self._check_teacher_size(teacher)
         self.projectors = nn.ModuleDict()
         if features:
-            self._build_projectors(teacher, heads_s3, heads_s4, softmax_scale, norm)
+            self._build_projectors(teacher, heads_s3, heads_s4, softmax_scale, norm, projector)
         if verbose:
             print(self.pairing(), flush=True)
 
@@ -148,7 +153,13 @@ class ScaleKD(nn.Module):
                 )
 
     def _build_projectors(
-        self, teacher: Teacher, heads_s3: int | None, heads_s4: int | None, softmax_scale: float, norm: str
+        self,
+        teacher: Teacher,
+        heads_s3: int | None,
+        heads_s4: int | None,
+        softmax_scale: float,
+        norm: str,
+        projector: str,
     ) -> None:
         places = {
             "s3": (self._shapes.before, teacher.last_input, heads_s3),
@@ -165,6 +176,10 @@ class ScaleKD(nn.Module):
                     f"teacher's {place.grid[0]}x{place.grid[1]} there: choose a student with more stages, smaller images, "
                     "or a larger --teacher_image_size."
                 )
+            if projector == "linear":
+                linear = {view: LinearProjector(student_map.shape[1], place.dim, place.grid) for view in views}
+                self.projectors[stage] = LinearPair(linear)
+                continue
             try:
                 self.projectors[stage] = ProjectorPair(
                     {
@@ -176,7 +191,7 @@ class ScaleKD(nn.Module):
                             heads or place.heads,
                             softmax_scale,
                             # TPP gives the last stage its queries, view by view; without it each learns its own
-                            learned_query=stage == "s3" or f"{view}_s3" not in self.feature_weights,
+                            learned_query=stage == "s3" or not self.tpp or f"{view}_s3" not in self.feature_weights,
                             norm=norm,
                         )
                         for view in views
@@ -231,8 +246,10 @@ class ScaleKD(nn.Module):
             theirs = f"{shown(place.grid, place.dim)}, {place.heads} heads" if place else ""
             rows.append((label, shown(tap.shape[-2:], tap.shape[1]), theirs))
         if self.projectors:
-            heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in self.projectors.items())
-            rows.append(("projectors", f"{num_parameters(self.projectors) / 1e6:.2f} M", f"heads {heads}"))
+            caps = {stage: pair for stage, pair in self.projectors.items() if isinstance(pair, ProjectorPair)}
+            heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in caps.items())
+            kind = f"heads {heads}" if heads else "linear"
+            rows.append(("projectors", f"{num_parameters(self.projectors) / 1e6:.2f} M", kind))
         rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in self.weights().items()), ""))
         widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
@@ -246,18 +263,24 @@ class ScaleKD(nn.Module):
         size = self.teacher.preprocessing.size
         if size is not None and size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        return self.teacher.targets(images)
+        targets = self.teacher.targets(images)
+        if self.tpp or not any(name.endswith("s3") for name in self.feature_weights):
+            return targets
+        return targets._replace(before=self.teacher.before_last_stage(images))
 
     def project(self, student: StudentOutput) -> dict[str, dict[str, torch.Tensor]]:
-        """Projected tokens (B, P, C) by stage and view; those of stage n-1 have passed through the teacher's last stage."""
+        """Projected tokens (B, P, C) by stage and view; with TPP those of stage n-1 have passed through the teacher's
+        last stage."""
         projected: dict[str, dict[str, torch.Tensor]] = {}
         seen: dict[str, torch.Tensor] = {}
         if "s3" in self.projectors:
             pair = self.projectors["s3"]
             tokens = pair(student.before)
-            # both views go through the frozen last stage as one batch
-            tokens = self.teacher.last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-            projected["s3"] = seen = dict(zip(pair.names, tokens.unbind(0), strict=True))
+            if self.tpp:
+                # both views go through the frozen last stage as one batch
+                tokens = self.teacher.last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+            projected["s3"] = dict(zip(pair.names, tokens.unbind(0), strict=True))
+            seen = projected["s3"] if self.tpp else {}
         if "s4" in self.projectors:
             pair = self.projectors["s4"]
             if pair.names == tuple(seen):
@@ -291,11 +314,11 @@ class ScaleKD(nn.Module):
             if self.kd_weight > 0.0:
                 losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
             if self.projectors:
-                losses |= self._feature_losses(student, teacher.tokens)
+                losses |= self._feature_losses(student, teacher)
         losses["loss/total"] = torch.stack(list(losses.values())).sum()
         return losses
 
-    def _feature_losses(self, student: StudentOutput, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _feature_losses(self, student: StudentOutput, teacher: TeacherTargets) -> dict[str, torch.Tensor]:
         projected = self.project(student)
         stages, weights = [], []
         for stage, views in projected.items():
@@ -303,7 +326,13 @@ class ScaleKD(nn.Module):
             stand_in = next(iter(views.values())).detach()
             stages.append(tuple(views.get(view, stand_in) for view in VIEWS))
             weights.append(tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS))
-        values = dual_view_losses(stages, tokens, self.teacher.last_output.grid, weights, self.cut)
+        values: list = []
+        if not self.tpp and "s3" in projected:
+            grid = self.teacher.last_input.grid
+            values = [*dual_view_losses([stages.pop(0)], teacher.before, grid, [weights.pop(0)], self.cut)]
+        if stages:
+            grid = self.teacher.last_output.grid
+            values += dual_view_losses(stages, teacher.tokens, grid, weights, self.cut)
         return {
             f"loss/{view}_{stage}": value
             for (stage, views), pair in zip(projected.items(), values, strict=True)

@@ -36,10 +36,14 @@ __all__ = [
 
 
 class TeacherTargets(NamedTuple):
-    """tokens: (B, P, C) of the last stage; logits: (B, K), or None for a teacher without a head."""
+    """tokens: (B, P, C) of the last stage; logits: (B, K), or None for a teacher without a head.
+
+    before: (B, P_in, C_in) before the last stage, where TPP is switched off; else None.
+    """
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
+    before: torch.Tensor | None = None
 
 
 class Teacher(nn.Module):
@@ -149,6 +153,19 @@ class Teacher(nn.Module):
             # the losses' kernels read whole rows of channels; convolutional teachers and ViTs without a prefix have none
             tokens = tokens.contiguous()
             return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
+
+    @torch.no_grad()
+    def before_last_stage(self, images: torch.Tensor) -> torch.Tensor:
+        """The patch tokens (B, P_in, C_in) that its own last stage gets for images in its normalisation: no target of
+        ScaleKD's, but of the feature mimicking that TPP is compared with."""
+        blocks = getattr(self.model, "blocks", None)
+        plain = blocks is not None and not hasattr(self.model, "layers")
+        index = len(blocks) - last_block_count(len(blocks)) - 1 if plain else len(self.model.feature_info) - 2
+        with self._autocast(images):
+            maps = self.model.forward_intermediates(
+                images, indices=[index], norm=False, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+            )
+        return maps[0].flatten(2).transpose(1, 2).contiguous()
 
     def last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
         """The frozen last stage, with gradients to its input (TPP).
