@@ -90,7 +90,9 @@ class Job:
 ENDLESS = ("--schedule.epochs", 4000, "--run.save_every", 5, "--run.eval_every", 0)
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number, rank):
     run_dir = tmp_path / "run"
     args = arguments(data, run_dir, *ENDLESS, "--run.resume", "auto")
@@ -120,6 +122,7 @@ def test_a_dead_rank_is_named_and_ends_the_others(data, tmp_path):
     assert choose(run_dir, "auto") is not None
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named_and_ends_the_others(data, tmp_path):
     """A process that is stopped stands for a node behind a cut link: nothing closes, nothing answers."""
     run_dir = tmp_path / "run"
@@ -142,7 +145,7 @@ def test_a_hang_leaves_the_stacks_of_every_rank(data, tmp_path):
     assert (run_dir / "stacks" / "rank0.txt").is_file()
 
 
-@pytest.mark.parametrize("config", ["zero0", "zero1", "zero3"])
+@pytest.mark.parametrize("config", [pytest.param("zero0", marks=pytest.mark.slow), "zero1", "zero3"])
 def test_a_step_with_nan_is_skipped_and_counted(data, tmp_path, config):
     run_dir = tmp_path / "run"
     args = arguments(data, run_dir, "--schedule.epochs", 2, "--run.ds_config", config, "--ema.decay", 0.9)
