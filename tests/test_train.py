@@ -142,7 +142,7 @@ def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
     more = ("--run.save_every", 4, "--run.ds_config", "zero2", "--student_kwargs.drop_path_rate", 0.2)
     more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
-    more += ("--data.mixup", 0.8, "--data.cutmix", 1.0)
+    more += ("--data.mixup", 0.8, "--data.cutmix", 1.0, "--ema.decay", 0.9)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(data, whole, *more).wait(timeout=300) == 0
 
@@ -165,6 +165,36 @@ def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in b)
     assert [p.name for p in checkpoints_of(cut)] == ["step00000016", "step00000020"]
     assert not list((cut / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero1", "zero2", "zero3"])
+def test_twelve_kills_at_random_moments_change_no_bit(data, tmp_path, config):
+    """Forty steps on two ranks, killed also while they start, save and evaluate; BatchNorm student, average on."""
+    more = ("--run.save_every", 2, "--run.ds_config", config, "--run.resume", "auto", "--schedule.epochs", 8)
+    more += ("--ema.decay", 0.9, "--data.random_crop", "true", "--run.eval_every", 1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(data, whole, *more).wait(timeout=300) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        reached = len(scalars(cut)["loss/total"]) if (cut / "tensorboard").exists() else 0
+        process = start(data, cut, *more)
+        # some of the way on, so that twelve lives are enough for forty steps
+        deadline, ahead = time.time() + 120, int(rng.integers(0, 5))
+        while process.poll() is None and time.time() < deadline:
+            found = checkpoints_of(cut)
+            if found and int(found[-1].name[4:]) >= min(36, reached + ahead):
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 1.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(data, cut, *more).wait(timeout=300) == 0
+    a, b = (load_file(d / "student.safetensors") for d in (cut, whole))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    c, d = (consolidate(run, "student") for run in (cut, whole))
+    assert all(torch.equal(c[k], d[k]) for k in d)
 
 
 @pytest.mark.parametrize("config", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])

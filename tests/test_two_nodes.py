@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 REPO = Path(__file__).parents[1]
+DOCTOR = REPO / "launch" / "doctor.py"
 WORKERS = Path(__file__).parent / "workers"
 TRAIN = REPO / "launch" / "train.py"
 # another number of threads sums in another order, which this small a network turns into a visible difference
@@ -30,7 +33,7 @@ def cluster(tmp_path):
         yield cluster
 
 
-def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: float) -> str:
+def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: float, more: str = "") -> str:
     """Runs `script` on every node, from the repository's root as users do, and returns all that was printed."""
     # Only PYTHON* and a few more reach other nodes by themselves: the launcher exports the rest from this file, which
     # is named by its whole path lest a user's own in the home folder be read instead.
@@ -44,7 +47,7 @@ def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: 
         "HF_HUB_OFFLINE": "1",
     }
     exports = tmp_path / "deepspeed_env"
-    exports.write_text("".join(f"{name}={value}\n" for name, value in environment.items() if value))
+    exports.write_text(more + "".join(f"{name}={value}\n" for name, value in environment.items() if value))
     env = {**cluster.env, "DS_ENV_FILE": str(exports), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", cluster.hostfile]
     command += ["--launcher", "pdsh", script, *args]
@@ -62,6 +65,15 @@ def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: 
             print(output)
     assert status == 0, output[-3000:]
     return output
+
+
+def together(
+    cluster: Cluster, commands: dict[int, list[str]], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs one command on each node at the same time."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        jobs = [pool.submit(cluster.run, node, [str(c) for c in cmd], timeout) for node, cmd in commands.items()]
+        return [job.result() for job in jobs]
 
 
 def write_job(folder: Path) -> Path:
@@ -122,3 +134,122 @@ def test_two_nodes_train(cluster, tmp_path):
     assert any(expected[name].abs().max() > 1e-4 for name in expected if name.endswith("fc.bias")), "nothing was learnt"
     # the samples, their crops and the micro batches are the same on one node and on two
     torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_two_nodes_without_ssh(cluster):
+    """`--no_ssh`: somebody else starts one launcher on each node."""
+    environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": THREADS}
+    words = [f"{name}={value}" for name, value in environment.items()]
+
+    def command(node: int) -> list:
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", cluster.hostfile, "--no_ssh"]
+        own = ["--node_rank", node - 1, "--master_addr", "10.77.0.1", WORKERS / "hello_nodes.py"]
+        return ["env", "-C", REPO, *words, *launcher, *own]
+
+    done = together(cluster, {node: command(node) for node in (1, 2)}, timeout=120)
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    met = [json.loads(line.removeprefix("hello ")) for d in done for line in d.stdout.splitlines() if "hello {" in line]
+    assert [(m["host"], m["rank"], m["world"], m["sum"]) for m in met] == [("node1", 0, 2, 3.0), ("node2", 1, 2, 3.0)]
+
+
+def doctor(cluster: Cluster, tmp_path: Path, *arguments) -> subprocess.CompletedProcess[str]:
+    # another node's memory is this machine's, and its network has no wire
+    limits = ["--min-memory", "0.05", "--min-disk", "0.1", "--min-bandwidth", "0"]
+    env = {**cluster.env, "DS_ENV_FILE": str(tmp_path / "doctor_env")}
+    command = [sys.executable, DOCTOR, "--hostfile", cluster.hostfile, *limits, *arguments]
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=REPO,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_doctor_sees_two_nodes_and_what_is_wrong_with_them(cluster, tmp_path):
+    whole = doctor(
+        cluster,
+        tmp_path,
+        *("--write-env", "GLOO_SOCKET_IFNAME=eth0", "DS_ACCELERATOR=cpu", f"OMP_NUM_THREADS={THREADS}"),
+        *("--json", tmp_path / "report.json"),
+    )
+    print(whole.stdout, whole.stderr)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [host["facts"]["hostname"] for host in report["hosts"].values()] == ["node1", "node2"]
+    # by the address that the hosts file's name leads to, both ways, and a sum over both by the job's own interface
+    assert [host["facts"]["address"] for host in report["hosts"].values()] == ["10.77.0.1", "10.77.0.2"]
+    assert [(p["from"], p["to"]) for p in report["bandwidth"]] == [("node1", "node2"), ("node2", "node1")]
+    assert report["all_reduce"]["backend"] == "gloo" and report["all_reduce"]["seconds"] > 0
+
+    refused = doctor(
+        cluster, tmp_path, "--ssh", "ssh -o PubkeyAuthentication=no -o BatchMode=yes", "--skip", "all-reduce"
+    )
+    assert refused.returncode == 1
+    assert "node2: its sshd takes no key of yours: ssh-copy-id node2" in refused.stdout
+
+    cluster.cut(2)
+    started = time.monotonic()
+    cut = doctor(cluster, tmp_path, "--json", tmp_path / "report.json")
+    assert cut.returncode == 1 and time.monotonic() - started < 60
+    assert "node2: it does not answer" in cut.stdout and "\nnode1: " not in cut.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] == ["node1"]
+
+
+def test_exported_values_arrive_as_they_were_written(cluster, tmp_path):
+    """From the doctor's file through DeepSpeed, pdsh, ssh and the nodes' shells."""
+    value = "^mlx5_0:1,=mlx5_1 a;touch x|b&c(d)<e>{f}*?[g]~#@+/.-"
+    written = doctor(cluster, tmp_path, "--write-env", f"ODD={value}", "--skip", "bandwidth", "all-reduce")
+    assert written.returncode == 0, written.stdout + written.stderr
+    worker = tmp_path / "print_odd.py"
+    worker.write_text("import os\nos.write(1, f\"odd {os.environ['ODD']!r}\\n\".encode())\n")
+    exports = (tmp_path / "doctor_env").read_text()
+    output = launch(cluster, tmp_path, worker, timeout=120, more=exports)
+    assert sorted(line for line in output.splitlines() if ": odd " in line) == [
+        f"node{i}: odd {value!r}" for i in (1, 2)
+    ]
+
+
+def test_a_slurm_job_looks_first_and_saves_when_its_time_is_up(cluster, tmp_path):
+    """launch/slurm.sh itself; srun and scontrol are stand-ins that reach the nodes by ssh."""
+    job, run_dir = write_job(tmp_path), tmp_path / "run"
+    env = {
+        **cluster.env,
+        "PATH": f"{REPO / 'tests' / 'fake_slurm'}:{Path(sys.executable).parent}:{cluster.env['PATH']}",
+        "FAKE_SLURM": str(tmp_path),
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "OMP_NUM_THREADS": THREADS,
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node1,node2",
+        "DOCTOR": "--min-memory 0.05 --min-disk 0.1 --skip bandwidth all-reduce",
+    }
+    arguments = ["--config", job, "--run.dir", run_dir, "--schedule.epochs", "5000", "--run.save_every", "20"]
+    command = ["bash", REPO / "launch" / "slurm.sh", *map(str, arguments)]
+    with (tmp_path / "slurm.log").open("w+") as log:
+        script = subprocess.Popen(command, cwd=REPO, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not list(run_dir.glob("checkpoints/step*/manifest.json")):
+                so_far = (tmp_path / "slurm.log").read_text()
+                assert script.poll() is None and time.monotonic() < deadline, so_far[-3000:]
+                time.sleep(0.2)
+            for node in (1, 2):
+                group = (tmp_path / f"step-node{node}.pgid").read_text().strip()
+                assert cluster.run(node, ["kill", "-USR1", "--", f"-{group}"]).returncode == 0
+            status = script.wait(60)
+        finally:
+            script.kill()
+            script.wait()
+            log.seek(0)
+            output = log.read()
+            print(output)
+    assert status == 0, output[-3000:]
+    assert "2 of 2 nodes pass" in output
+    # saved by both ranks where they were told, which is no multiple of save_every but by chance
+    newest = max(run_dir.glob("checkpoints/step*"), key=lambda path: int(path.name.removeprefix("step")))
+    assert len(list(newest.glob("rng_rank*.pt"))) == 2 and (newest / "manifest.json").is_file()
+    assert f"stopped at step {int(newest.name.removeprefix('step'))} of 10000, as a signal asked (SIGUSR1)" in output
+    assert not list(REPO.glob(".hosts-*"))

@@ -1,0 +1,128 @@
+"""A plan as tables, and as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.plan.choose import GIB, Cluster, Plan
+from scalekd_ds.plan.measure import Measured
+from scalekd_ds.plan.throughput import Assumptions
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Plain data; bytes and seconds."""
+    return {
+        "zero_stage": plan.layout.stage,
+        "ds_config": plan.ds_config,
+        "teacher_placement": plan.layout.placement,
+        "gpus": plan.layout.world_size,
+        "micro_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "largest_micro_batch_size": plan.largest_micro_batch,
+        "memory": plan.memory | {"total": sum(plan.memory.values())},
+        "room": plan.room,
+        "communication": [
+            {
+                "what": c.what,
+                "operation": c.operation,
+                "bytes": c.bytes,
+                "sent_by_a_rank": round(c.wire(plan.layout.world_size)),
+                "messages": c.messages,
+            }
+            for c in plan.sent
+        ],
+        "seconds_per_step": asdict(plan.time) | {"total": plan.time.total},
+        "images_per_s": plan.images_per_s,
+        "hours": plan.hours,
+    }
+
+
+def document(
+    cfg: RunConfig, cluster: Cluster, measured: Measured, assume: Assumptions, best: Plan, plans: list[Plan]
+) -> dict[str, Any]:
+    """Everything that the tables show and what they rest on, for JSON."""
+    return {
+        "recipe": cfg.recipe,
+        "student": cfg.student,
+        "teacher": cfg.teacher,
+        "cluster": asdict(cluster),
+        "trainable_parameters": measured.numel,
+        "teacher_bytes": measured.teacher.bytes,
+        "flop_per_image": {
+            "teacher": measured.teacher_flop(32) / 32,
+            "student": measured.student_flop(32) / 32,
+        },
+        "plan": as_dict(best),
+        "fits": [as_dict(plan) for plan in plans],
+        "assumptions": asdict(assume),
+    }
+
+
+def size(count: float) -> str:
+    """1234567 -> 1.2 MiB."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.{2 if unit == 'GiB' else 1}f} {unit}"
+    return f"{round(count)} B"
+
+
+def print_plan(
+    console: Console,
+    cfg: RunConfig,
+    cluster: Cluster,
+    measured: Measured,
+    assume: Assumptions,
+    best: Plan,
+    plans: list[Plan],
+) -> None:
+    """The choice, memory and transfers of the best plan, all plans that fit, and the assumptions."""
+    w = best.layout.world_size
+    console.print(
+        f"{cfg.recipe or 'run'}: {cfg.teacher} -> {cfg.student}, {w} GPUs of {cluster.gpu_memory:g} GiB, "
+        f"{measured.numel / 1e6:.1f} M trainable parameters, teacher {size(measured.teacher.bytes)}"
+    )
+    console.print(
+        f"take --run.ds_config {best.ds_config} --micro_batch_size {best.micro_batch}, teacher {best.layout.placement}: "
+        f"{best.images_per_s:,.0f} images/s, {best.hours:,.1f} h (at most {best.largest_micro_batch} images fit)",
+        style="bold",
+    )
+    memory = Table(title=f"memory of a rank, {size(best.room)} of which are ours", title_justify="left")
+    memory.add_column("part")
+    memory.add_column("bytes", justify="right")
+    for part, count in best.memory.items():
+        if count:
+            memory.add_row(part, size(count))
+    memory.add_row("total", size(sum(best.memory.values())), style="bold")
+    console.print(memory)
+    sent = Table(title=f"sent in an optimizer step of {best.accumulation} micro batches", title_justify="left")
+    for name in ("what", "how", "tensor", "by a rank"):
+        sent.add_column(name, justify="left" if name in ("what", "how") else "right")
+    for c in best.sent:
+        sent.add_row(c.what, c.operation, size(c.bytes), size(c.wire(w)))
+    console.print(sent)
+    console.print(_table_of(plans, best))
+    console.print("assumed (--assume.NAME VALUE): " + ", ".join(f"{k} {v:g}" for k, v in asdict(assume).items()))
+
+
+def _table_of(plans: list[Plan], best: Plan) -> Table:
+    table = Table(title="what fits", title_justify="left")
+    for name in ("ZeRO", "teacher", "micro batch", "accumulated", "memory", "ms a step", "images/s", "hours"):
+        table.add_column(name, justify="right" if name != "teacher" else "left")
+    for plan in plans:
+        table.add_row(
+            str(plan.layout.stage),
+            plan.layout.placement,
+            str(plan.micro_batch),
+            str(plan.accumulation),
+            size(sum(plan.memory.values())),
+            f"{1e3 * plan.time.total:,.1f}",
+            f"{plan.images_per_s:,.0f}",
+            f"{plan.hours:,.1f}",
+            style="bold" if plan is best else None,
+        )
+    return table
