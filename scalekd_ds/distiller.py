@@ -15,7 +15,7 @@ from scalekd_ds.projector import CrossAttentionProjector
 from scalekd_ds.projector_linear import LinearPair, LinearProjector
 from scalekd_ds.projector_pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
-from scalekd_ds.teacher import Teacher, TeacherTargets
+from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
 
 VIEWS = ("spatial", "frequency")
 
@@ -138,6 +138,8 @@ class ScaleKD(nn.Module):
         images = torch.zeros(1, 3, *self.image_size, device=parameter.device, dtype=parameter.dtype)
         try:
             targets = self.teacher_targets(images)
+        except UserError:
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
             size = teacher.preprocessing.size or self.image_size
             raise UserError(
@@ -256,8 +258,8 @@ class ScaleKD(nn.Module):
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def teacher_targets(self, images: torch.Tensor) -> TeacherTargets:
-        """The teacher's tokens and logits for images (B, 3, H, W) in the student's normalisation."""
+    def teacher_targets(self, images: torch.Tensor) -> TeacherTargets | TargetsWithoutTPP:
+        """What the terms compare with, for images (B, 3, H, W) in the student's normalisation."""
         if self.teacher_scale is not None:
             images = images * self.teacher_scale + self.teacher_shift
         size = self.teacher.preprocessing.size
@@ -266,7 +268,7 @@ class ScaleKD(nn.Module):
         targets = self.teacher.targets(images)
         if self.tpp or not any(name.endswith("s3") for name in self.feature_weights):
             return targets
-        return targets._replace(before=self.teacher.before_last_stage(images))
+        return TargetsWithoutTPP(*targets, self.teacher.before_last_stage(images))
 
     def project(self, student: StudentOutput) -> dict[str, dict[str, torch.Tensor]]:
         """Projected tokens (B, P, C) by stage and view; with TPP those of stage n-1 have passed through the teacher's
@@ -293,7 +295,10 @@ class ScaleKD(nn.Module):
         return projected
 
     def forward(
-        self, images: torch.Tensor, targets: torch.Tensor, teacher_targets: TeacherTargets | None = None
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        teacher_targets: TeacherTargets | TargetsWithoutTPP | None = None,
     ) -> dict[str, torch.Tensor]:
         """One step's losses, each already weighted, so that `loss/total` is their sum.
 
@@ -318,7 +323,9 @@ class ScaleKD(nn.Module):
         losses["loss/total"] = torch.stack(list(losses.values())).sum()
         return losses
 
-    def _feature_losses(self, student: StudentOutput, teacher: TeacherTargets) -> dict[str, torch.Tensor]:
+    def _feature_losses(
+        self, student: StudentOutput, teacher: TeacherTargets | TargetsWithoutTPP
+    ) -> dict[str, torch.Tensor]:
         projected = self.project(student)
         stages, weights = [], []
         for stage, views in projected.items():

@@ -27,6 +27,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Stage",
+    "TargetsWithoutTPP",
     "Teacher",
     "TeacherTargets",
     "family_of",
@@ -36,14 +37,18 @@ __all__ = [
 
 
 class TeacherTargets(NamedTuple):
-    """tokens: (B, P, C) of the last stage; logits: (B, K), or None for a teacher without a head.
-
-    before: (B, P_in, C_in) before the last stage, where TPP is switched off; else None.
-    """
+    """tokens: (B, P, C) of the last stage; logits: (B, K), or None for a teacher without a head."""
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
-    before: torch.Tensor | None = None
+
+
+class TargetsWithoutTPP(NamedTuple):
+    """`TeacherTargets`, and before: (B, P_in, C_in), what the teacher's last stage is given."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor | None
+    before: torch.Tensor
 
 
 class Teacher(nn.Module):
@@ -157,15 +162,28 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def before_last_stage(self, images: torch.Tensor) -> torch.Tensor:
         """The patch tokens (B, P_in, C_in) that its own last stage gets for images in its normalisation: no target of
-        ScaleKD's, but of the feature mimicking that TPP is compared with."""
+        ScaleKD's, but of the feature mimicking that TPP is compared with.
+
+        Raises:
+            UserError: A registered family whose last stage is not one that timm's `forward_intermediates` can stop before.
+        """
         blocks = getattr(self.model, "blocks", None)
         plain = blocks is not None and not hasattr(self.model, "layers")
-        index = len(blocks) - last_block_count(len(blocks)) - 1 if plain else len(self.model.feature_info) - 2
-        with self._autocast(images):
-            maps = self.model.forward_intermediates(
-                images, indices=[index], norm=False, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+        # counted from the end, which is known for any number of stages
+        index = -1 - (last_block_count(len(blocks)) if plain else 1)
+        (h, w), dim = self.last_input.grid, self.last_input.dim
+        maps_BCHW = None
+        if hasattr(self.model, "forward_intermediates"):
+            with self._autocast(images):
+                (maps_BCHW,) = self.model.forward_intermediates(
+                    images, indices=[index], norm=False, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+                )
+        if maps_BCHW is None or maps_BCHW.shape[1:] != (dim, h, w):
+            raise UserError(
+                f"the teacher ({type(self.model).__name__}) does not give its tokens before the last stage, {h}x{w} of {dim} "
+                "channels, which distilling without TPP needs: leave out --distill.tpp false."
             )
-        return maps[0].flatten(2).transpose(1, 2).contiguous()
+        return maps_BCHW.flatten(2).transpose(1, 2).contiguous()
 
     def last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
         """The frozen last stage, with gradients to its input (TPP).

@@ -7,12 +7,16 @@ import sys
 import pytest
 import torch
 from launching import ROOT, environment
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+from zoo import TEACHERS as ALL_TEACHERS
 from zoo import make_student, make_teacher
 
-from scalekd_ds import ScaleKD
+from scalekd_ds import ScaleKD, Teacher
+from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_loss
 from scalekd_ds.projector_linear import LinearPair, LinearProjector
+from scalekd_ds.teacher import FAMILIES, Family, Stage
 
 TEACHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
 
@@ -76,9 +80,48 @@ def test_without_tpp_stage_n_minus_1_is_matched_to_the_teachers_own(name):
     assert all(view.query is not None for view in distiller.projectors["s4"].views)
 
 
+@pytest.mark.parametrize("name", ALL_TEACHERS)
+def test_the_tokens_before_the_last_stage_are_what_it_is_given(name):
+    teacher = make_teacher(name)
+    model, seen = teacher.model, []
+    if hasattr(model, "blocks"):
+        # the last of the zoo's four blocks; its input has the class token and registers in front
+        last, to_tokens = model.blocks[-1], lambda x: x[:, x.shape[1] - teacher.last_input.grid[0] ** 2 :]
+    elif hasattr(model, "layers"):
+        last, to_tokens = model.layers[-1], lambda x_BHWC: x_BHWC.flatten(1, 2)
+    else:
+        last, to_tokens = model.stages[-1], lambda x_BCHW: x_BCHW.flatten(2).mT
+    images = torch.randn(2, 3, *teacher.preprocessing.size)
+    # before the call: one that stops early never gets to the last stage
+    handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(to_tokens(inputs[0])))
+    teacher.targets(images)
+    handle.remove()
+    assert torch.equal(teacher.before_last_stage(images), seen[0])
+
+
+def test_a_registered_family_with_another_last_stage_cannot_go_without_tpp(monkeypatch):
+    """timm would stop before its own last stage, whose tokens are not those that the family's last stage takes."""
+
+    class TwoStages(SwinTransformer):
+        pass
+
+    swin = FAMILIES[SwinTransformer]
+    two = Family(swin.forward, swin.last_stage, lambda model: (Stage((16, 16), 24, 1), swin.stages(model)[1]))
+    monkeypatch.setitem(FAMILIES, TwoStages, two)
+    model = TwoStages(
+        img_size=64, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6), window_size=4, num_classes=10
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^the teacher \(TwoStages\) does not give .* 16x16 of 24 channels, .* leave out --distill.tpp false",
+    ):
+        ScaleKD(make_student("resnet18"), Teacher(model), image_size=64, verbose=False, tpp=False)
+
+
 def test_with_tpp_nothing_more_is_computed():
     distiller = distil()
-    assert distiller.teacher_targets(torch.randn(1, 3, 64, 64)).before is None
+    tokens, logits = distiller.teacher_targets(torch.randn(1, 3, 64, 64))
+    assert tokens.ndim == 3 and logits.shape == (1, 10)
 
 
 def test_the_table_of_all_rows(tmp_path):
