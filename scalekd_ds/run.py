@@ -132,8 +132,11 @@ def build(cfg: RunConfig) -> Run:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
-    if cfg.student_sync_bn and device.type != "cpu" and world_size > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
+    if cfg.student_sync_bn and world_size > 1:
+        if device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
+        elif rank == 0:
+            print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
     replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))

@@ -171,6 +171,28 @@ def test_listed_sizes_are_counted(name):
     assert json.loads(SIZES.read_text())[name] == count(RECIPES[name]())
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("swin_b-resnet50-traditional", ["stops in its first step", "stochastic depth 0.5"]),
+        ("swin_s-resnet50-advanced", ["Swin-L's weights", "stochastic depth 0.3", "(here 0.4)"]),
+        ("swin_l-swin_t-advanced", ["stops in its first step", "on 512 (here 0.0005)"]),
+        ("eva_l-resnet50-advanced", ["stops in its first step", "in22k_ft_in1k", "normalisation"]),
+        ("eva_l-mixer_b14-advanced", ["stops in its first step", "never mixes", "on 768 (here 0.00035)"]),
+        ("eva_l-vit_b14-advanced", ["alpha_jfd", "mixup 0.8 and cutmix 1"]),
+        ("eva_l-eva02_s14_336-advanced", ["stops in its first step", "on 512 (here 0.0005)"]),
+    ],
+)
+def test_docstrings_name_what_the_published_file_does_otherwise(name, said):
+    assert not [words for words in said if words not in RECIPES[name].__doc__]
+
+
+def test_six_published_files_do_not_run_and_swins_stay_in_train_mode():
+    docs = {name: RECIPES[name].__doc__ for name in PAIRS}
+    assert sum("stops in its first step" in d or "does not build" in d for d in docs.values()) == 6
+    assert all(("in train mode" in d) == name.startswith("swin_") for name, d in docs.items())
+
+
 def test_the_listing_needs_no_torch():
     done = alone(ROOT / "launch" / "train.py", "--list-recipes")
     assert done.returncode == 0

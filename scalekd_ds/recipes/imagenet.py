@@ -2,7 +2,8 @@
 
 Each is the intended setting. What all published files do otherwise: the teacher runs in train mode, with its stochastic
 depth; mixup and cutmix are configured and never happen; the learning rate stays the same on another batch than it was made
-for; a teacher with its own normalisation gets the student's. The first three are switches, `--as_published.*`.
+for; a teacher with its own normalisation gets the student's. The first three are switches, `--as_published.*`. The docstring
+of each recipe names what its own file does otherwise.
 
 RandAugment levels are of timm's ten: 7 of 8 is 8.75 (9 here, timm takes whole ones), 12 of 15 is 8, noise likewise.
 """
@@ -23,6 +24,7 @@ from scalekd_ds.config import (
     RunDirConfig,
     ScheduleConfig,
 )
+from scalekd_ds.recipes.departures import departures
 
 # -- what pairs share ----------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ class Pair:
         micro: Images on one GPU.
         gpus: Of the published job; micro * gpus is the global batch.
         heads: Of the projectors at stages n-1 and n.
-        about: First line of the listing.
+        about: Its line in the listing.
         student_kwargs: Further arguments of the student's constructor.
         drop_path: Stochastic depth of the student, as a probability at the last block.
         softmax_scale: gamma.
@@ -292,7 +294,7 @@ def run_of(name: str, pair: Pair) -> RunConfig:
 
 def _recipe(name: str) -> Callable[[], RunConfig]:
     recipe = partial(run_of, name, PAIRS[name])
-    recipe.__doc__ = PAIRS[name].about
+    recipe.__doc__ = f"{PAIRS[name].about}\n\nThe published file {'; '.join(departures(recipe()))}."
     return recipe
 
 
