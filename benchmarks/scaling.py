@@ -20,10 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from scalekd_ds import ds_config
-from scalekd_ds.config import RunConfig
+from scalekd_ds.config import RunConfig, TeacherPlacement
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan import Assumptions, Cluster, Layout, Measured, collectives, make_plan, measure, step_time
-from scalekd_ds.plan.memory import Placement
 from scalekd_ds.plan.report import as_dict
 from scalekd_ds.recipes import RECIPES
 
@@ -32,7 +31,7 @@ RECIPE = "swin_l-resnet50-traditional"
 RANKS = tuple(2**i for i in range(11))
 GPUS, MEMORY = (8, 16, 32), (24, 40, 80)
 # stage and teacher's place of each curve
-CURVES: dict[str, tuple[int, Placement]] = {
+CURVES: dict[str, tuple[int, TeacherPlacement]] = {
     "ZeRO 0, replica": (0, "replica"),
     "ZeRO 1, replica": (1, "replica"),
     "ZeRO 2, replica": (2, "replica"),

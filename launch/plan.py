@@ -46,7 +46,7 @@ def main() -> None:
     arguments, run = parser().parse_known_args()
     given = vars(arguments)
     assume = Assumptions(**{name: given[f"assume.{name}"] for name in vars(Assumptions())})
-    from scalekd_ds.plan.choose import Cluster, autocast_of, make_plan
+    from scalekd_ds.plan.choose import Cluster, make_plan
 
     cluster = Cluster(arguments.gpus, arguments.gpu_memory, arguments.nodes_of)
     for flag, value in (("--classes", arguments.classes), ("--train-images", arguments.train_images)):
@@ -64,7 +64,7 @@ def main() -> None:
         return
     cfg, _ = parsed
     cfg.batches(cluster.gpus)
-    measured = measure(cfg, arguments.classes, autocast_of(ds_config.read(cfg.run.ds_config)))
+    measured = measure(cfg, arguments.classes, ds_config.autocast_dtype(ds_config.read(cfg.run.ds_config)))
     images = arguments.train_images or cfg.data.train_images or 1_281_167
     stage = None if arguments.stage == "auto" else int(arguments.stage)
     placement = arguments.teacher_placement

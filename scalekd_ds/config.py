@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from scalekd_ds.errors import UserError
 
+TeacherPlacement = Literal["replica", "sharded", "offload"]
+
 
 def _require(holds: bool, key: str, value: Any, need: str) -> None:
     if not holds:
@@ -266,6 +268,9 @@ class RunDirConfig:
         hang_timeout: Seconds in which no rank gets on, though all live, after which all write their stacks and end; 0 waits.
         max_skipped: Steps in a row that may be skipped for gradients that are not finite.
         stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs it out.
+        teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on each
+            rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a replica
+            on CPUs, and on GPUs the first of the three that fits by the memory plan.
         progress: `auto` draws a bar on a terminal and writes plain lines elsewhere.
         compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.
     """
@@ -282,6 +287,7 @@ class RunDirConfig:
     hang_timeout: float = 1800.0
     max_skipped: int = 10
     stop_after: int | None = None
+    teacher_placement: Literal["auto", "replica", "sharded", "offload"] = "auto"
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     compile_teacher: bool = False
 

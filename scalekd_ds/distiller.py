@@ -265,7 +265,8 @@ class ScaleKD(nn.Module):
         size = self.teacher.preprocessing.size
         if size is not None and size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        targets = self.teacher.targets(images)
+        # called as a module: a sharded teacher starts its pass there
+        targets = self.teacher(images)
         if self.tpp or not any(name.endswith("s3") for name in self.feature_weights):
             return targets
         return TargetsWithoutTPP(*targets, self.teacher.before_last_stage(images))

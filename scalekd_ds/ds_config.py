@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError, suggest
 
@@ -114,6 +116,12 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
         # our LAMB, and timm's optimizers, are unknown to it; correctness under ZeRO is tested here
         "zero_allow_untested_optimizer": True,
     }
+
+
+def autocast_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of a config's torch_autocast, None where it is off."""
+    autocast = config.get("torch_autocast", {})
+    return getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else None
 
 
 def stage_of(config: dict[str, Any]) -> int:

@@ -31,6 +31,7 @@ from scalekd_ds.preemption import Preemption
 from scalekd_ds.saver import Saver
 from scalekd_ds.student import Student, Taps
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_placement import held_bytes, place_teacher, planned_placement
 
 
 def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
@@ -131,7 +132,10 @@ def build(cfg: RunConfig) -> Run:
     device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
-    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0).to(device)
+    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
+    if distiller.teacher is not None:
+        prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
+    distiller.to(device)
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
@@ -142,11 +146,6 @@ def build(cfg: RunConfig) -> Run:
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
     skip_nonfinite(engine)
-    if distiller.teacher is not None:
-        if engine.torch_autocast_enabled():
-            distiller.teacher.lower(engine.torch_autocast_dtype())
-        if cfg.run.compile_teacher:
-            distiller.teacher.compile()
     # ranks draw different dropout and stochastic depth
     seed_everything(cfg.seed + rank)
     state = checkpoint.load(engine, resume_from) if resume_from else {}
@@ -191,6 +190,23 @@ def build(cfg: RunConfig) -> Run:
         ema=ema,
         ema_accuracy=state.get("ema_accuracy"),
     )
+
+
+def prepare_teacher(
+    teacher: Teacher, cfg: RunConfig, ds_merged: dict[str, Any], num_classes: int, device: torch.device
+) -> None:
+    """Lowers, places and compiles the teacher as the run asks; collective."""
+    dtype = ds_config.autocast_dtype(ds_merged)
+    if dtype is not None:
+        teacher.lower(dtype)
+    placement = cfg.run.teacher_placement
+    if placement == "auto":
+        placement = planned_placement(teacher, cfg, ds_merged, num_classes, device)
+    place_teacher(teacher, placement, device)
+    if dist.get_rank() == 0 and placement != "replica":
+        print(f"teacher: {placement}, {held_bytes(teacher) / 2**20:,.1f} MiB of its weights on rank 0", flush=True)
+    if cfg.run.compile_teacher:
+        teacher.compile()
 
 
 def run_dir_made(run_dir: Path) -> Path:

@@ -68,6 +68,8 @@ class Teacher(nn.Module):
         last_input, last_output: `Stage` before and after the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
         precision: Autocast's dtype after `lower`, else None: that of the caller.
+        engine: The DeepSpeed engine that shards the weights (`scalekd_ds.teacher_placement`), in a tuple, so that it is no
+            submodule; empty where they are whole.
 
     Raises:
         UserError: A model that has no last stage we know, or that cannot be built.
@@ -90,6 +92,7 @@ class Teacher(nn.Module):
         self.model = model
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
         self.precision: torch.dtype | None = None
+        self.engine: tuple[Any, ...] = ()
         self.requires_grad_(False)
         self.train(False)
         if input_size is not None:
@@ -137,7 +140,16 @@ class Teacher(nn.Module):
         return self
 
     def compile(self, **kwargs: Any) -> Teacher:
-        """Compiles `targets` and `last_stage` with torch.compile: frozen and of one shape, they are compiled once."""
+        """Compiles `targets` and `last_stage` with torch.compile: frozen and of one shape, they are compiled once.
+
+        Raises:
+            UserError: Its weights are sharded: they come and go with hooks that a compiled graph does not call.
+        """
+        if self.engine:
+            raise UserError(
+                "run.compile_teacher is true and the teacher is sharded: a compiled teacher has to be a replica; set "
+                "--run.compile_teacher false or --run.teacher_placement replica."
+            )
         if self.family is not None:
             forward, last_stage = (torch.compile(f, **kwargs) for f in (self.family.forward, self.family.last_stage))
             self.family = replace(self.family, forward=forward, last_stage=last_stage)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from scalekd_ds import ds_config
-from scalekd_ds.config import RunConfig
+from scalekd_ds.config import RunConfig, TeacherPlacement
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan.communication import Collective, collectives
 from scalekd_ds.plan.measure import Measured, measure
-from scalekd_ds.plan.memory import PLACEMENTS, Layout, Placement, memory_parts
+from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.plan.throughput import Assumptions, StepTime, step_time
+from scalekd_ds.teacher_placement import PLACEMENTS
 
 GIB = 2**30
 # what is simpler wins unless the other is faster by more than the model can tell
@@ -83,19 +82,13 @@ class Plan:
     hours: float
 
 
-def autocast_of(config: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of a DeepSpeed JSON's torch_autocast, None where it is off."""
-    autocast = config.get("torch_autocast", {})
-    return getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else None
-
-
 def make_plan(
     cfg: RunConfig,
     cluster: Cluster,
     num_classes: int,
     train_images: int,
     assume: Assumptions,
-    placement: Placement | Literal["auto"] = "auto",
+    placement: TeacherPlacement | Literal["auto"] = "auto",
     stage: int | None = None,
     measured: Measured | None = None,
 ) -> tuple[Plan, list[Plan]]:
@@ -117,7 +110,7 @@ def make_plan(
     """
     own = ds_config.read(cfg.run.ds_config)
     cfg.batches(cluster.gpus)
-    measured = measured or measure(cfg, num_classes, autocast_of(own))
+    measured = measured or measure(cfg, num_classes, ds_config.autocast_dtype(own))
     plans, smallest = [], []
     for where in PLACEMENTS if placement == "auto" else (placement,):
         if placement == "auto" and (
@@ -147,8 +140,31 @@ def make_plan(
     )
 
 
+def placement_that_fits(
+    cfg: RunConfig, config: dict[str, Any], num_classes: int, world_size: int, gpu_memory: float
+) -> TeacherPlacement:
+    """The first place for the teacher with which a run fits as it is configured; the smallest one where none does.
+
+    Args:
+        cfg: The run, its micro batch included.
+        config: The DeepSpeed JSON.
+        num_classes: Of its data.
+        world_size: Ranks.
+        gpu_memory: Of one, in GiB.
+    """
+    measured = measure(cfg, num_classes, ds_config.autocast_dtype(config))
+    room = Cluster(world_size, gpu_memory).room(Assumptions())
+    micro, _ = cfg.batches(world_size)
+    for placement in PLACEMENTS:
+        layout = Layout.of(config, world_size, placement)
+        if sum(memory_parts(measured, cfg, layout, micro).values()) <= room:
+            return placement
+    return PLACEMENTS[-1]
+
+
 def _host_bytes(measured: Measured, cluster: Cluster) -> int:
-    return measured.teacher.bytes * min(cluster.gpus, cluster.nodes_of)
+    """Of a node: the shares of its ranks."""
+    return -(-measured.teacher.bytes * min(cluster.gpus, cluster.nodes_of) // cluster.gpus)
 
 
 def _best(plans: list[Plan]) -> Plan:

@@ -96,7 +96,10 @@ def _teacher(measured: Measured, layout: Layout, accumulation: int) -> list[Coll
     teacher = measured.teacher
     if layout.placement == "replica" or not teacher.parameters:
         return []
-    once = teacher.bytes + 2 * teacher.last_stage
-    operation: Operation = "all_gather" if layout.placement == "sharded" else "host_to_device"
+    once = accumulation * (teacher.bytes - teacher.kept_whole + 2 * teacher.last_stage)
     blocks = max(1, round(once / teacher.block))
-    return [Collective("teacher", operation, accumulation * once, accumulation * blocks, True)]
+    sent = [Collective("teacher", "all_gather", once, blocks, True)]
+    if layout.placement == "offload":
+        # each rank takes its share to its device, and all gather there
+        sent.append(Collective("teacher's shares", "host_to_device", once // layout.world_size, blocks, True))
+    return sent

@@ -24,6 +24,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.optim import param_groups
 from scalekd_ds.run import build_distiller
+from scalekd_ds.teacher_placement import blocks_of, kept_whole, small_parameter
 
 # what autograd saves is a straight line; where the peak falls, and its slope, change while the batch is small
 MICRO_BATCHES = (2, 8, 32)
@@ -63,14 +64,16 @@ class TeacherSize:
     Attributes:
         parameters: Bytes of each parameter, with its elements: (elements, bytes of one).
         buffers: Bytes.
-        last_stage: Bytes of the parameters that TPP reads once more, forward and backward.
+        last_stage: Bytes of the parameters that TPP reads once more, forward and backward, `kept_whole` left out.
         block: Bytes of the largest block, which has to be whole while it runs.
+        kept_whole: Bytes of what every rank holds whole when the others are sharded.
     """
 
     parameters: tuple[tuple[int, int], ...] = ()
     buffers: int = 0
     last_stage: int = 0
     block: int = 0
+    kept_whole: int = 0
 
     @property
     def bytes(self) -> int:
@@ -171,16 +174,16 @@ def teacher_size(distiller: ScaleKD) -> TeacherSize:
     teacher = distiller.teacher
     if teacher is None:
         return TeacherSize()
-    blocks = [m for parent in teacher.modules() if isinstance(parent, nn.ModuleList | nn.Sequential) for m in parent]
-    # of containers within containers, the innermost ones that still repeat: transformer blocks, and their like
-    inner = [m for m in blocks if not any(isinstance(c, nn.ModuleList | nn.Sequential) and len(c) for c in m.modules())]
-    sizes = [sum(nbytes(p) for p in module.parameters()) for module in inner or [teacher]]
+    kept, small = kept_whole(teacher), small_parameter(teacher)
+    kept_ids = {id(p) for p in kept}
+    sizes = [sum(nbytes(p) for p in block.parameters() if id(p) not in kept_ids) for block in blocks_of(teacher)]
     used = _used_by_last_stage(distiller) if "s3" in distiller.projectors else []
     return TeacherSize(
         tuple((p.numel(), p.element_size()) for p in teacher.parameters()),
         sum(nbytes(b) for b in teacher.buffers()),
-        sum(nbytes(p) for p in used),
+        sum(nbytes(p) for p in used if p.numel() > small),
         max(sizes),
+        sum(nbytes(p) for p in kept),
     )
 
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from scalekd_ds.config import RunConfig
+from scalekd_ds.config import RunConfig, TeacherPlacement
 from scalekd_ds.ds_config import stage_of
 from scalekd_ds.plan.measure import Layer, Measured
-
-Placement = Literal["replica", "sharded", "offload"]
-PLACEMENTS: tuple[Placement, ...] = ("replica", "sharded", "offload")
 
 MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2}
 FLOAT = 4
@@ -46,11 +43,11 @@ class Layout:
 
     stage: int
     world_size: int
-    placement: Placement
+    placement: TeacherPlacement
     zero: DeepSpeedZeroConfig
 
     @classmethod
-    def of(cls, ds_config: dict[str, Any], world_size: int, placement: Placement) -> Layout:
+    def of(cls, ds_config: dict[str, Any], world_size: int, placement: TeacherPlacement) -> Layout:
         zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
         return cls(stage_of(ds_config), world_size, placement, zero)
 
@@ -138,7 +135,7 @@ def teacher_bytes(measured: Measured, layout: Layout) -> int:
     teacher = measured.teacher
     if layout.placement == "replica" or not teacher.parameters:
         return teacher.bytes + teacher.buffers
-    whole = min(2 * teacher.block, teacher.bytes)
+    whole = teacher.kept_whole + min(2 * teacher.block, teacher.bytes)
     if layout.placement == "offload":
         return teacher.buffers + whole
     shares = sum(math.ceil(numel / layout.world_size) * size for numel, size in teacher.parameters)

@@ -87,7 +87,8 @@ def print_plan(
         f"{measured.numel / 1e6:.1f} M trainable parameters, teacher {size(measured.teacher.bytes)}"
     )
     console.print(
-        f"take --run.ds_config {best.ds_config} --micro_batch_size {best.micro_batch}, teacher {best.layout.placement}: "
+        f"take --run.ds_config {best.ds_config} --micro_batch_size {best.micro_batch} "
+        f"--run.teacher_placement {best.layout.placement}: "
         f"{best.images_per_s:,.0f} images/s, {best.hours:,.1f} h (at most {best.largest_micro_batch} images fit)",
         style="bold",
     )
