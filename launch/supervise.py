@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from scalekd_ds.errors import UserError, run_cli
+from scalekd_ds.run_dir import make_run_dir
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,11 +67,8 @@ def main() -> int:
     if parsed is None:
         return 0
     cfg, _ = parsed
-    folder = Path(cfg.run.dir).resolve() / "supervisor"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir is {cfg.run.dir!r}, which cannot be made: {error}.") from None
+    folder = make_run_dir(Path(cfg.run.dir).resolve()) / "supervisor"
+    folder.mkdir(exist_ok=True)
     results = Path(cfg.run.dir) / "results.json"
     for start in range(arguments.max_restarts + 1):
         hosts = usable(healthy(arguments, run, folder / "doctor.json"), cfg.global_batch_size)

@@ -28,6 +28,7 @@ from scalekd_ds.models import normalisation_of
 from scalekd_ds.monitor import Monitor
 from scalekd_ds.nonfinite import Nonfinite, skip_nonfinite
 from scalekd_ds.preemption import Preemption
+from scalekd_ds.run_dir import make_run_dir
 from scalekd_ds.saver import Saver
 from scalekd_ds.student import Student, Taps
 from scalekd_ds.teacher import Teacher
@@ -151,7 +152,7 @@ def build(cfg: RunConfig) -> Run:
     state = checkpoint.load(engine, resume_from) if resume_from else {}
     ema = start_ema(engine, cfg.ema.decay, resume_from)
     if rank == 0:
-        checkpoint.write_json(run_dir_made(run_dir) / "config.json", cfg.as_dict())
+        checkpoint.write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
         if resume_from:
@@ -207,19 +208,6 @@ def prepare_teacher(
         print(f"teacher: {placement}, {held_bytes(teacher) / 2**20:,.1f} MiB of its weights on rank 0", flush=True)
     if cfg.run.compile_teacher:
         teacher.compile()
-
-
-def run_dir_made(run_dir: Path) -> Path:
-    """The run's folder, there.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir is {str(run_dir)!r}, which cannot be made: {error}.") from None
-    return run_dir
 
 
 def read_sources(cfg: RunConfig) -> tuple[Source, Source]:

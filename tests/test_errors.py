@@ -12,6 +12,7 @@ from launching import ROOT, alone, environment, launch
 from scalekd_ds import ds_config
 from scalekd_ds.cli import parse_run
 from scalekd_ds.errors import UserError
+from scalekd_ds.run_dir import make_run_dir
 
 TRAIN = ROOT / "launch" / "train.py"
 SWIN = {
@@ -262,3 +263,16 @@ def test_other_scripts(data, tmp_path):
 def test_environment_of_the_tests_is_the_tests_own():
     """The launcher that these tests start is the one beside the interpreter that runs them."""
     assert environment()["PATH"].startswith(sys.prefix)
+
+
+def test_a_runs_folder_is_its_users_alone(tmp_path):
+    made = make_run_dir(tmp_path / "runs" / "mine")
+    assert made.stat().st_mode & 0o777 == 0o700
+    # one that is there keeps what its owner has set
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o750)
+    assert make_run_dir(shared).stat().st_mode & 0o777 == 0o750
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="which cannot be made"):
+        make_run_dir(file / "run")
