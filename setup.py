@@ -38,6 +38,8 @@ setup(
         "tensorboard>=2.18",
         "safetensors>=0.5",
         "jsonargparse>=4.49",
+        # what a shell completes after `scalekd`
+        "argcomplete>=3.5",
         "docstring-parser",
         "rich>=13",
         "psutil",
@@ -46,6 +48,7 @@ setup(
         "numpy",
         "pillow",
     ],
+    entry_points={"console_scripts": ["scalekd = scalekd_ds.commands:main"]},
     extras_require={
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],

@@ -6,30 +6,48 @@ import json
 import re
 import sys
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from scalekd_ds.commands.parser import examples_of
 from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.recipes import RECIPES
 
 
-def _parser(prog: str) -> ArgumentParser:
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults as jsonargparse shows them; the examples at the end keep their lines."""
+
+
+def run_parser(prog: str, extend: Callable[[ArgumentParser], None] | None = None) -> ArgumentParser:
+    """The parser of a run: recipe or file, and every field, in groups.
+
+    Args:
+        prog: Name in its messages.
+        extend: Adds a command's own options, before the run's.
+    """
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} [--recipe NAME | --config FILE] [--dotted.key value ...]",
         exit_on_error=False,
+        formatter_class=_Help,
         description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a teacher.",
-        epilog="One process: python launch/train.py --recipe fashion-ce. Two: deepspeed --num_accelerators 2 "
-        "launch/train.py ... A cluster: deepspeed --hostfile launch/hosts launch/train.py ...",
+        epilog=examples_of("train"),
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
     parser.add_argument("--config", type=str, metavar="FILE", help="start from such a file instead of a recipe")
+    if extend is not None:
+        extend(parser)
     parser.add_class_arguments(RunConfig)
+    for name, group in parser.groups.items():
+        whole = "the models, their loss and batch; the groups below are the rest of a run"
+        group.title = f"--{name}.*: {group.title}" if name in RunConfig.__dataclass_fields__ else whole
     return parser
 
 
@@ -77,7 +95,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
     Raises:
         UserError: An unknown key or a value of the wrong type, naming `source`.
     """
-    parser = _parser("config")
+    parser = run_parser("config")
     try:
         parsed = parser.parse_object(values)
     except ArgumentError as error:
@@ -106,8 +124,10 @@ def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
     return RunConfig(**fields)
 
 
-def parse_run(args: list[str] | None = None, prog: str = "launch/train.py") -> tuple[RunConfig, Path | None] | None:
-    """Parses a training command line.
+def parse_run(
+    args: list[str] | None = None, prog: str = "scalekd train", extend: Callable[[ArgumentParser], None] | None = None
+) -> tuple[RunConfig, Path | None] | None:
+    """Parses a training command line; `prog` and `extend` are as in `run_parser`.
 
     Returns:
         The run, and the file that --dump-config asks for; None where the arguments only asked for a listing.
@@ -122,7 +142,7 @@ def parse_run(args: list[str] | None = None, prog: str = "launch/train.py") -> t
 
         print_recipes()
         return None
-    parser = _parser(prog)
+    parser = run_parser(prog, extend)
     base = _base(args)
     parser.set_defaults(base.as_dict())
     try:

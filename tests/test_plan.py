@@ -1,7 +1,6 @@
 """Plans against what really happens: bytes of live engines on two ranks, tensors of real steps, and times."""
 
 import importlib
-import importlib.util
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from launching import ROOT, alone, launch
 from torch.profiler import ProfilerActivity, profile
 
 from scalekd_ds import ds_config
+from scalekd_ds.commands.plan import plan
 from scalekd_ds.config import DataConfig, DistillConfig, EmaConfig, RunConfig
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan import Assumptions, Cluster, Layout, collectives, make_plan, measure, memory_parts, step_time
@@ -396,19 +396,15 @@ def test_counting_leaves_no_fake_constants_behind():
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def command(*arguments, monkeypatch):
-    spec = importlib.util.spec_from_file_location("plan_command", ROOT / "launch" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["launch/plan.py", *map(str, arguments)])
-    module.main()
+def command(*arguments):
+    plan([*map(str, arguments)])
 
 
 FITTING = ("--recipe", "swin_s-resnet50-traditional", "--gpus", 16, "--gpu-memory", 24)
 
 
-def test_the_command_prints_tables(monkeypatch, capsys):
-    command(*FITTING, "--optim.name", "adamw", "--global_batch_size", 512, monkeypatch=monkeypatch)
+def test_the_command_prints_tables(capsys):
+    command(*FITTING, "--optim.name", "adamw", "--global_batch_size", 512)
     out = capsys.readouterr().out
     for word in (
         "take --run.ds_config zero",
@@ -422,9 +418,9 @@ def test_the_command_prints_tables(monkeypatch, capsys):
         assert word in out, word
 
 
-def test_the_command_prints_json(monkeypatch, capsys):
+def test_the_command_prints_json(capsys):
     arguments = ("--json", "--stage", 2, "--teacher-placement", "sharded", "--assume.mfu", 0.2, "--train-images", 1000)
-    command(*FITTING, *arguments, monkeypatch=monkeypatch)
+    command(*FITTING, *arguments)
     result = json.loads(capsys.readouterr().out)
     plan = result["plan"]
     assert (plan["zero_stage"], plan["teacher_placement"], result["assumptions"]["mfu"]) == (2, "sharded", 0.2)
@@ -451,9 +447,9 @@ def test_the_command_prints_json(monkeypatch, capsys):
         (FITTING[2:], "no --recipe is given"),
     ],
 )
-def test_what_a_user_can_get_wrong(arguments, words, monkeypatch):
+def test_what_a_user_can_get_wrong(arguments, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(".", r"\.")) as error:
-        command(*arguments, monkeypatch=monkeypatch)
+        command(*arguments)
     assert "\n" not in str(error.value)
 
 

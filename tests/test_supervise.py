@@ -1,6 +1,5 @@
 """launch/supervise.py: what is started again, on which nodes, and what is not."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from image_fixtures import make_dataset
 from launching import ROOT, environment, free_port
 
 from scalekd_ds.checkpoint import checkpoints_of
+from scalekd_ds.commands.supervise import usable
 
 SUPERVISE = ROOT / "launch" / "supervise.py"
 
@@ -68,11 +68,8 @@ def test_what_the_user_has_to_mend_is_not_tried_again(tmp_path):
 
 
 def test_as_many_nodes_as_can_share_the_batch():
-    spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
-    supervise = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(supervise)
     four = {f"node{i}": 8 for i in range(4)}
-    assert supervise.usable(four, 2048) == four
+    assert usable(four, 2048) == four
     # 24 GPUs cannot share 2,048 images evenly, 16 can
-    assert list(supervise.usable({k: four[k] for k in ("node0", "node1", "node3")}, 2048)) == ["node0", "node1"]
-    assert supervise.usable(four, 7) == {} and supervise.usable({}, 8) == {}
+    assert list(usable({k: four[k] for k in ("node0", "node1", "node3")}, 2048)) == ["node0", "node1"]
+    assert usable(four, 7) == {} and usable({}, 8) == {}

@@ -1,0 +1,139 @@
+"""The verbs of the `scalekd` command, one module each.
+
+A verb lives in `scalekd_ds/commands/<verb with _ for ->.py` and has `main(argv: list[str] | None = None)`: the arguments
+after the verb, `sys.argv[1:]` where None; it raises UserError for what a user can get wrong, and returns an exit status or
+None. Where the verb has options of its own, `parser()` returns their `argparse.ArgumentParser`: the help, and what a shell
+completes. Modules import what is heavy inside these functions. `launch/<verb>.py` are the same verbs as files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from scalekd_ds.errors import UserError, run_cli, suggest
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What `--help` says of a verb: one line, and commands to type; `takes_run` where it also takes every field of a run."""
+
+    about: str
+    examples: tuple[str, ...]
+    takes_run: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "train a student, with or without a teacher",
+        (
+            "scalekd train --recipe fashion-ce --data.root runs/fashion-mnist --run.dir runs/mine",
+            "scalekd train --gpus 8 --recipe swin_l-resnet50-advanced --data.root DIR --run.dir DIR",
+            "scalekd train --hostfile launch/hosts --recipe swin_l-resnet50-advanced --data.root DIR --run.dir DIR",
+            "deepspeed --hostfile launch/hosts --module scalekd_ds.commands.train --recipe NAME ...    # the same",
+        ),
+        takes_run=True,
+    ),
+    "recipes": Verb("list the recipes, with the sizes of their models", ("scalekd recipes",)),
+    "evaluate": Verb(
+        "top-1 and top-5 of a consolidated file or any timm model",
+        (
+            "scalekd evaluate runs/mine/student.safetensors --data runs/fashion-mnist",
+            "scalekd evaluate resnet50 --data DIR --image-size 288",
+        ),
+    ),
+    "consolidate": Verb(
+        "plain student weights from a checkpoint of any ZeRO stage",
+        (
+            "scalekd consolidate runs/mine student.safetensors",
+            "scalekd consolidate runs/mine/checkpoints/step00000500 student.safetensors --weights student",
+        ),
+    ),
+    "export": Verb(
+        "a student for timm, Hugging Face, ONNX, TorchScript or torch.export",
+        (
+            "scalekd export --format timm runs/mine exported/timm",
+            "scalekd export --format onnx student.safetensors exported/onnx",
+        ),
+    ),
+    "inspect": Verb(
+        "contact sheet of attention, feature maps and predictions", ("scalekd inspect runs/mine IMAGE.jpg IMAGE.png",)
+    ),
+    "plan": Verb(
+        "memory, traffic, images/s and hours of a run before it starts",
+        ("scalekd plan --recipe swin_l-resnet50-traditional --gpus 16 --gpu-memory 40",),
+        takes_run=True,
+    ),
+    "doctor": Verb(
+        "whether a job can start on the nodes of a hosts file",
+        (
+            "scalekd doctor --hostfile launch/hosts --recipe swin_l-resnet50-advanced --data.root DIR",
+            "scalekd doctor --write-env NCCL_SOCKET_IFNAME=eth0",
+        ),
+        takes_run=True,
+    ),
+    "supervise": Verb(
+        "keep a job going: start it again from its last checkpoint when a node fails",
+        ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
+    ),
+    "prepare-data": Verb(
+        "put Fashion-MNIST in place, or check that every image can be decoded",
+        ("scalekd prepare-data fashion-mnist runs/fashion-mnist", "scalekd prepare-data verify DIR"),
+    ),
+    "completion": Verb(
+        "print a shell's completion of all this", ("source <(scalekd completion bash)    # or zsh; from ~/.bashrc",)
+    ),
+}
+
+
+def module_of(verb: str) -> ModuleType:
+    """The module of a known verb."""
+    return import_module(f"scalekd_ds.commands.{verb.replace('-', '_')}")
+
+
+def usage() -> str:
+    """What `scalekd --help` prints: each verb, what it does, and one command to type."""
+    width = max(map(len, VERBS))
+    lines = ["usage: scalekd VERB ...", "", "Distil huge vision transformers into models that ship.", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<{width}}  {verb.about}", f"  {'':<{width}}      {verb.examples[0]}"]
+    return "\n".join([*lines, "", "scalekd VERB --help lists a verb's options.", ""])
+
+
+def dispatch(argv: list[str]) -> int | None:
+    """Runs the verb that `argv` starts with.
+
+    Raises:
+        UserError: No verb, an unknown one, or what the verb raises.
+    """
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if name in ("-V", "--version"):
+        from scalekd_ds import __version__
+
+        print(f"scalekd_ds {__version__}")
+        return 0
+    verb = name.replace("_", "-")
+    if verb not in VERBS:
+        given = f"unknown verb {name!r}.{suggest(name, VERBS)}" if name else "no verb is given."
+        raise UserError(f"{given} Verbs: {', '.join(VERBS)}; scalekd --help says what they do.")
+    command: Callable[[list[str]], int | None] = module_of(verb).main
+    return command(rest)
+
+
+def main() -> None:
+    """The `scalekd` console command."""
+    # the environment may not be activated, and DeepSpeed looks for its ninja on PATH
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if "_ARGCOMPLETE" in os.environ:
+        from scalekd_ds.commands.completion import complete
+
+        complete()
+    run_cli(lambda: dispatch(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""Plain student weights from a checkpoint of any ZeRO stage: `scalekd consolidate CKPT OUT.safetensors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scalekd_ds.commands.parser import Parser
+from scalekd_ds.errors import UserError
+
+
+def parser() -> Parser:
+    """The options."""
+    own = Parser(
+        "consolidate", "Plain student weights from a checkpoint of any ZeRO stage, with their JSON card beside them."
+    )
+    own.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint is taken)")
+    own.add_argument("out", type=Path, help="the .safetensors file to write; its JSON card goes beside it")
+    own.add_argument(
+        "--weights",
+        choices=["student", "ema"],
+        help="the student's own weights or their moving average; what the run ships if not given",
+    )
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"OUT is {str(args.out)!r}: it must end in .safetensors.")
+
+    from scalekd_ds.checkpoint import read_weights, resolve, weights_file, write_student
+    from scalekd_ds.models import read_card
+
+    file = weights_file(resolve(Path(args.checkpoint)), args.weights)
+    state, card = read_weights(file), read_card(file)
+    write_student(args.out, state, card)
+    averaged = f" (average, decay {card['ema_decay']:g})" if card.get("ema_decay") else ""
+    top1 = "not evaluated" if card["top1"] is None else f"top-1 {card['top1']:.2f}%"
+    print(f"{args.out}: {card['architecture']}{averaged}, {len(state)} tensors, step {card['step']}, {top1}")

@@ -1,0 +1,134 @@
+"""Whether a job can start on these nodes: `scalekd doctor --hostfile launch/hosts [--recipe NAME --dotted.key value ...]`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from scalekd_ds.commands.parser import Parser
+from scalekd_ds.errors import UserError, run_cli
+
+
+def parser() -> Parser:
+    """The doctor's own arguments; all others are the run's."""
+    from scalekd_ds.doctor.checks import Limits
+
+    own = Parser(
+        "doctor",
+        "Looks at every node of a hosts file before a job: one line a problem, and status 1 if there is any.",
+        "--recipe NAME, and any field of a run as --dotted.key value: its data and weights are looked for on the nodes.",
+    )
+    own.add_argument("--hostfile", "-H", metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
+    own.add_argument("--ssh-port", type=int, metavar="PORT", help="where the nodes' sshd listens")
+    own.add_argument(
+        "--ssh",
+        metavar="COMMAND",
+        help="instead of ssh: takes a node's name, or has {host} for it, and then a command for the node's shell",
+    )
+    own.add_argument(
+        "--write-env",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="first write these into .deepspeed_env, from which the launcher exports them on every node",
+    )
+    own.add_argument(
+        "--skip", nargs="+", choices=("bandwidth", "all-reduce"), default=[], help="leave these checks out"
+    )
+    own.add_argument("--json", metavar="FILE", help="also write everything there, the nodes that pass included")
+    defaults = Limits()
+    for flag, field, what in (
+        ("memory", "memory", "GiB of free memory a slot"),
+        ("disk", "disk", "GiB of free disk where the run's folder goes"),
+        ("gpu-free", "gpu_free", "share of each GPU's memory that is free"),
+        ("bandwidth", "bandwidth", "Gbit/s from each node to the next, 0 for any"),
+    ):
+        default = getattr(defaults, field)
+        own.add_argument(
+            f"--min-{flag}", dest=field, type=float, default=default, metavar="X", help=f"{what} ({default:g})"
+        )
+    own.add_argument(
+        "--max-skew", dest="skew", type=float, default=defaults.skew, metavar="S", help=f"of clocks ({defaults.skew:g})"
+    )
+    return own
+
+
+def ssh_command(hosts: dict[str, int], command: str | None, port: int | None) -> list[str]:
+    """How a node is reached; empty is this machine itself, where the launcher would use no ssh either."""
+    if command is not None:
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"--ssh is {command!r}: {error}.") from None
+        if not words:
+            raise UserError("--ssh is empty: leave it out for ssh.")
+        return words
+    if list(hosts) == ["localhost"]:
+        return []
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
+    return ["ssh", *options, *(["-p", str(port)] if port is not None else [])]
+
+
+def needed(run: list[str]) -> tuple[dict[str, str], str]:
+    """(key -> path of what a run reads on every node, the run's folder)."""
+    from scalekd_ds.cli import parse_run
+
+    parsed = parse_run(run, "scalekd doctor")
+    if parsed is None:
+        raise SystemExit(0)
+    cfg, _ = parsed
+    places = {}
+    if cfg.data.root:
+        names = {"data.train": cfg.data.train, "data.val": cfg.data.val}
+        places = {key: os.path.join(cfg.data.root, name) for key, name in names.items() if not name.startswith("hf:")}
+    # a name of timm's hub is no file
+    for key in ("teacher", "teacher_weights", "student_weights"):
+        value = getattr(cfg, key)
+        if isinstance(value, str) and os.path.isfile(value):
+            places[key] = value
+    return places, cfg.run.dir
+
+
+def main(argv: list[str] | None = None) -> int:
+    from scalekd_ds.doctor.checks import Limits
+    from scalekd_ds.env_file import env_paths, exported, parse_assignments, write_env
+    from scalekd_ds.hosts import read_hosts
+
+    arguments, run = parser().parse_known_args(argv)
+    here = Path.cwd()
+    if arguments.write_env:
+        path = env_paths(here)[-1]
+        held = write_env(path, parse_assignments(arguments.write_env, "--write-env"))
+        print(f"wrote {path}: the launcher, started in this folder, exports {', '.join(held)} on every node")
+    if arguments.hostfile is None:
+        if arguments.write_env:
+            return 0
+        raise UserError(
+            "no --hostfile is given: launch/hosts, or a file of your own with one `NAME slots=GPUS` a line."
+        )
+    limits = Limits(**{name: getattr(arguments, name) for name in ("memory", "disk", "gpu_free", "skew", "bandwidth")})
+    for name, value in vars(limits).items():
+        if not 0 <= value < float("inf"):
+            raise UserError(f"the limit for {name} is {value}: it must not be negative.")
+    hosts = read_hosts(arguments.hostfile)
+    data, run_dir = needed(run)
+    ssh = ssh_command(hosts, arguments.ssh, arguments.ssh_port)
+
+    from rich.console import Console
+
+    from scalekd_ds.doctor.examine import examine
+    from scalekd_ds.doctor.report import print_report
+
+    report = examine(hosts, ssh, exported(here), data, run_dir, limits, arguments.skip)
+    # a log has no width; a table that wraps at 80 columns cannot be read
+    print_report(Console(width=None if sys.stdout.isatty() else 200), report)
+    if arguments.json:
+        from scalekd_ds.manifest import write_json
+
+        write_json(Path(arguments.json), report.as_dict())
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,56 @@
+"""Puts data in place, and checks it: `scalekd prepare-data fashion-mnist runs/fashion-mnist`, `... verify DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scalekd_ds.commands.parser import Parser
+
+
+def fashion_mnist(args: argparse.Namespace) -> None:
+    from scalekd_ds.data import fashion
+
+    held = fashion.finished(args.out, args.limit)
+    if held is not None:
+        print(f"{args.out} is there already: {held}")
+        return
+    sets, classes, origin = fashion.find(args.source, args.download)
+    print(f"{args.out}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from scalekd_ds.data import verify as data
+    from scalekd_ds.data.source import open_source
+
+    folders = [folder for name in ("train", "val") if (folder := args.dir / name).is_dir()] or [args.dir]
+    sources = [open_source(folder, "verify") for folder in folders]
+    flaws = {name: reason for source in sources for name, reason in data.find_flaws(source, args.workers).items()}
+    for name, reason in sorted(flaws.items()):
+        print(f"{name} {reason}")
+    listed = data.write_quarantine(args.dir, flaws)
+    print(f"{len(flaws)} of {sum(map(len, sources))} images cannot be used: {listed}, which training leaves out")
+
+
+def parser() -> Parser:
+    """The options."""
+    own = Parser("prepare-data", "Puts data in place, and checks it.")
+    commands = own.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
+    fashion = commands.add_parser("fashion-mnist", help="Fashion-MNIST as a JPEG ImageFolder with train/ and val/")
+    fashion.add_argument("out", type=Path, help="the folder to write")
+    fashion.add_argument("--source", type=Path, default=None, help="folder with the four idx files, gzipped or not")
+    fashion.add_argument("--download", action="store_true", help="fetch it by torchvision where it is not on the disk")
+    fashion.add_argument(
+        "--limit", type=int, default=None, help="only this many images of each set, even over the classes"
+    )
+    fashion.set_defaults(run=fashion_mnist)
+    check = commands.add_parser("verify", help="decode every image below DIR and list the ones that cannot be used")
+    check.add_argument("dir", type=Path, help="the folder that is given to training as --data.root")
+    check.add_argument("--workers", type=int, default=None, help="threads; one a core")
+    check.set_defaults(run=verify)
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    args.run(args)

@@ -1,0 +1,108 @@
+"""Trains a student: `scalekd train --recipe NAME [--dotted.key value ...]`, alone or under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+from typing import Any, NoReturn
+
+from scalekd_ds.commands.parser import Parser
+from scalekd_ds.errors import UserError, run_cli
+
+# what the launcher runs on every node
+MODULE = "scalekd_ds.commands.train"
+
+
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that start the deepspeed launcher, which then starts this verb once a rank."""
+    group = parser.add_argument_group("several processes: the deepspeed launcher, started for you")
+    group.add_argument("--gpus", type=int, metavar="N", help="ranks on this machine, one a GPU (or processes on CPUs)")
+    group.add_argument("--hostfile", "-H", metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
+    group.add_argument(
+        "--deepspeed-args", default="", metavar="ARGS", help="further ones of the launcher, in one string"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The run's fields, and the options of the launcher."""
+    from scalekd_ds.cli import run_parser
+
+    return run_parser("scalekd train", add_launcher_arguments)
+
+
+def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
+    """What starts the ranks.
+
+    Raises:
+        UserError: A hosts file that cannot be read, a number of ranks that cannot be, or options that exclude each other.
+    """
+    try:
+        more = shlex.split(given.deepspeed_args)
+    except ValueError as error:
+        raise UserError(f"--deepspeed-args is {given.deepspeed_args!r}: {error}.") from None
+    if given.gpus is not None and given.hostfile is not None:
+        raise UserError(
+            "--gpus and --hostfile are both given: the hosts file has the ranks of each node; leave --gpus out."
+        )
+    if "RANK" in os.environ:
+        raise UserError("--gpus or --hostfile is given to a process that a launcher started: leave it out there.")
+    # a launcher that is on PATH might be of another environment
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if given.hostfile is not None:
+        from scalekd_ds.hosts import read_hosts
+
+        hosts = read_hosts(given.hostfile)
+        command += ["--hostfile", given.hostfile]
+        if list(hosts) == ["localhost"]:
+            # this machine needs no ssh server to reach itself
+            command += ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    else:
+        if given.gpus < 1:
+            raise UserError(f"--gpus is {given.gpus}: it must be at least 1.")
+        # two jobs on one machine must not meet
+        command += ["--num_accelerators", str(given.gpus), "--master_port", str(_free_port())]
+    return [*command, *more, "--module", MODULE, *run]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_launcher(command: list[str]) -> NoReturn:
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # parsed before the heavy imports, so that a typing error answers at once
+    from scalekd_ds.cli import parse_run
+
+    launcher: Any = Parser(add_help=False)
+    add_launcher_arguments(launcher)
+    given, run = launcher.parse_known_args(argv)
+    parsed = parse_run(run, "scalekd train", add_launcher_arguments)
+    if parsed is None:
+        return
+    cfg, dump = parsed
+    if dump is not None:
+        from scalekd_ds.checkpoint import write_json
+
+        write_json(dump, cfg.as_dict())
+        print(f"wrote {dump}: start it with --config {dump}")
+        return
+    if given.gpus is not None or given.hostfile is not None:
+        _start_launcher(launcher_command(given, run))
+    if given.deepspeed_args:
+        raise UserError("--deepspeed-args is given without --gpus or --hostfile: there is no launcher to take them.")
+    from scalekd_ds.trainer import train
+
+    train(cfg)
+
+
+if __name__ == "__main__":
+    run_cli(main)
