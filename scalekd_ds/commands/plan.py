@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 
 from scalekd_ds.commands.parser import Parser
+from scalekd_ds.commands.quiet import on_cpu
 from scalekd_ds.errors import UserError
 
 
@@ -75,7 +74,5 @@ def plan(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # planning needs no accelerator, and need not say that it found none
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.disable(logging.WARNING)
+    on_cpu()
     plan(argv)
