@@ -15,7 +15,9 @@ with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
 
 # setuptools: the tests of packaging build this package without the network
-TEST = ["pytest>=8", "torchvision", "setuptools>=77"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
+HUGGING_FACE = ["transformers>=4.50"]
+TEST = ["pytest>=8", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE]
 
 setup(
     name="scalekd_ds",
@@ -58,5 +60,7 @@ setup(
         "bench": ["matplotlib"],
         "parquet": ["pyarrow"],
         "huggingface": ["datasets"],
+        "onnx": ONNX,
+        "hf": HUGGING_FACE,
     },
 )

@@ -22,8 +22,13 @@ import matplotlib.pyplot as plt
 from scalekd_ds import ds_config
 from scalekd_ds.config import RunConfig, TeacherPlacement
 from scalekd_ds.errors import UserError
-from scalekd_ds.plan import Assumptions, Cluster, Layout, Measured, collectives, make_plan, measure, step_time
+from scalekd_ds.plan.assumptions import Assumptions
+from scalekd_ds.plan.choose import Cluster, make_plan
+from scalekd_ds.plan.communication import collectives
+from scalekd_ds.plan.measure import Measured, measure
+from scalekd_ds.plan.memory import Layout
 from scalekd_ds.plan.report import as_dict
+from scalekd_ds.plan.throughput import step_time
 from scalekd_ds.recipes import RECIPES
 
 CLASSES, IMAGENET, NODE = 1000, 1_281_167, 8

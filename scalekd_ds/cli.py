@@ -34,6 +34,8 @@ def run_parser(prog: str, extend: Callable[[ArgumentParser], None] | None = None
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--dotted.key value ...]",
         exit_on_error=False,
+        # a shortened option of the launcher would start none
+        allow_abbrev=False,
         formatter_class=_Help,
         description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a teacher.",
         epilog=examples_of("train"),

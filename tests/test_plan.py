@@ -17,10 +17,12 @@ from scalekd_ds import ds_config
 from scalekd_ds.commands.plan import plan
 from scalekd_ds.config import DataConfig, DistillConfig, EmaConfig, RunConfig
 from scalekd_ds.errors import UserError
-from scalekd_ds.plan import Assumptions, Cluster, Layout, collectives, make_plan, measure, memory_parts, step_time
-from scalekd_ds.plan.choose import GIB, largest_micro_batch
-from scalekd_ds.plan.communication import Collective
-from scalekd_ds.plan.measure import Curve, build_on_meta
+from scalekd_ds.plan.assumptions import Assumptions
+from scalekd_ds.plan.choose import GIB, Cluster, largest_micro_batch, make_plan
+from scalekd_ds.plan.communication import Collective, collectives
+from scalekd_ds.plan.measure import Curve, build_on_meta, measure
+from scalekd_ds.plan.memory import Layout, memory_parts
+from scalekd_ds.plan.throughput import step_time
 from scalekd_ds.recipes import RECIPES
 from scalekd_ds.run import build_distiller
 from scalekd_ds.teacher_placement import small_parameter

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
 
 from scalekd_ds.commands import VERBS, module_of
 from scalekd_ds.commands.parser import Parser
@@ -48,17 +48,37 @@ def _ds_configs(prefix: str, **_: Any) -> list[str]:
     return [*(name for name in names if name.startswith(prefix)), *FilesCompleter(["json"])(prefix)]
 
 
-def _with_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds every field of a run that the parser does not have, for completion alone."""
+def _run_parser(verb: str) -> argparse.ArgumentParser:
+    """The parser of a run's fields, whose values are completed where there is something to choose from."""
+    from argcomplete.completers import FilesCompleter
+
     from scalekd_ds.cli import run_parser
 
-    have = parser._option_string_actions
-    for action in run_parser("scalekd")._actions:
-        flags = [flag for flag in action.option_strings if flag.startswith("--") and flag not in have]
+    parser = module_of("train").parser() if verb == "train" else run_parser("scalekd")
+    own: dict[str, Any] = {"--recipe": _recipes, "--run.ds_config": _ds_configs}
+    for action in parser._actions:
+        kind = getattr(action, "_typehint", None)
+        if action.option_strings and action.option_strings[0] in own:
+            action.completer = own[action.option_strings[0]]
+        elif get_origin(kind) is Literal:
+            action.completer = partial(_choices, get_args(kind))
+        elif kind is str:
+            # folders and weights
+            action.completer = FilesCompleter()
+    return parser
+
+
+def _choices(values: tuple[str, ...], **_: Any) -> list[str]:
+    return list(values)
+
+
+def _with_run(parser: argparse.ArgumentParser, run: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the options of `run` that the parser does not have."""
+    for action in run._actions:
+        flags = [f for f in action.option_strings if f.startswith("--") and f not in parser._option_string_actions]
         if flags and action.help != argparse.SUPPRESS:
             added = parser.add_argument(*flags, nargs=None if action.nargs != 0 else 0, action=_Taken)
             added.completer = getattr(action, "completer", None)
-            added.choices = action.choices
     return parser
 
 
@@ -70,11 +90,12 @@ class _Taken(argparse.Action):
 
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser | None:
+    if verb == "train":
+        return _run_parser(verb)
     own = getattr(module_of(verb), "parser", None)
     if own is None:
         return None
-    parser = own()
-    return _with_run(parser) if VERBS[verb].takes_run and isinstance(parser, Parser) else parser
+    return _with_run(own(), _run_parser(verb)) if VERBS[verb].takes_run else own()
 
 
 def _first_words(line: str) -> list[str]:
@@ -90,25 +111,20 @@ def complete() -> None:
     import argcomplete
 
     line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "0"))]
-    words: Iterable[str] = _first_words(line)
-    verb = next(iter(list(words)[1:2]), "")
-    finished = len(list(words)) > 2 or line.endswith((" ", "\t"))
+    words = _first_words(line)
+    verb = words[1] if len(words) > 1 else ""
+    finished = len(words) > 2 or line.endswith((" ", "\t"))
     if not (verb in VERBS and finished):
         verbs = Parser(prog="scalekd")
         verbs.add_argument("verb", choices=(*VERBS,))
-        argcomplete.autocomplete(verbs, default_completer=None)
+        argcomplete.autocomplete(verbs, always_complete_options=False, default_completer=None)
         return
     parser = _verb_parser(verb)
     if parser is None:
         return
     # the verb stands where a program's name would
     os.environ["_ARGCOMPLETE"] = "2"
-    for action in parser._actions:
-        if "--recipe" in action.option_strings:
-            action.completer = _recipes
-        elif "--run.ds_config" in action.option_strings:
-            action.completer = _ds_configs
-    if isinstance(parser, argparse.ArgumentParser) and type(parser) is not Parser:
-        # jsonargparse answers for its own parsers, types included
+    if not isinstance(parser, Parser):
+        # jsonargparse answers for its own parser
         parser.parse_args([])
     argcomplete.autocomplete(parser)

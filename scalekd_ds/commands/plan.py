@@ -12,7 +12,7 @@ from scalekd_ds.errors import UserError
 
 def parser() -> Parser:
     """The planner's own arguments; all others are the run's."""
-    from scalekd_ds.plan.throughput import Assumptions
+    from scalekd_ds.plan.assumptions import Assumptions
 
     own = Parser(
         "plan",
@@ -36,7 +36,7 @@ def parser() -> Parser:
 
 def plan(argv: list[str] | None = None) -> None:
     """Prints the plan."""
-    from scalekd_ds.plan.throughput import Assumptions
+    from scalekd_ds.plan.assumptions import Assumptions
 
     arguments, run = parser().parse_known_args(argv)
     given = vars(arguments)
