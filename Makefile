@@ -79,7 +79,7 @@ lint: $(STAMP)
 
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
-test: $(STAMP) compiler cluster-tools lint
+test: $(STAMP) compiler cluster-tools fashion-mnist lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow

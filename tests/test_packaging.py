@@ -79,6 +79,24 @@ def test_install(install, start, tmp_path):
     assert seen["ds_configs"]
 
 
+def test_the_command_works_from_anywhere(install, tmp_path):
+    """No launch/ folder is near, and the environment is not activated."""
+    _, python, _, _ = install
+    command = python.parent / "scalekd"
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+
+    def run(*words):
+        return subprocess.run([command, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    listed = run("recipes")
+    assert listed.returncode == 0 and "fashion-scalekd" in listed.stdout, listed.stderr
+    dumped = run("train", "--recipe", "fashion-ce", "--run.ds_config", "zero2", "--dump-config", "mine.json")
+    assert dumped.returncode == 0, dumped.stderr
+    assert json.loads((tmp_path / "mine.json").read_text())["run"]["ds_config"] == "zero2"
+    mistyped = run("evalute")
+    assert mistyped.returncode == 2 and "Did you mean 'evaluate'" in mistyped.stderr
+
+
 def test_nothing_else_is_installed(install):
     kind, _, site, _ = install
     names = {path.name for path in site.iterdir()}

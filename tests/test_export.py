@@ -1,0 +1,418 @@
+"""A student in other tools: a real one, trained on Fashion-MNIST by two ranks, and small ones of every kind."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from launching import ROOT, alone
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models import register_model
+from torch import nn
+
+from scalekd_ds.checkpoint import write_student
+from scalekd_ds.commands import dispatch
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data import EvalLoader, fashion
+from scalekd_ds.data.source import index_folder
+from scalekd_ds.errors import UserError
+from scalekd_ds.evaluation import evaluate
+from scalekd_ds.export import FORMATS, export, timm_folder
+from scalekd_ds.export.subject import Subject, load_subject
+
+DOCS = (ROOT / "docs" / "export.md").read_text()
+COMMANDS = [line.strip() for line in DOCS.splitlines() if line.startswith("    scalekd export ")]
+IMAGES = 10_000
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the images, `runs/mine` of a short training on two ranks, and what the documents' commands export."""
+    home = tmp_path_factory.mktemp("export")
+    try:
+        sets, classes, origin = fashion.find(None, False)
+    except UserError as error:
+        pytest.skip(str(error))
+    if len(sets["val"][1]) != IMAGES:
+        pytest.skip(f"needs Fashion-MNIST, and this is {origin}")
+    # all test images; the run uses 1,000 of the others
+    sets["train"] = tuple(part[:1200] for part in sets["train"])
+    fashion.write(home / "data", sets, classes, origin)
+    # a process of its own, which the launcher takes the place of
+    run = ["--recipe", "fashion-ce", "--gpus", 2, "--data.root", home / "data", "--run.dir", home / "runs" / "mine"]
+    run += ["--schedule.epochs", 3, "--schedule.warmup_epochs", 1, "--ema.decay", 0.5, "--run.progress", "none"]
+    done = alone(ROOT / "launch" / "train.py", *run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for command in COMMANDS:
+            _, verb, *words = shlex.split(command)
+            dispatch_quietly(verb, words)
+    return home
+
+
+def dispatch_quietly(verb, words):
+    """The verb without the switch that silences the rest of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scalekd_ds.commands.export.on_cpu", lambda: None)
+        dispatch([verb, *words])
+
+
+@pytest.fixture(scope="module")
+def student(home):
+    """Its weights and card."""
+    return home / "runs" / "mine" / "student.safetensors"
+
+
+def loader(home, card):
+    source = index_folder(home / "data" / "val", "--data")
+    cfg = DataConfig(
+        image_size=card["image_size"], eval_resize=card["eval_resize"], interpolation=card["interpolation"]
+    )
+    return source, EvalLoader(source, cfg, 500, 0, 1, torch.device("cpu"), card["mean"], card["std"])
+
+
+def session(folder):
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+# -- the trained student ---------------------------------------------------------------------------------------------
+
+
+def test_gpus_started_two_ranks(home):
+    assert json.loads((home / "runs" / "mine" / "results.json").read_text())["world_size"] == 2
+
+
+def test_top1_of_onnx_is_the_students_on_all_test_images(home, student, capsys):
+    logits = home / "logits.safetensors"
+    dispatch(["evaluate", str(student), "--data", str(home / "data"), "--batch-size", "500", "--logits", str(logits)])
+    told = float(re.search(r"top-1 ([\d.]+)%.*\(10000 images\)", capsys.readouterr().out)[1])
+    own = load_file(logits)
+    model, seen = session(home / "exported" / "onnx"), []
+    card = json.loads(student.with_suffix(".json").read_text())
+
+    def predict(images):
+        seen.append(torch.from_numpy(model.run(None, {"images": images.numpy()})[0]))
+        return seen[-1]
+
+    result = evaluate(predict, loader(home, card)[1], torch.device("cpu"))
+    assert result["images"] == IMAGES and round(result["top1"], 2) == told
+    predicted = torch.cat(seen).argmax(1)
+    assert torch.equal(predicted, own["logits"].argmax(1))
+    assert torch.allclose(torch.cat(seen), own["logits"], atol=1e-4)
+    # it has learnt, and says more than one thing
+    assert told > 30.0 and len(predicted.unique()) >= 6
+    assert told == pytest.approx(json.loads((student.parent / "results.json").read_text())["top1"], abs=0.02)
+
+
+def test_commands_of_the_documents_cover_every_format(home):
+    assert {shlex.split(c)[3] for c in COMMANDS} == set(FORMATS)
+    for name in FORMATS:
+        files = {path.name for path in (home / "exported" / name).iterdir()}
+        assert {"README.md", "model.json"} < files
+        assert all(path.stat().st_mode & 0o044 == 0o044 for path in (home / "exported" / name).iterdir())
+    assert not list((home / "exported").glob(".*"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_python_of_the_model_card_runs(home, name):
+    folder = home / "exported" / name
+    text = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    image = next((home / "data" / "val").rglob("*.jpg"))
+    scope = {}
+    exec(code.replace("FOLDER", str(folder)).replace("IMAGE", str(image)), scope)
+    logits = torch.as_tensor(scope["logits"]).detach()
+    if name not in ("timm", "hf"):
+        # eight images of nothing: that any batch is taken is what matters
+        assert logits.shape == (8, 10)
+        return
+    assert logits.shape == (1, 10)
+
+
+def test_the_model_card_tells_what_the_run_was(home, student):
+    card = json.loads(student.with_suffix(".json").read_text())
+    text = (home / "exported" / "timm" / "README.md").read_text()
+    front = text.split("---")[1]
+    assert "library_name: timm" in front and "# license: (yours to fill in" in front
+    for words in (
+        f"top-1 {card['top1']:.2f}%",
+        "| recipe | fashion-ce |",
+        "| teacher | none |",
+        "| data | data (1,000 images) |",
+        "| schedule | cosine, 3 epochs, 1 of warm-up |",
+        "moving average, decay 0.5",
+        "## Licence",
+    ):
+        assert words in text, words
+    for path in (home / "exported").rglob("*"):
+        # nobody's folders are published
+        assert not path.is_file() or str(home).encode() not in path.read_bytes(), path
+    # the same from the file alone, with the run's configuration beside it
+    assert "| data | data (1,000 images) |" in (home / "exported" / "pixels" / "README.md").read_text()
+
+
+def test_timm_and_transformers_load_one_folder_with_equal_logits_and_pixels(home, student):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    ours = load_subject(student)
+    own, hugging = home / "exported" / "timm", home / "exported" / "hf"
+    assert (own / "config.json").read_bytes() == (hugging / "config.json").read_bytes()
+    assert (own / "model.safetensors").read_bytes() == (hugging / "model.safetensors").read_bytes()
+    model = timm.create_model(f"local-dir:{own}", pretrained=True).eval()
+    wrapped = AutoModelForImageClassification.from_pretrained(hugging).eval()
+    images = ours.images(8)
+    with torch.no_grad():
+        wanted = ours.model(images)
+        assert torch.allclose(model(images), wanted, atol=1e-6)
+        assert torch.allclose(wrapped(images).logits, wanted, atol=1e-6)
+    assert (
+        [wrapped.config.id2label[i] for i in range(10)] == ours.card["classes"] == model.pretrained_cfg["label_names"]
+    )
+    # as they prepare an image, so does evaluation here
+    source, batches = loader(home, ours.card)
+    pixels, _ = next(iter(batches))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    processor = AutoImageProcessor.from_pretrained(hugging)
+    for index in (0, 123, 499):
+        image = Image.open(Path(source.root) / source.paths[index]).convert("RGB")
+        assert (transform(image) - pixels[index]).abs().max() < 0.03
+        assert torch.equal(processor(image)["pixel_values"][0], transform(image))
+
+
+def test_buffers_are_kept_bit_for_bit(home, student):
+    """BatchNorm's statistics are where consolidated files of similar tools differ."""
+    wanted, given = load_file(student), load_file(home / "exported" / "timm" / "model.safetensors")
+    assert given.keys() == wanted.keys() and any("running_var" in name for name in given)
+    assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+    assert not torch.equal(given["bn1.running_mean"], torch.zeros_like(given["bn1.running_mean"]))
+    # the run ships its average; the student's own weights are there as well
+    export(student.parent, home / "own", "timm", weights="student")
+    own = load_file(home / "own" / "model.safetensors")
+    assert not torch.equal(own["conv1.weight"], wanted["conv1.weight"])
+    assert "| weights | the student's own |" in (home / "own" / "README.md").read_text()
+
+
+def test_an_exported_folder_is_a_student_here_again(home, student):
+    again = load_subject(home / "exported" / "timm" / "model.safetensors")
+    images = again.images(4)
+    assert torch.equal(again.model(images), load_subject(student).model(images))
+
+
+def test_preprocessing_inside(home, student):
+    plain, inside = session(home / "exported" / "onnx"), session(home / "exported" / "pixels")
+    card = json.loads(student.with_suffix(".json").read_text())
+    pixels = np.random.default_rng(0).random((5, 3, 32, 32), dtype=np.float32)
+    mean, std = (np.array(card[key], np.float32)[:, None, None] for key in ("mean", "std"))
+    (wanted,) = plain.run(None, {"images": (pixels - mean) / std})
+    (given,) = inside.run(None, {"images": pixels})
+    np.testing.assert_allclose(given, wanted, atol=1e-5)
+    assert np.abs(given - plain.run(None, {"images": pixels})[0]).max() > 0.1
+    told = inside.get_modelmeta().custom_metadata_map
+    assert json.loads(told["normalised"]) is True and json.loads(told["classes"]) == card["classes"]
+    assert json.loads(plain.get_modelmeta().custom_metadata_map["mean"]) == card["mean"]
+
+
+# -- students of other kinds -----------------------------------------------------------------------------------------
+
+
+@register_model
+def batch_minded(pretrained=False, **kwargs):
+    """A model that timm does not have, and that treats a single image otherwise than many."""
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(name, None)
+    return BatchMinded(**kwargs)
+
+
+class BatchMinded(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.num_classes = num_classes
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        logits = self.head(images.mean((2, 3)))
+        return logits + 0.01 if len(images) == 1 else logits
+
+
+KINDS = {
+    "vit_tiny_patch16_224": ({"img_size": 32, "patch_size": 8, "depth": 2}, 32),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 32, "embed_dim": 48, "depths": [1, 2], "num_heads": [3, 6], "window_size": 4},
+        32,
+    ),
+    "mixer_s32_224": ({"img_size": 64}, 64),
+    "mixer_b14_224": ({"img_size": 28, "num_blocks": 1}, 28),
+    "batch_minded": ({}, 16),
+}
+
+
+def file_of(folder, name) -> Path:
+    """A consolidated file of a small student, every tensor of it random, as training leaves none at zero."""
+    kwargs, size = KINDS[name]
+    import scalekd_ds.models  # noqa: F401  registers what timm lacks
+
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
+    card = {"version": 1, "architecture": name, "model_kwargs": kwargs, "num_classes": 5, "classes": [*"abcde"]}
+    card |= {"image_size": size, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "eval_resize": None}
+    card |= {"recipe": "", "step": 7, "top1": None, "top5": None, "teacher": "/home/me/big/student.safetensors"}
+    write_student(folder / f"{name}.safetensors", state, card)
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript", "torch_export"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"])
+def test_transformers_and_mixers(tmp_path, name, format):
+    file = file_of(tmp_path, name)
+    done = export(file, tmp_path / "out", format)
+    assert done.difference < 1e-5
+    subject = load_subject(file)
+    images = subject.images(5, seed=9)
+    if format == "onnx":
+        given = torch.from_numpy(session(tmp_path / "out").run(None, {"images": images.numpy()})[0])
+    elif format == "torchscript":
+        given = torch.jit.load(tmp_path / "out" / "model.ts")(images)
+    else:
+        given = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+    wanted = subject.model(images)
+    assert wanted.std(0).mean() > 1e-2, "images must matter"
+    assert torch.allclose(given, wanted, atol=1e-4)
+    # half a card is a card: no accuracy and no run are known
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "top-1 not measured" in text and "distilled from `student.safetensors`" in text and "/home/me" not in text
+
+
+@pytest.mark.parametrize(("size", "shorter"), [(224, 256), (224, 236), (32, 32), (288, 329), (160, 183), (96, 110)])
+def test_crops_come_back_as_whole_pixels(size, shorter):
+    transform = timm.data.create_transform((3, size, size), crop_pct=timm_folder.crop_pct(size, shorter))
+    assert transform.transforms[0].size in (shorter, (shorter, shorter))
+
+
+def test_tied_and_frozen_weights(tmp_path):
+    subject = load_subject(file_of(tmp_path, "vit_tiny_patch16_224"))
+    first, second = subject.model.blocks
+    second.mlp.fc1.weight = first.mlp.fc1.weight
+    first.attn.qkv.weight.requires_grad_(False)
+    assert timm_folder.write(Subject(subject.model, subject.model, subject.card, None), tmp_path) == 0.0
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(state["blocks.0.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
+    assert len(state) == len(subject.model.state_dict())
+
+
+# -- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+def refused(told, *arguments, **keywords):
+    with pytest.raises(UserError) as error:
+        export(*arguments, **keywords)
+    assert told in str(error.value), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_program_that_differs_is_refused_with_the_difference(tmp_path):
+    file = file_of(tmp_path, "batch_minded")
+    refused("differs from the student by 0.01 at batch 1, more than 0.0001", file, tmp_path / "out", "torchscript")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["batch_minded.json", "batch_minded.safetensors"]
+    # what stood there stays
+    export(file_of(tmp_path, "mixer_b14_224"), tmp_path / "out", "torchscript")
+    before = (tmp_path / "out" / "model.ts").read_bytes()
+    refused("differs", file, tmp_path / "out", "torchscript", overwrite=True)
+    assert (tmp_path / "out" / "model.ts").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["batch_minded", "mixer_b14_224"])
+def test_a_model_that_timm_lacks_is_no_timm_folder(tmp_path, name):
+    file = file_of(tmp_path, name)
+    for format in ("timm", "hf"):
+        refused("timm alone cannot build it: take the format onnx", file, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_nobody_registered(tmp_path):
+    file = file_of(tmp_path, "mixer_b14_224")
+    card = json.loads(file.with_suffix(".json").read_text())
+    for architecture, told in (("resnet1888", "unknown timm model 'resnet1888'. Did you mean"), ("resnet18", "do")):
+        file.with_suffix(".json").write_text(json.dumps(card | {"architecture": architecture, "model_kwargs": {}}))
+        refused(told, file, tmp_path / "out", "timm")
+
+
+def test_what_a_user_can_get_wrong(tmp_path, monkeypatch):
+    file, out = file_of(tmp_path, "mixer_b14_224"), tmp_path / "out"
+    refused("unknown format 'onx'. Did you mean 'onnx'", file, out, "onx")
+    refused("unknown format 'tensorrt'.", file, out, "tensorrt")
+    refused("does not exist: give a run's folder", tmp_path / "nowhere", out, "onnx")
+    refused("weights file", tmp_path / "nowhere.safetensors", out, "onnx")
+    refused("holds no checkpoint", tmp_path, out, "onnx")
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    refused("is no checkpoint: give a run's folder", tmp_path / "weights.pth", out, "onnx")
+    refused("one set of weights: leave it out", file, out, "onnx", weights="ema")
+    refused("which has its mean and std", file, out, "timm", with_preprocessing=True)
+    refused("is a file or a link", file, file, "onnx")
+    (tmp_path / "taken").mkdir()
+    refused("exists already: --overwrite replaces it", file, tmp_path / "taken", "torchscript")
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    refused("was not written by export", file, tmp_path / "taken", "torchscript", overwrite=True)
+    assert (tmp_path / "taken" / "thesis.tex").exists()
+    (tmp_path / "block").write_text("")
+    refused("cannot be made", file, tmp_path / "block" / "out", "torchscript")
+    for format, missing in (("onnx", "onnxscript"), ("hf", "transformers")):
+        monkeypatch.setattr("scalekd_ds.export.find_spec", lambda name, gone=missing: None if name == gone else name)
+        refused(f"needs {missing}: pip install 'scalekd_ds[{FORMATS[format].extra}]'", file, out, format)
+    monkeypatch.undo()
+    assert not out.exists()
+
+
+def test_damaged_and_lacking_files(tmp_path):
+    file, out = file_of(tmp_path, "mixer_b14_224"), tmp_path / "out"
+    card = json.loads(file.with_suffix(".json").read_text())
+    file.with_suffix(".json").write_text(json.dumps({k: v for k, v in card.items() if k != "mean"}))
+    refused("has no 'mean': consolidate the checkpoint again", file, out, "torchscript")
+    file.with_suffix(".json").write_text("{")
+    refused("is not JSON", file, out, "torchscript")
+    file.with_suffix(".json").unlink()
+    refused("has no card", file, out, "torchscript")
+    file.with_suffix(".json").write_text(json.dumps(card))
+    state = load_file(file)
+    save_file({name: value for name, value in state.items() if "head" not in name}, file)
+    refused("head", file, out, "torchscript")
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(str(file), file, out, "torchscript")
+
+
+def test_a_damaged_checkpoint_is_not_exported(home, tmp_path):
+    run = shutil.copytree(home / "runs" / "mine", tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").glob("step*")
+    weights = checkpoint / "student_ema.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 255
+    weights.write_bytes(content)
+    refused("is damaged: its SHA-256 differs", run, tmp_path / "out", "timm")
+    refused("is damaged: its SHA-256 differs", checkpoint, tmp_path / "out", "timm")
+
+
+def test_overwriting_leaves_one_whole_folder(tmp_path):
+    file, out = file_of(tmp_path, "mixer_b14_224"), tmp_path / "out"
+    export(file, out, "torchscript")
+    refused("exists already", file, out, "torch_export")
+    export(file, out, "torch_export", overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.json", "model.pt2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mixer_b14_224.json", "mixer_b14_224.safetensors", "out"]
+
+
+def test_the_script_says_one_line(tmp_path):
+    done = alone(ROOT / "launch" / "export.py", "--format", "onnx", tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "holds no checkpoint" in line
