@@ -62,7 +62,8 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "inspect": Verb(
-        "contact sheet of attention, feature maps and predictions", ("scalekd inspect runs/mine IMAGE.jpg IMAGE.png",)
+        "contact sheet of attention, feature maps and predictions",
+        ("scalekd inspect runs/mine runs/fashion-mnist/val --out sheet.png",),
     ),
     "plan": Verb(
         "memory, traffic, images/s and hours of a run before it starts",

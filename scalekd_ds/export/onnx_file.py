@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from pathlib import Path
 
@@ -27,12 +26,9 @@ def write(subject: Subject, folder: Path) -> float:
     import onnxruntime
 
     file = folder / "model.onnx"
-    quiet = logging.getLogger("onnxscript"), logging.getLogger("torch.onnx")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for log in quiet:
-                log.setLevel(logging.ERROR)
             program = torch.onnx.export(
                 subject.network,
                 (subject.images(),),
