@@ -13,7 +13,7 @@ from scalekd_ds import kernels
 
 
 @functools.lru_cache(maxsize=64)
-def _dct_matrix(size: int) -> torch.Tensor:
+def dct_matrix(size: int) -> torch.Tensor:
     """(size, size) orthonormal DCT-II, one frequency a row, in float64."""
     k = torch.arange(size, dtype=torch.float64)[:, None]
     x = torch.arange(size, dtype=torch.float64)[None, :]
@@ -38,7 +38,7 @@ def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _basis_of(grid: tuple[int, int], frequencies: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-    basis = torch.kron(_dct_matrix(grid[0]), _dct_matrix(grid[1]))[list(frequencies)]
+    basis = torch.kron(dct_matrix(grid[0]), dct_matrix(grid[1]))[list(frequencies)]
     return basis.T.contiguous().to(device, dtype)
 
 

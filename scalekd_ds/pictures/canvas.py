@@ -1,0 +1,61 @@
+"""Numbers to colours, and pictures beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+# dark blue, violet, red, orange, pale yellow: lightness rises all the way, so that it reads in grey too
+_HEAT = ((0.02, 0.01, 0.10), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.97, 0.55, 0.15), (0.99, 0.97, 0.75))
+
+
+def unnormalise(images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Images (B, 3, H, W) as a model gets them -> the same as 0 to 1, on the CPU in float32."""
+    images = images_BCHW.detach().float().cpu()
+    mean_C11, std_C11 = (torch.tensor(tuple(v))[:, None, None] for v in (mean, std))
+    return (images * std_C11 + mean_C11).clamp(0.0, 1.0)
+
+
+def heat(values: torch.Tensor) -> torch.Tensor:
+    """Values (..., h, w) in 0 to 1 -> colours (..., 3, h, w), dark to light."""
+    table = torch.tensor(_HEAT)
+    place = values.detach().float().cpu().clamp(0.0, 1.0) * (len(table) - 1)
+    low = place.floor().long().clamp(max=len(table) - 2)
+    share = (place - low)[..., None]
+    return torch.lerp(table[low], table[low + 1], share).movedim(-1, -3)
+
+
+def enlarge(pictures: torch.Tensor, size: tuple[int, int], smooth: bool = False) -> torch.Tensor:
+    """(..., 3, h, w) -> (..., 3, *size): squares by default, so that the cells of a map stay what they are."""
+    flat = pictures.reshape(-1, *pictures.shape[-3:])
+    mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
+    return F.interpolate(flat, size, **mode).reshape(*pictures.shape[:-2], *size).clamp(0.0, 1.0)
+
+
+def blend(image: torch.Tensor, over: torch.Tensor, share: float = 0.6) -> torch.Tensor:
+    """`over` (..., 3, h, w) laid over `image` (..., 3, h, w), of which 1 - `share` stays."""
+    return torch.lerp(image, over, share)
+
+
+def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 2) -> torch.Tensor:
+    """One picture (3, H, W) of rows of pictures (3, h, w), all of one size, with white lines of `gap` pixels between.
+
+    Raises:
+        ValueError: No picture, or pictures of different sizes.
+    """
+    sizes = {tuple(picture.shape) for row in rows for picture in row}
+    if len(sizes) != 1:
+        raise ValueError(f"the pictures of a sheet have the sizes {sorted(sizes)}: they must be of one.")
+    (_, h, w), columns = sizes.pop(), max(len(row) for row in rows)
+    canvas = torch.ones(3, len(rows) * (h + gap) - gap, columns * (w + gap) - gap)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas[:, i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = picture.cpu()
+    return canvas
+
+
+def to_uint8(picture: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) floats in 0 to 1 -> (H, W, 3) bytes, as image files hold them."""
+    return (picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).permute(1, 2, 0).contiguous()
