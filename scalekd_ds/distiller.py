@@ -10,7 +10,8 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
-from scalekd_ds.models import Preprocessing, build_model, num_parameters
+from scalekd_ds.models import Preprocessing, build_model
+from scalekd_ds.pairing import pairing_table
 from scalekd_ds.projector import CrossAttentionProjector
 from scalekd_ds.projector_linear import LinearPair, LinearProjector
 from scalekd_ds.projector_pair import ProjectorPair
@@ -28,7 +29,7 @@ class ScaleKD(nn.Module):
         teacher: timm name, consolidated .safetensors, built model, `Teacher`, or None for plain supervised training.
         image_size: (h, w) or side of the training images in pixels; None is the student's own, else the teacher's.
         num_classes: Head of a student built by name; None is the teacher's.
-        kd_weight: a in (1-a) CE + a KD.
+        kd_weight: a in (1-a) CE + a KD; 1 leaves CE out, and labels are then not needed.
         temperature: Of logit KD.
         features: False leaves out the projectors and the four feature terms.
         weights_s3: (spatial, frequency) weights of the stage n-1 terms (TPP).
@@ -215,46 +216,13 @@ class ScaleKD(nn.Module):
         return super()._apply(fn, recurse)
 
     def weights(self) -> dict[str, float]:
-        """The factor that each term of `forward` has been multiplied by."""
-        terms = {"ce": 1.0 - self.kd_weight}
-        if self.kd_weight > 0.0:
-            terms["kd"] = self.kd_weight
-        return terms | self.feature_weights
+        """The factor that each term of `forward` has been multiplied by; terms whose factor is 0 are none."""
+        terms = {"ce": 1.0 - self.kd_weight, "kd": self.kd_weight}
+        return {name: weight for name, weight in terms.items() if weight > 0.0} | self.feature_weights
 
     def pairing(self) -> str:
         """Student and teacher side by side, as a table in plain text."""
-        s, t = self._shapes, self.teacher
-        size = f"{self.image_size[0]}x{self.image_size[1]}"
-        rows = [("", "student", "teacher")]
-        rows.append(("model", type(self.student).__name__, type(t.model).__name__ if t else "none"))
-        rows.append(
-            (
-                "parameters",
-                f"{num_parameters(self.student) / 1e6:.2f} M",
-                f"{num_parameters(t) / 1e6:.2f} M" if t else "",
-            )
-        )
-        t_size = t.preprocessing.size if t else None
-        rows.append(("image", size, (f"{t_size[0]}x{t_size[1]}" if t_size else size) if t else ""))
-        rows.append(("classes", str(s.logits.shape[-1]), str(t.num_classes) if t else ""))
-
-        def shown(grid: tuple[int, ...], dim: int) -> str:
-            return f"{grid[0]}x{grid[1]} x {dim}"
-
-        for label, tap, place in (
-            ("before last stage", s.before, t and t.last_input),
-            ("last stage", s.last, t and t.last_output),
-        ):
-            theirs = f"{shown(place.grid, place.dim)}, {place.heads} heads" if place else ""
-            rows.append((label, shown(tap.shape[-2:], tap.shape[1]), theirs))
-        if self.projectors:
-            caps = {stage: pair for stage, pair in self.projectors.items() if isinstance(pair, ProjectorPair)}
-            heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in caps.items())
-            kind = f"heads {heads}" if heads else "linear"
-            rows.append(("projectors", f"{num_parameters(self.projectors) / 1e6:.2f} M", kind))
-        rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in self.weights().items()), ""))
-        widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+        return pairing_table(self, self._shapes)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -298,23 +266,34 @@ class ScaleKD(nn.Module):
     def forward(
         self,
         images: torch.Tensor,
-        targets: torch.Tensor,
+        targets: torch.Tensor | None = None,
         teacher_targets: TeacherTargets | TargetsWithoutTPP | None = None,
     ) -> dict[str, torch.Tensor]:
         """One step's losses, each already weighted, so that `loss/total` is their sum.
 
         Args:
             images: (B, 3, H, W) in the student's normalisation.
-            targets: (B,) class indices or (B, K) probabilities.
+            targets: (B,) class indices or (B, K) probabilities; None for images without labels, whose step is that of
+                labelled ones without its CE: the other terms keep their weights.
             teacher_targets: Of the same images, where the caller has them already.
 
         Returns:
             `loss/ce`, `loss/kd`, `loss/spatial_s3`, `loss/frequency_s3`, `loss/spatial_s4`, `loss/frequency_s4` (those
             with a weight) and `loss/total`; scalars. `weights()` has the factors.
+
+        Raises:
+            UserError: No labels, and no term that does without them.
         """
+        if targets is None and not (self.kd_weight > 0.0 or self.projectors):
+            raise UserError(
+                "targets is None and no term does without labels: give a teacher, and leave features on or kd_weight above 0."
+            )
         student = self._taps[0](images)
-        ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
-        losses = {"loss/ce": (1.0 - self.kd_weight) * ce}
+        losses: dict[str, torch.Tensor] = {}
+        # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
+        if targets is not None and self.kd_weight < 1.0:
+            ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
+            losses["loss/ce"] = (1.0 - self.kd_weight) * ce
         if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
             if self.kd_weight > 0.0:

@@ -162,6 +162,38 @@ def test_a_term_with_weight_zero_has_no_projector():
     assert all(p.grad is not None for p in distiller.parameters())
 
 
+@pytest.mark.parametrize("kd_weight", [0.5, 0.0, 1.0])
+def test_images_without_labels_leave_ce_out_and_nothing_else(kd_weight):
+    distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False, kd_weight=kd_weight).eval()
+    images, labels = batch()
+    labelled, unlabelled = distiller(images, labels), distiller(images)
+    shared = {name for name in labelled if name not in ("loss/ce", "loss/total")}
+    assert set(unlabelled) == shared | {"loss/total"}
+    assert ("loss/ce" in labelled) == (kd_weight < 1.0) and ("loss/kd" in unlabelled) == (kd_weight > 0.0)
+    assert all(torch.equal(unlabelled[name], labelled[name]) for name in shared)
+    ce = labelled["loss/ce"].item() if kd_weight < 1.0 else 0.0
+    assert unlabelled["loss/total"].item() == pytest.approx(labelled["loss/total"].item() - ce, rel=1e-5)
+    unlabelled["loss/total"].backward()
+    head = distiller.student.get_classifier().weight.grad
+    assert (head is None) == (kd_weight == 0.0)
+    assert all(p.grad is not None for p in distiller.projectors.parameters())
+
+
+def test_kd_alone_is_the_distance_to_the_teachers_own_answer():
+    distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False, kd_weight=1.0, features=False).eval()
+    images, _ = batch()
+    wanted = F.cross_entropy(distiller.student(images), distiller.teacher_targets(images).logits.softmax(-1))
+    assert distiller(images)["loss/total"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert distiller.weights() == {"kd": 1.0}
+
+
+@pytest.mark.parametrize("options", [{"teacher": None}, {"teacher": teacher(), "features": False, "kd_weight": 0.0}])
+def test_without_labels_a_term_must_be_left(options):
+    distiller = ScaleKD(student(), image_size=64, verbose=False, **options)
+    with pytest.raises(UserError, match="targets is None and no term does without labels"):
+        distiller(batch()[0])
+
+
 def test_given_targets_are_used():
     distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False).eval()
     images, labels = batch()
