@@ -111,6 +111,14 @@ class _Shelf:
     def keys(self) -> set[str]:
         return {key for key, _ in self._pieces}
 
+    def layers(self, key: str, prefix: str) -> dict[str, int]:
+        """Elements of each layer whose name starts with `prefix`."""
+        return {
+            name: max(piece.offset + piece.count for piece in pieces)
+            for (found, name), pieces in self._pieces.items()
+            if found == key and name.startswith(prefix)
+        }
+
     def read(self, key: str, name: str, part: Segment) -> Iterator[tuple[int, torch.Tensor]]:
         """(place in the part, values) of all saved values of a layer's elements `part.offset` and on."""
         end, seen = part.offset + part.count, 0
@@ -123,6 +131,27 @@ class _Shelf:
             raise UserError(
                 f"the checkpoint has {seen} of {part.count} values of {key} of {name}: is the model another?"
             )
+
+
+def saved_weights(folder: Path, world_size: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Trained layers of a verified checkpoint by name, whole and flat in float32, without an engine.
+
+    Args:
+        folder: The checkpoint.
+        world_size: Of the ranks that wrote it.
+        prefix: Of the layers' names that are wanted.
+
+    Raises:
+        UserError: Values of a layer are missing.
+    """
+    shelf = _Shelf(folder, world_size)
+    found = {}
+    for name, numel in shelf.layers("weight", prefix).items():
+        flat = torch.empty(numel)
+        for place, values in shelf.read("weight", name, Segment(0, 0, numel, 0)):
+            flat.narrow(0, place, len(values)).copy_(values)
+        found[name] = flat
+    return found
 
 
 @torch.no_grad()

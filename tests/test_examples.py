@@ -20,6 +20,15 @@ EXAMPLES = ROOT / "examples"
 TERMS = {"kd", "spatial_s3", "frequency_s3", "spatial_s4", "frequency_s4", "total"}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small are several times faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Runs an example in this process, in a folder of its own; returns what it printed."""

@@ -1,0 +1,55 @@
+"""A contact sheet of what models see and answer: `scalekd inspect CKPT IMAGES -> PNG`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scalekd_ds.commands.parser import Parser
+from scalekd_ds.errors import UserError
+
+
+def parser() -> Parser:
+    """The options."""
+    own = Parser(
+        "inspect",
+        "One PNG of attention, feature maps, predictions and frequencies: of a student, its teacher and a baseline.",
+    )
+    own.add_argument("checkpoint", help="a run's folder, a checkpoint's, a .safetensors with its card, or a timm name")
+    own.add_argument("images", nargs="+", help="folders, files or quoted globs; folders named as classes say the truth")
+    own.add_argument("--out", type=Path, default=Path("inspect.png"), help="the PNG to write (inspect.png)")
+    own.add_argument("--images", dest="count", type=int, default=8, metavar="N", help="rows of the sheet (8)")
+    own.add_argument(
+        "--pick",
+        choices=["spread", "lost"],
+        default="spread",
+        help="spread: evenly over the folders; lost: first what the student alone gets wrong, of all IMAGES",
+    )
+    models = own.add_argument_group("models")
+    models.add_argument("--weights", default="pretrained", help="of a timm CKPT: pretrained, none or a file")
+    models.add_argument(
+        "--of-run", choices=["student", "ema"], help="which weights of a run; what it ships if not given"
+    )
+    models.add_argument("--teacher", help="as CKPT, or none; the run's own teacher if not given")
+    models.add_argument("--teacher-weights", default="pretrained", help="of a timm name: pretrained, none or a file")
+    models.add_argument("--baseline", help="as CKPT: a student of the same classes to compare with")
+    models.add_argument("--baseline-weights", default="pretrained", help="of a timm name: pretrained, none or a file")
+    models.add_argument("--size", type=int, help="side of the images in pixels; that of the training if not given")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"--images is {args.count}: it must be at least 1.")
+    if args.size is not None and args.size < 8:
+        raise UserError(f"--size is {args.size}: it must be at least 8 pixels.")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out is {str(args.out)!r}: it must end in .png.")
+
+    from scalekd_ds.inspection.sheet import check_matplotlib
+
+    check_matplotlib()
+    from scalekd_ds.inspection.compose import inspect
+
+    for line in inspect(args):
+        print(line)
