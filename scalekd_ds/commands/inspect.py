@@ -25,12 +25,20 @@ def parser() -> Parser:
         help="spread: evenly over the folders; lost: first what the student alone gets wrong, of all IMAGES",
     )
     models = own.add_argument_group("models")
-    models.add_argument("--weights", default="pretrained", help="of a timm CKPT: pretrained, none or a file")
+    # with the names of training's options too, which what is said of weights that cannot be had speaks of
+    models.add_argument(
+        "--weights", "--student_weights", default="pretrained", help="of a timm CKPT: pretrained, none or a file"
+    )
     models.add_argument(
         "--of-run", choices=["student", "ema"], help="which weights of a run; what it ships if not given"
     )
     models.add_argument("--teacher", help="as CKPT, or none; the run's own teacher if not given")
-    models.add_argument("--teacher-weights", default="pretrained", help="of a timm name: pretrained, none or a file")
+    models.add_argument(
+        "--teacher-weights",
+        "--teacher_weights",
+        default="pretrained",
+        help="of a timm name: pretrained, none or a file",
+    )
     models.add_argument("--baseline", help="as CKPT: a student of the same classes to compare with")
     models.add_argument("--baseline-weights", default="pretrained", help="of a timm name: pretrained, none or a file")
     models.add_argument("--size", type=int, help="side of the images in pixels; that of the training if not given")
