@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
+import typing
 import warnings
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -97,12 +99,34 @@ def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
     Raises:
         UserError: An unknown key or a value of the wrong type, naming `source`.
     """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}: it must be a JSON object, as --dump-config writes it."
+        )
+    _check_names(values, source)
     parser = run_parser("config")
     try:
         parsed = parser.parse_object(values)
     except ArgumentError as error:
         raise UserError(f"{source}: {_one_line(error, parser)}") from None
-    return _instantiate(parser, parsed)
+    try:
+        return _instantiate(parser, parsed)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _check_names(values: dict[str, Any], source: str) -> None:
+    """jsonargparse takes a name that it does not know without a word where an empty object stands behind it."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in groups:
+            raise UserError(f"{source}: unknown key {name!r}.{suggest(name, groups)}")
+        if not dataclasses.is_dataclass(groups[name]) or not isinstance(value, dict):
+            continue
+        known = [field.name for field in dataclasses.fields(groups[name])]
+        for key in value:
+            if key not in known:
+                raise UserError(f"{source}: unknown key {f'{name}.{key}'!r}.{suggest(key, known)}")
 
 
 def read_config(path: Path) -> RunConfig:
@@ -120,7 +144,20 @@ def read_config(path: Path) -> RunConfig:
     return config_from_dict(values, str(path))
 
 
+def _check_values(parsed: Namespace, owner: type, prefix: str) -> None:
+    """What jsonargparse lets through: null in a file for any field, and a plain value for a group of fields."""
+    for name, kind in typing.get_type_hints(owner).items():
+        value = parsed[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Namespace):
+                raise UserError(f"--{name} is {value!r}: it must be an object with the fields of --{name}.*.")
+            _check_values(value, kind, f"{name}.")
+        elif value is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"--{prefix}{name} is null: it must have a value.")
+
+
 def _instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    _check_values(parsed, RunConfig, "")
     values = parser.instantiate(parsed)
     fields = {name: values[name] for name in RunConfig.__dataclass_fields__}
     return RunConfig(**fields)

@@ -68,6 +68,7 @@ def read(name: str) -> dict[str, Any]:
         if config.get(key, "auto") != "auto":
             raise UserError(f'{path} sets {key!r}, which is the recipe\'s: write "auto" there and set --{field}.')
     _check_zero(config, path)
+    _check_autocast(config, path)
     return config
 
 
@@ -98,6 +99,15 @@ def _check_zero(config: dict[str, Any], path: Path) -> None:
         name = ".".join(map(str, first["loc"]))
         hint = suggest(name, DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
         raise UserError(f"{path}: zero_optimization.{name} is {first['input']!r}: {first['msg']}.{hint}") from None
+
+
+def _check_autocast(config: dict[str, Any], path: Path) -> None:
+    autocast = config.get("torch_autocast", {})
+    if not isinstance(autocast, dict):
+        raise UserError(f'{path}: torch_autocast is {autocast!r}: it must be an object such as {{"enabled": true}}.')
+    dtype = autocast.get("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        raise UserError(f"{path}: torch_autocast.dtype is {dtype!r}: it must be 'bfloat16' or 'float16'.")
 
 
 def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, Any]:
