@@ -17,9 +17,11 @@ with `weights_only`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ def save(
 ) -> Path:
     """Begins a checkpoint, which `saver` finishes beside the training; collective.
 
+    Call `saver.copied()` before the weights are updated again.
+
     Args:
         engine: The engine.
         saver: Of this run.
@@ -86,12 +90,28 @@ def save(
 
     rank = dist.get_rank()
     synchronise_buffers(engine.module)
-    shards, generators, counters = snapshot(engine), rng_state(), engine_state(engine)
-    weights = student_state(engine.module)
+    # the copies' memory is the last checkpoint's, until that is written
+    saver.wait()
+    generators, counters = rng_state(), engine_state(engine)
+    # ZeRO-3 gathers them from all ranks, all at the same time; at the other stages they only change in the next update
+    whole = student_state(engine.module, saver.copies) if engine.zero_optimization_stage() == 3 else None
     state_dict = engine.module.state_dict(keep_vars=True)
-    untrained = {name: gathered(tensor) for name, tensor in state_dict.items() if not tensor.requires_grad}
+    untrained = {
+        name: gathered(tensor, saver.copies, f"untrained {name}")
+        for name, tensor in state_dict.items()
+        if not tensor.requires_grad
+    }
 
-    def write(folder: Path) -> None:
+    # BatchNorm's change in the next forward pass
+    prefix = "student."
+    statistics = {name.removeprefix(prefix): t for name, t in untrained.items() if name.startswith(prefix)}
+
+    def take() -> Callable[[Path], None]:
+        shards = snapshot(engine, saver.copies)
+        weights = student_state(engine.module, saver.copies) if whole is None else whole
+        return functools.partial(write, shards, weights | statistics)
+
+    def write(shards: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], folder: Path) -> None:
         save_file(shards, shard_file(folder, rank))
         torch.save(generators, folder / f"rng_rank{rank}.pt")
         if rank == 0:
@@ -104,7 +124,7 @@ def save(
         for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
             sync(path)
 
-    return saver.start(state["step"], write)
+    return saver.start(state["step"], take)
 
 
 def choose(run_dir: Path, resume: str) -> Path | None:

@@ -22,6 +22,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.ds_config import stage_of
 from scalekd_ds.errors import UserError
+from scalekd_ds.host_copies import HostCopies
 from scalekd_ds.host_memory import keep_freed_memory
 from scalekd_ds.hosts import read_hosts
 from scalekd_ds.optim import build_optimizer, build_schedule
@@ -169,20 +170,27 @@ def average_over_ranks(buffers: list[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def student_state(distiller: ScaleKD) -> dict[str, torch.Tensor]:
+def student_state(distiller: ScaleKD, copies: HostCopies | None = None) -> dict[str, torch.Tensor]:
     """The student's whole state-dict on the CPU, from any ZeRO stage. Collective: every rank calls it.
 
     Buffers are this rank's: call `synchronise_buffers` first.
+
+    Args:
+        distiller: Of the engine.
+        copies: The memory to copy into; fresh memory without it.
     """
-    return {name: gathered(tensor) for name, tensor in distiller.student.state_dict(keep_vars=True).items()}
+    copies = copies or HostCopies()
+    return {
+        name: gathered(tensor, copies, name) for name, tensor in distiller.student.state_dict(keep_vars=True).items()
+    }
 
 
 @torch.no_grad()
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor, copies: HostCopies | None = None, key: str = "") -> torch.Tensor:
     """A copy of a whole parameter or buffer on the CPU; collective where ZeRO-3 shards it."""
     sharded = hasattr(tensor, "ds_id")
     with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
-        return tensor.detach().to("cpu", copy=True).contiguous()
+        return (copies or HostCopies())(key, tensor)
 
 
 @torch.no_grad()

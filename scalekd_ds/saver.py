@@ -1,10 +1,11 @@
-"""Checkpoints written beside the training: a step waits for copies in memory, and the disk has until the next one."""
+"""Checkpoints written beside the training: copies have until the next update of the weights, the disk until the next one."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -15,6 +16,7 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError
 
 from scalekd_ds.errors import UserError
+from scalekd_ds.host_copies import HostCopies
 from scalekd_ds.manifest import sync, write_json, write_manifest
 
 # names the newest checkpoint, so that a vanished one is an error and not a silent fresh start
@@ -34,22 +36,29 @@ class Saver:
         keep_last: Newest checkpoints that are kept.
         keep_best: Checkpoints with the best `top1` in their state that are kept besides.
         store: torch's store of the job, or None on one rank.
+
+    Attributes:
+        copies: Where a checkpoint's tensors are kept until they are written; `wait` first.
     """
 
     def __init__(self, run_dir: Path, keep_last: int, keep_best: int, store: Any = None) -> None:
         self.folder, self.keep_last, self.keep_best = run_dir / "checkpoints", keep_last, keep_best
         self._latest = run_dir / LATEST
         self._store = store.clone() if store is not None else None
+        self.copies = HostCopies()
         self._pool = ThreadPoolExecutor(1, "save-checkpoint")
         self._pending: tuple[Path, Future] | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._count = 0
 
-    def start(self, step: int, write: Callable[[Path], None]) -> Path:
+    def start(self, step: int, take: Callable[[], Callable[[Path], None]]) -> Path:
         """Begins checkpoint `step`, once the one before it is done; collective.
 
         Args:
             step: Optimizer step.
-            write: Writes this rank's files into the folder that it is given, from copies: it runs beside the training.
+            take: Copies what is to be saved, beside the next forward and backward pass, and returns what writes this rank's
+                files from the copies into the folder that it is given.
 
         Returns:
             Where the finished checkpoint will be.
@@ -61,8 +70,13 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         self._count += 1
-        self._pending = final, self._pool.submit(self._run, self._count, partial, final, write)
+        self._copied.clear()
+        self._pending = final, self._pool.submit(self._run, self._count, partial, final, take)
         return final
+
+    def copied(self) -> None:
+        """Until all that is to be saved has been copied: weights and optimizer may change from then on."""
+        self._copied.wait()
 
     def wait(self) -> str | None:
         """Until the checkpoint that is being written is done; returns why it could not be, the same on every rank."""
@@ -95,8 +109,8 @@ class Saver:
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
-    def _run(self, number: int, partial: Path, final: Path, write: Callable[[Path], None]) -> str | None:
-        problem = _problem_of(lambda: _write_synced(partial, write))
+    def _run(self, number: int, partial: Path, final: Path, take: Callable[[], Callable[[Path], None]]) -> str | None:
+        problem = _problem_of(lambda: self._write(partial, take))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if self._store is None:
             return self._finished(partial, final, problem)
@@ -108,6 +122,14 @@ class Saver:
             return result
         self._store.set(f"{prefix}/{rank}", json.dumps(problem))
         return self._told(prefix)
+
+    def _write(self, partial: Path, take: Callable[[], Callable[[Path], None]]) -> None:
+        try:
+            write = take()
+        finally:
+            self._copied.set()
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
 
     def _told(self, key: str) -> str | None:
         self._store.wait([key], _PATIENCE)
@@ -132,11 +154,6 @@ class Saver:
         for old in found[: -self.keep_last]:
             if old not in best or _top1(old) < 0.0:
                 _remove(old)
-
-
-def _write_synced(partial: Path, write: Callable[[Path], None]) -> None:
-    partial.mkdir(parents=True, exist_ok=True)
-    write(partial)
 
 
 def _problem_of(work: Callable[[], None]) -> str | None:

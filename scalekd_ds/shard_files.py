@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from scalekd_ds.errors import UserError
+from scalekd_ds.host_copies import HostCopies
 from scalekd_ds.zero_layout import Segment, Shard, shards_of
 
 ENGINE = "engine.json"
@@ -48,7 +49,7 @@ def _check_in_memory(shard: Shard) -> None:
 
 
 @torch.no_grad()
-def snapshot(engine: Any) -> dict[str, torch.Tensor]:
+def snapshot(engine: Any, copies: HostCopies) -> dict[str, torch.Tensor]:
     """Copies of this rank's shards on the CPU, by their keys in its file: training may go on while they are written."""
     names, state, found = _names(engine), _base_optimizer(engine).state, {}
     for shard in shards_of(engine):
@@ -62,7 +63,7 @@ def snapshot(engine: Any) -> dict[str, torch.Tensor]:
             flat = flat.detach().reshape(-1)
             for part in shard.segments:
                 name = f"{part.offset}/{key}/{names[id(shard.parameters[part.layer])]}"
-                found[name] = flat.narrow(0, part.start, part.count).to("cpu", copy=True)
+                found[name] = copies(name, flat.narrow(0, part.start, part.count))
     return found
 
 

@@ -41,6 +41,8 @@ def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tens
         run.engine.backward(losses["loss/total"])
         if run.engine.is_gradient_accumulation_boundary():
             run.grad_norm = own_grad_norm(run.engine)
+            # the last checkpoint's copies are of the weights before this update
+            run.saver.copied()
         run.engine.step()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach()

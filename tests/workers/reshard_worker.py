@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from scalekd_ds import lamb
 from scalekd_ds.checkpoint import write_json
 from scalekd_ds.config import OptimConfig
+from scalekd_ds.host_copies import HostCopies
 from scalekd_ds.optim import build_optimizer
 from scalekd_ds.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
 
@@ -67,7 +68,7 @@ def main() -> None:
                 engine = start(name, zero)
                 train(engine, batches()[:SAVED])
                 folder.mkdir(exist_ok=True)
-                save_file(snapshot(engine), shard_file(folder, dist.get_rank()))
+                save_file(snapshot(engine, HostCopies()), shard_file(folder, dist.get_rank()))
                 if dist.get_rank() == 0:
                     write_json(folder / ENGINE, engine_state(engine))
                 train(engine, batches()[SAVED:STEPS])
