@@ -271,7 +271,14 @@ class RunDirConfig:
         teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on each
             rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a replica
             on CPUs, and on GPUs the first of the three that fits by the memory plan.
-        progress: `auto` draws a bar on a terminal and writes plain lines elsewhere.
+        progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`) shows
+            nothing, `json` prints one JSON object a line on standard output, and nothing else there.
+        monitors: Where scalars go, a list with commas of `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard and
+            what the DeepSpeed JSON says.
+        pictures: Validation images that TensorBoard shows at each evaluation, as both models see them; 0 shows none.
+        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end.
+        peak_tflops: What one device could compute, in 10^12 FLOP/s, for `system/mfu`; None is the data sheet's for GPUs that
+            are known, and no such scalar on others.
         compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.
     """
 
@@ -288,7 +295,11 @@ class RunDirConfig:
     max_skipped: int = 10
     stop_after: int | None = None
     teacher_placement: Literal["auto", "replica", "sharded", "offload"] = "auto"
-    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    progress: Literal["auto", "bar", "plain", "quiet", "none", "json"] = "auto"
+    monitors: str = ""
+    pictures: int = 4
+    baseline_top1: float | None = None
+    peak_tflops: float | None = None
     compile_teacher: bool = False
 
     def __post_init__(self) -> None:
@@ -300,6 +311,9 @@ class RunDirConfig:
         _require(self.max_skipped > 0, "run.max_skipped", self.max_skipped, "at least 1")
         _require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
         _require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
+        _require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
+        peak = self.peak_tflops
+        _require(peak is None or peak > 0.0, "run.peak_tflops", peak, "positive")
 
 
 @dataclass

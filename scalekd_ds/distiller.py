@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from scalekd_ds.projector_linear import LinearPair, LinearProjector
 from scalekd_ds.projector_pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
+from scalekd_ds.timing import untimed
 
 VIEWS = ("spatial", "frequency")
 
@@ -108,6 +110,9 @@ class ScaleKD(nn.Module):
             self._check_classes(teacher)
             self._register_normalisation(own, theirs)
             self._check_teacher_size(teacher)
+        # who measures a step sets these: a timer of its parts, and a taker of both models' logits
+        self.part: Callable = untimed
+        self.on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.projectors = nn.ModuleDict()
         if features:
             self._build_projectors(teacher, heads_s3, heads_s4, softmax_scale, norm, projector)
@@ -288,25 +293,32 @@ class ScaleKD(nn.Module):
             raise UserError(
                 "targets is None and no term does without labels: give a teacher, and leave features on or kd_weight above 0."
             )
-        student = self._taps[0](images)
-        losses: dict[str, torch.Tensor] = {}
-        # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
-        if targets is not None and self.kd_weight < 1.0:
-            ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
-            losses["loss/ce"] = (1.0 - self.kd_weight) * ce
+        with self.part("student"):
+            student = self._taps[0](images)
+        teacher, projected = None, {}
         if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
-            if self.kd_weight > 0.0:
-                losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
             if self.projectors:
-                losses |= self._feature_losses(student, teacher)
-        losses["loss/total"] = torch.stack(list(losses.values())).sum()
+                with self.part("projectors"):
+                    projected = self.project(student)
+        with self.part("losses"):
+            losses: dict[str, torch.Tensor] = {}
+            # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
+            if targets is not None and self.kd_weight < 1.0:
+                ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
+                losses["loss/ce"] = (1.0 - self.kd_weight) * ce
+            if teacher is not None and self.kd_weight > 0.0:
+                losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
+            if projected:
+                losses |= self._feature_losses(projected, teacher)
+            losses["loss/total"] = torch.stack(list(losses.values())).sum()
+        if self.on_logits is not None and teacher is not None and teacher.logits is not None:
+            self.on_logits(student.logits, teacher.logits)
         return losses
 
     def _feature_losses(
-        self, student: StudentOutput, teacher: TeacherTargets | TargetsWithoutTPP
+        self, projected: dict[str, dict[str, torch.Tensor]], teacher: TeacherTargets | TargetsWithoutTPP
     ) -> dict[str, torch.Tensor]:
-        projected = self.project(student)
         stages, weights = [], []
         for stage, views in projected.items():
             # a view that is switched off has no projector; the other one's tokens stand in, with weight 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,37 @@ def stage_of(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def monitors(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """The monitors' part of the JSON; TensorBoard is on, below the run's folder, unless the JSON says otherwise."""
-    default = {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"}
+def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str, Any]:
+    """The monitors' part of the DeepSpeed configuration.
+
+    Args:
+        config: The DeepSpeed JSON, which may hold monitors of its own.
+        run_dir: TensorBoard's files and the .csv ones go below it.
+        names: `run.monitors`; empty is TensorBoard, unless the JSON says otherwise.
+
+    Raises:
+        UserError: An unknown name, one that both places set, or a service whose package is missing.
+    """
     chosen = {name: config[name] for name in MONITORS if name in config}
-    return chosen | {"tensorboard": default | chosen.get("tensorboard", {})}
+    defaults = {
+        "tensorboard": {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"},
+        "csv": {"enabled": True, "output_path": str(run_dir), "job_name": "csv"},
+        "wandb": {"enabled": True, "project": "scalekd_ds", "group": run_dir.name},
+        "comet": {"enabled": True, "project": "scalekd_ds", "experiment_name": run_dir.name},
+    }
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    for name in listed:
+        if name not in defaults:
+            raise UserError(f"run.monitors names {name!r}.{suggest(name, defaults)} Known: {', '.join(defaults)}.")
+        key = "csv_monitor" if name == "csv" else name
+        if key in chosen:
+            raise UserError(
+                f"{name} is set in run.monitors and as {key!r} in the DeepSpeed JSON: set it in one of them."
+            )
+    merged = chosen | {("csv_monitor" if name == "csv" else name): defaults[name] for name in dict.fromkeys(listed)}
+    if not listed:
+        merged["tensorboard"] = defaults["tensorboard"] | chosen.get("tensorboard", {})
+    for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if merged.get(name, {}).get("enabled") and find_spec(package) is None:
+            raise UserError(f"the monitor {name} needs its package, which is not installed: pip install {package}")
+    return merged

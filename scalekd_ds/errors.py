@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -27,22 +28,36 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
 
 
+def where_from() -> str:
+    """` (rank 3 on NAME)` in a job of several ranks, else empty."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f" (rank {os.environ.get('RANK', '0')} on {socket.gethostname()})"
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main`, turning a UserError into one line on stderr and its exit status, without a traceback.
 
     Every rank of a job meets the same mistake. Ranks other than 0 wait a moment before they print, so that the
-    launcher, which ends the others as soon as one fails, normally leaves exactly one line to read.
+    launcher, which ends the others as soon as one fails, normally leaves exactly one line to read. What nobody foresaw keeps
+    its traceback, with a last line that says on which rank and host it was.
     """
     try:
         status = main()
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
+        if int(os.environ.get("RANK", "0")):
             time.sleep(1.5)
-        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         message = " ".join(str(error).split())
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"error{where_from()}: {message}", file=sys.stderr, flush=True)
         # os._exit would lose buffered output; a process group that is half set up must not hang the exit
         sys.stdout.flush()
         os._exit(error.status)
+    except Exception as error:
+        if not where_from():
+            raise
+        # in one write: other ranks print theirs into the same terminal
+        text = "".join(traceback.format_exception(error))
+        first = " ".join(str(error).split())
+        print(f"{text}error{where_from()}: {type(error).__name__}: {first}\n", end="", file=sys.stderr, flush=True)
+        sys.exit(1)
     sys.exit(status or 0)

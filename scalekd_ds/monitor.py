@@ -1,18 +1,20 @@
-"""What a person sees of a run: TensorBoard through DeepSpeed's monitor, and a bar or plain lines on rank 0."""
+"""What is kept of a run to look at: scalars through DeepSpeed's monitors, and pictures, text and hyperparameters in the
+same TensorBoard file."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from deepspeed import comm as dist
+import torch
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# what runs are compared by
+METRICS = ("val/best_top1", "val/top1", "loss/total")
 
 
 class Monitor:
-    """Writes scalars on rank 0.
+    """Writes on rank 0, and does nothing on others.
 
     Args:
         config: The monitors' part of the DeepSpeed JSON (`ds_config.monitors`).
@@ -21,58 +23,34 @@ class Monitor:
     def __init__(self, config: dict[str, Any]) -> None:
         # engine.monitor would add DeepSpeed's own scalars, flushed at every step
         self._monitor = MonitorMaster(get_monitor_config(config))
+        board = self._monitor.tb_monitor
+        # DeepSpeed's own writer, so that one file holds everything
+        self._writer = board.summary_writer if board is not None else None
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes `scalars` at an optimizer step."""
+        """Writes `scalars` at an optimizer step, and all that was written before, to disk."""
         self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
 
+    def pictures(self, step: int, pictures: dict[str, torch.Tensor]) -> None:
+        """Pictures (3, H, W) in 0 to 1, by name; on disk with the next scalars."""
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step)
 
-class Reporter:
-    """Progress on rank 0: a bar on a terminal, lines elsewhere, nothing on other ranks.
+    def begin(self, step: int, text: str, hyperparameters: dict[str, bool | str | float]) -> None:
+        """The run's summary, in Markdown, and its row in the table of runs."""
+        if self._writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
 
-    Args:
-        total: Optimizer steps of the run.
-        done: Steps done before.
-        style: `auto`, `bar`, `plain` or `none`.
-    """
+        self._writer.add_text("run/summary", text, step)
+        # `add_hparams` would open a second file in a folder of its own, and so a second run
+        experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
+        for event in (experiment, start):
+            self._writer.file_writer.add_summary(event)
+        self._writer.flush()
 
-    def __init__(self, total: int, done: int, style: str) -> None:
-        if dist.get_rank() != 0:
-            style = "none"
-        elif style == "auto":
-            style = "bar" if sys.stdout.isatty() else "plain"
-        self.style, self.total = style, total
-        self._bar = None
-        if style == "bar":
-            columns = ["{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-            self._bar = Progress(*columns, TextColumn("{task.fields[status]}"))
-            self._task = self._bar.add_task("train", total=total, completed=done, status="")
-            self._bar.start()
-
-    def step(self, step: int) -> None:
-        """Moves the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
-
-    def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Shows loss, images/s and data wait."""
-        status = (
-            f"loss {scalars['loss/total']:.4f}  {scalars['perf/images_per_s']:.0f} img/s  "
-            f"data wait {100 * scalars['perf/data_wait_share']:.0f}%"
-        )
-        if self._bar:
-            self._bar.update(self._task, completed=step, status=status)
-        elif self.style == "plain":
-            print(f"step {step}/{self.total}  {status}  lr {scalars['optim/lr']:.3g}", flush=True)
-
-    def line(self, text: str) -> None:
-        """One line of text."""
-        if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self.style == "plain":
-            print(text, flush=True)
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        if self._bar:
-            self._bar.stop()
+    def end(self) -> None:
+        """The run is finished: the table of runs says so."""
+        if self._writer is not None:
+            self._writer.file_writer.add_summary(self._end)
+            self._writer.flush()

@@ -95,6 +95,13 @@ class Run:
     accuracy: dict[str, float] | None = None
     ema: StudentEma | None = None
     ema_accuracy: dict[str, float] | None = None
+    # top1 and step of the best evaluation; wall seconds and joules of earlier starts
+    best: dict[str, float] | None = None
+    seconds_before: float = 0.0
+    joules_before: float = 0.0
+    # validation images for pictures, once they were read
+    shown: torch.Tensor | None = None
+    shows_pictures: bool = False
 
     @property
     def distiller(self) -> ScaleKD:
@@ -128,6 +135,7 @@ def build(cfg: RunConfig) -> Run:
     check_hostfile()
     ds_json = ds_config.read(cfg.run.ds_config)
     run_dir = Path(cfg.run.dir)
+    monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
     resume_from = checkpoint.choose(run_dir, cfg.run.resume)
     train, val = read_sources(cfg)
     device = start_processes()
@@ -172,7 +180,7 @@ def build(cfg: RunConfig) -> Run:
         cfg,
         device,
         engine,
-        Monitor(ds_config.monitors(ds_json, run_dir)),
+        Monitor(monitors),
         train.classes,
         TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
@@ -190,6 +198,10 @@ def build(cfg: RunConfig) -> Run:
         accuracy=state.get("accuracy"),
         ema=ema,
         ema_accuracy=state.get("ema_accuracy"),
+        best=state.get("best"),
+        seconds_before=state.get("seconds", 0.0),
+        joules_before=state.get("joules") or 0.0,
+        shows_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -17,37 +18,45 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.engine import student_state, synchronise_buffers
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation import evaluate, evaluate_module
-from scalekd_ds.monitor import Reporter
 from scalekd_ds.nonfinite import statistics
+from scalekd_ds.provenance import hyperparameters, summary
 from scalekd_ds.run import Run, build
-from scalekd_ds.timing import StepTimer
+from scalekd_ds.run_pictures import draw, images_to_show
+from scalekd_ds.terminal import Quiet, reporter_for
+from scalekd_ds.terminal.json_lines import claim_stdout
+from scalekd_ds.terminal.report import ReportCard
+from scalekd_ds.watch import Watch
 from scalekd_ds.zero_layout import shards_of
 
 
-def train_step(run: Run, batches: Any, timer: StepTimer) -> dict[str, torch.Tensor]:
+def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
     """One optimizer step; returns the mean losses of its micro batches, still on the device."""
+    part = run.distiller.part
     sums: dict[str, torch.Tensor] = {}
     accumulation = run.engine.gradient_accumulation_steps()
     for micro in range(accumulation):
-        with timer.part("data_wait", host=True):
+        with part("data_wait"):
             images, labels = next(batches)
         if run.mixer is not None:
             images, labels = run.mixer(images, labels, run.step, micro)
         targets = None
         if run.teacher is not None:
-            with timer.part("teacher"):
+            with part("teacher"):
                 targets = run.distiller.teacher_targets(images)
         losses = run.engine(images, labels, targets)
-        run.engine.backward(losses["loss/total"])
+        with part("backward"):
+            run.engine.backward(losses["loss/total"])
         if run.engine.is_gradient_accumulation_boundary():
             run.grad_norm = own_grad_norm(run.engine)
             # the last checkpoint's copies are of the weights before this update
             run.saver.copied()
-        run.engine.step()
+        with part("optimizer"):
+            run.engine.step()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach()
     if run.ema is not None:
-        run.ema.update()
+        with part("optimizer"):
+            run.ema.update()
     means = {name: loss / accumulation for name, loss in sums.items()}
     run.nonfinite.step_done(run.engine.was_step_applied(), lambda: report_of(run, images, means))
     return means
@@ -73,39 +82,6 @@ def own_grad_norm(engine: Any) -> torch.Tensor | None:
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
-def mean_over_ranks(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One all-reduce and one host sync; a NaN on any rank is a NaN on every rank."""
-    means = torch.stack([loss.float() for loss in losses.values()]) / dist.get_world_size()
-    dist.all_reduce(means)
-    return dict(zip(losses, means.tolist(), strict=True))
-
-
-def sum_over_ranks(value: float, device: torch.device) -> float:
-    """Collective."""
-    total = torch.tensor(float(value), device=device)
-    dist.all_reduce(total)
-    return total.item()
-
-
-def scalars_of(run: Run, losses: dict[str, torch.Tensor], timer: StepTimer, steps: int) -> dict[str, float]:
-    """Everything that TensorBoard gets at a logged step."""
-    scalars = mean_over_ranks(losses)
-    scalars |= {f"weight/{name}": weight for name, weight in run.distiller.weights().items()}
-    scalars["optim/lr"] = run.engine.get_lr()[0]
-    norm = run.engine.get_global_grad_norm() if run.grad_norm is None else run.grad_norm
-    if norm is not None:
-        scalars["optim/grad_norm"] = float(norm)
-    wall, shares = timer.read()
-    scalars["perf/images_per_s"] = steps * run.cfg.global_batch_size / wall
-    scalars["optim/skipped_steps"] = float(run.engine.skipped_steps)
-    scalars["data/bad_files"] = sum_over_ranks(len(run.train_loader.bad_files), run.device)
-    scalars["perf/data_wait_share"] = shares.get("data_wait", 0.0)
-    if run.teacher is not None:
-        scalars["perf/teacher_share"] = shares.get("teacher", 0.0)
-    scalars["progress/epoch"] = run.step / run.steps_per_epoch
-    return scalars
-
-
 def student_to_evaluate(run: Run) -> nn.Module:
     """The student with the weights that are saved and shipped; collective.
 
@@ -128,29 +104,39 @@ def averaged_student(run: Run) -> nn.Module:
     return student
 
 
-def validate(run: Run, reporter: Reporter) -> None:
-    """Top-1 and top-5 of the student and its average, and once of the teacher; collective."""
+def validate(run: Run, reporter: Quiet) -> None:
+    """Top-1 and top-5 of the student and its average, and once of the teacher, and pictures; collective."""
     synchronise_buffers(run.distiller)
-    run.accuracy = evaluate_module(student_to_evaluate(run), run.validation(), run.device)
+    student = student_to_evaluate(run)
+    run.accuracy = evaluate_module(student, run.validation(), run.device)
+    if run.cfg.run.pictures and run.shows_pictures:
+        if run.shown is None:
+            run.shown = images_to_show(run, run.cfg.run.pictures)
+        pictures = draw(run, student, run.shown)
+        run.heartbeat.progress()
+        if dist.get_rank() == 0:
+            run.monitor.pictures(run.step, pictures)
     teacher = run.teacher
     if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
         run.teacher_accuracy = evaluate(
             lambda images: run.distiller.teacher_targets(images).logits, run.validation(), run.device
         )
-    scalars = {"val/top1": run.accuracy["top1"], "val/top5": run.accuracy["top5"]}
-    line = f"step {run.step}  val top-1 {run.accuracy['top1']:.2f}%  top-5 {run.accuracy['top5']:.2f}%"
     if run.ema is not None:
         run.ema_accuracy = evaluate_module(averaged_student(run), run.validation(), run.device)
-        scalars |= {f"val/ema_{k}": run.ema_accuracy[k] for k in ("top1", "top5")}
-        line += f"  (average {run.ema_accuracy['top1']:.2f}%)"
-    if run.teacher_accuracy:
-        scalars |= {f"val/teacher_{k}": run.teacher_accuracy[k] for k in ("top1", "top5")}
-        line += f"  (teacher {run.teacher_accuracy['top1']:.2f}%)"
-    run.monitor.log(run.step, scalars)
-    reporter.line(line)
+    top1 = run.accuracy_of(run.ships)["top1"]
+    if run.best is None or top1 > run.best["top1"]:
+        run.best = {"top1": top1, "step": run.step}
+    # as TensorBoard and as the table name them
+    found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
+    found.append(("teacher_", "teacher", run.teacher_accuracy))
+    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
+    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
+    run.monitor.log(run.step, scalars | {"val/best_top1": run.best["top1"]})
+    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
+    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])
 
 
-def save(run: Run) -> Path:
+def save(run: Run, watch: Watch) -> Path:
     """Begins a checkpoint of this step; collective."""
     state = {
         "step": run.step,
@@ -163,6 +149,9 @@ def save(run: Run) -> Path:
         "accuracy": run.accuracy,
         "ema_accuracy": run.ema_accuracy,
         "teacher_accuracy": run.teacher_accuracy,
+        "best": run.best,
+        "seconds": watch.seconds(),
+        "joules": watch.joules(),
         "config": run.cfg.as_dict(),
     }
     average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
@@ -185,13 +174,18 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         UserError: While training: what the user can mend.
         RankLostError: Another rank failed, died, or cannot be reached.
     """
+    if cfg.run.progress == "json":
+        claim_stdout()
     run = build(cfg)
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
-    reporter = Reporter(last, run.step, cfg.run.progress)
-    with run.heartbeat, run.preemption:
+    if dist.get_rank() == 0:
+        text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
+        run.monitor.begin(run.step, text, hyperparameters(cfg))
+    reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
+    with run.heartbeat, run.preemption, Watch(run) as watch:
         try:
-            finished = _loop(run, reporter, last)
-            results = _finish(run, reporter) if finished else _stop(run, reporter)
+            finished = _loop(run, reporter, watch, last)
+            results = _finish(run, reporter, watch) if finished else _stop(run, reporter)
             run.saver.finish()
         except UserError:
             raise
@@ -205,21 +199,23 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _loop(run: Run, reporter: Reporter, last: int) -> bool:
+def _loop(run: Run, reporter: Quiet, watch: Watch, last: int) -> bool:
     """Trains to step `last`; False where a signal ended it before, with the checkpoint of that step begun."""
     cfg = run.cfg.run
     eval_steps = round(cfg.eval_every * run.steps_per_epoch)
-    batches, timer = iter(run.train_loader), StepTimer(run.device)
+    batches = iter(run.train_loader)
     run.engine.train()
-    logged, cpu = run.step, time.process_time()
+    watch.reset()
+    cpu = time.process_time()
     while run.step < last:
-        losses = train_step(run, batches, timer)
+        logged = (run.step + 1) % cfg.log_every == 0 or run.step + 1 == last
+        watch.expect(logged)
+        losses = train_step(run, batches)
         run.step += 1
         run.heartbeat.progress(run.step)
         reporter.step(run.step)
-        if run.step % cfg.log_every == 0 or run.step == last:
-            scalars = scalars_of(run, losses, timer, run.step - logged)
-            logged = run.step
+        if logged:
+            scalars = watch.scalars(losses)
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
         stopping = run.preemption.stop() and run.step < last
@@ -232,16 +228,16 @@ def _loop(run: Run, reporter: Reporter, last: int) -> bool:
         if evaluating:
             validate(run, reporter)
         if saving:
-            save(run)
+            save(run, watch)
         if stopping:
             return False
         run.heartbeat.progress(run.step)
-        timer.reset()
-        logged, cpu = run.step, time.process_time()
+        watch.reset()
+        cpu = time.process_time()
     return True
 
 
-def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
+def _stop(run: Run, reporter: Quiet) -> dict[str, Any]:
     """After a signal: the checkpoint is finished, and the user told how to go on."""
     run.saver.finish()
     reporter.line(
@@ -251,7 +247,7 @@ def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
     return {"step": run.step, "total_steps": run.total_steps, "stopped_by": run.preemption.signal}
 
 
-def _finish(run: Run, reporter: Reporter) -> dict[str, Any]:
+def _finish(run: Run, reporter: Quiet, watch: Watch) -> dict[str, Any]:
     run_dir = Path(run.cfg.run.dir)
     weights = run.ema.state() if run.ships == "ema" else student_state(run.distiller)
     shipped = run.accuracy_of(run.ships)
@@ -261,17 +257,44 @@ def _finish(run: Run, reporter: Reporter) -> dict[str, Any]:
         "weights": run.ships,
         "top1": shipped["top1"],
         "top5": shipped["top5"],
+        "best": run.best,
         "student_top1": run.accuracy["top1"],
         "ema_top1": (run.ema_accuracy or {}).get("top1"),
         "teacher_top1": (run.teacher_accuracy or {}).get("top1"),
+        "seconds": watch.seconds(),
+        "joules": watch.joules(),
         "cpu_seconds": run.cpu_seconds,
         "world_size": dist.get_world_size(),
     }
     if dist.get_rank() == 0:
         checkpoint.write_student(run_dir / "student.safetensors", weights, card_of(run, run.ships))
         checkpoint.write_json(run_dir / "results.json", results)
-        reporter.line(
-            f"top-1 {results['top1']:.2f}% after {run.step} steps; weights: {run_dir / 'student.safetensors'}"
-        )
+        run.monitor.end()
+        reporter.card(report_card(run.cfg, results))
     dist.barrier()
     return results
+
+
+def report_card(cfg: RunConfig, results: dict[str, Any]) -> ReportCard:
+    """What the end of a run shows."""
+    run_dir = Path(cfg.run.dir)
+    weights = run_dir / "student.safetensors"
+    files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}
+    commands = [
+        ["python", "launch/evaluate.py", str(weights), "--data", cfg.data.root],
+        ["tensorboard", "--logdir", cfg.run.dir],
+    ]
+    return ReportCard(
+        top1=results["top1"],
+        best_top1=results["best"]["top1"],
+        best_step=results["best"]["step"],
+        weights=results["weights"],
+        baseline_top1=cfg.run.baseline_top1,
+        teacher_top1=results["teacher_top1"],
+        steps=results["step"],
+        seconds=results["seconds"],
+        images=results["step"] * cfg.global_batch_size,
+        joules=results["joules"],
+        files={name: str(path) for name, path in files.items()},
+        next=[shlex.join(command) for command in commands],
+    )

@@ -79,9 +79,9 @@ def test_two_ranks_train_with_each_ds_config(data, tmp_path, config):
     assert logged["optim/lr"][10] == pytest.approx(0.0, abs=1e-9)
     assert logged["weight/kd"][1] == 0.5
     assert all(v > 0 for v in logged["optim/grad_norm"].values())
-    for name in ("perf/images_per_s", "perf/data_wait_share", "perf/teacher_share", "val/top1", "val/top5"):
+    for name in ("system/images_per_s", "system/share_data_wait", "system/share_teacher", "val/top1", "val/top5"):
         assert all(v >= 0 for v in logged[name].values())
-    assert 0 < logged["perf/teacher_share"][5] < 1
+    assert 0 < logged["system/share_teacher"][5] < 1
     assert {"val/teacher_top1", "val/teacher_top5"} <= set(logged)
     assert logged["val/top1"][10] == pytest.approx(results["top1"], rel=1e-5)
 

@@ -99,6 +99,11 @@ def main(argv: list[str] | None = None) -> None:
         _start_launcher(launcher_command(given, run))
     if given.deepspeed_args:
         raise UserError("--deepspeed-args is given without --gpus or --hostfile: there is no launcher to take them.")
+    if cfg.run.progress == "json":
+        from scalekd_ds.terminal.json_lines import claim_stdout
+
+        # before DeepSpeed is imported, which greets on standard output
+        claim_stdout()
     from scalekd_ds.trainer import train
 
     train(cfg)

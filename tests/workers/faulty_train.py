@@ -20,13 +20,13 @@ def main() -> None:
     at = {int(step) for step in steps.split(",")}
     train_step = trainer.train_step
 
-    def faulty(run, batches, timer):
+    def faulty(run, batches):
         if dist.get_rank() != 1 or run.step not in at:
-            return train_step(run, batches, timer)
+            return train_step(run, batches)
         if kind == "hang":
             time.sleep(1000)
         # what a broken image, or a loss that ran away, does to a step
-        return train_step(run, ((images * torch.nan, labels) for images, labels in batches), timer)
+        return train_step(run, ((images * torch.nan, labels) for images, labels in batches))
 
     trainer.train_step = faulty
     cfg, _ = parse_run(args)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from scalekd_ds import trainer
 from scalekd_ds.cli import parse_run
 from scalekd_ds.engine import synchronise_buffers
-from scalekd_ds.timing import StepTimer
+from scalekd_ds.watch import Watch
 
 
 @torch.no_grad()
@@ -17,11 +17,11 @@ def main() -> None:
     out, *args = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     cfg, _ = parse_run(args)
     run = trainer.build(cfg)
-    batches, timer = iter(run.train_loader), StepTimer(run.device)
+    batches = iter(run.train_loader)
     run.engine.train()
     with torch.enable_grad():
         for _ in range(4):
-            trainer.train_step(run, batches, timer)
+            trainer.train_step(run, batches)
             run.step += 1
     synchronise_buffers(run.distiller)
     student = trainer.student_to_evaluate(run).eval()
@@ -38,7 +38,7 @@ def main() -> None:
     ).shard
     logits = torch.cat([student(images) for images, _ in run.val_loader])
     run.engine.train()
-    trainer.save(run)
+    trainer.save(run, Watch(run))
     run.saver.finish()
     save_file({"logits": logits.contiguous()}, f"{out}.rank{dist.get_rank()}")
     dist.barrier()
