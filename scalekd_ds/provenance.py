@@ -14,6 +14,8 @@ import torch
 
 from scalekd_ds.config import RunConfig
 
+_SPEED = {f"data.{name}" for name in "threads prefetch keep_mb hw_decoder_load largest_image eval_batch_size".split()}
+
 
 def git_commit(folder: Path = Path(__file__).parent) -> str | None:
     """Hash of the checkout that holds `folder`, with `, changed` where tracked files differ; None outside a checkout."""
@@ -39,8 +41,9 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def command_line() -> str:
-    """This process's, as a shell would take it."""
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+    """This process's, as a shell would take it, a flag a line."""
+    words = [Path(sys.executable).name, *sys.argv]
+    return "".join((" \\\n    " if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip()
 
 
 def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device) -> str:
@@ -66,7 +69,8 @@ def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device)
 
 
 def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
-    """The science of a run as flat `group.field` values, for TensorBoard's table of runs; folders and habits left out."""
+    """The science of a run as flat `group.field` values, for TensorBoard's table of runs; what changes speed alone is left
+    out."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found = {}
@@ -77,4 +81,5 @@ def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
                 found[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
         return found
 
-    return flat({key: value for key, value in cfg.as_dict().items() if key != "run"})
+    values = flat({key: value for key, value in cfg.as_dict().items() if key != "run"})
+    return {name: value for name, value in values.items() if name not in _SPEED}

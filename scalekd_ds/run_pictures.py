@@ -18,6 +18,7 @@ from scalekd_ds.pictures import (
     default_queries,
     enlarge,
     map_of,
+    mark,
     own_weights,
     pca_colours,
     sheet,
@@ -96,5 +97,7 @@ def draw(run: Run, student: nn.Module, images: torch.Tensor) -> dict[str, torch.
     pictures["pictures/spectrum"] = sheet([[enlarge(picture, (_SIDE, _SIDE)) for picture in spectra]])
     if attention is not None:
         looks = attention_pictures(inputs, attention)
+        grid = projector.query_grid
+        looks = [[mark(look, query, grid) for look, query in zip(row, queries, strict=True)] for row in looks]
         pictures["pictures/attention"] = sheet([[image, *row] for image, row in zip(inputs, looks, strict=True)])
     return pictures

@@ -14,6 +14,7 @@ from scalekd_ds.pictures import (
     enlarge,
     heat,
     map_of,
+    mark,
     own_weights,
     pca_colours,
     sheet,
@@ -134,6 +135,9 @@ def test_heat_gets_lighter_and_a_sheet_holds_its_pictures():
     with pytest.raises(ValueError, match="of one"):
         sheet([[a, torch.rand(3, 4, 4)]])
     assert to_uint8(page).shape == (10, 12, 3) and to_uint8(page)[4, 0].tolist() == [255, 255, 255]
+    framed = mark(torch.zeros(3, 8, 12), 5, (2, 3))
+    # the second row's last cell of 4x4 pixels
+    assert framed.sum() == 3 * 12 and framed[:, 4:, 8:].sum() == 3 * 12 and framed[:, 5:7, 9:11].sum() == 0
     assert enlarge(a, (8, 10))[:, 1, 1].tolist() == a[:, 0, 0].tolist()
 
 

@@ -5,7 +5,7 @@ enlarges, blends and lays pictures out.
 """
 
 from scalekd_ds.pictures.attention import attention_maps, attention_pictures, default_queries, own_weights
-from scalekd_ds.pictures.canvas import blend, enlarge, heat, sheet, to_uint8, unnormalise
+from scalekd_ds.pictures.canvas import blend, enlarge, heat, mark, sheet, to_uint8, unnormalise
 from scalekd_ds.pictures.pca import map_of, pca_colours
 from scalekd_ds.pictures.spectrum import spectrum, spectrum_pictures
 
@@ -17,6 +17,7 @@ __all__ = [
     "enlarge",
     "heat",
     "map_of",
+    "mark",
     "own_weights",
     "pca_colours",
     "sheet",

@@ -39,6 +39,24 @@ def blend(image: torch.Tensor, over: torch.Tensor, share: float = 0.6) -> torch.
     return torch.lerp(image, over, share)
 
 
+def mark(picture: torch.Tensor, cell: int, grid: tuple[int, int]) -> torch.Tensor:
+    """A copy of a picture (3, H, W) with a white frame around one cell of a grid laid over it, by number, row by row."""
+    (h, w), (height, width) = grid, picture.shape[-2:]
+    row, column = divmod(cell, w)
+    top, bottom, left, right = (
+        row * height // h,
+        (row + 1) * height // h,
+        column * width // w,
+        (column + 1) * width // w,
+    )
+    line = max(1, min(height, width) // 80)
+    framed = picture.clone()
+    framed[:, top:bottom, left:right] = 1.0
+    inner = (slice(None), slice(top + line, bottom - line), slice(left + line, right - line))
+    framed[inner] = picture[inner]
+    return framed
+
+
 def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 2) -> torch.Tensor:
     """One picture (3, H, W) of rows of pictures (3, h, w), all of one size, with white lines of `gap` pixels between.
 

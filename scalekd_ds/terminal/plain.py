@@ -56,12 +56,13 @@ def losses(scalars: dict[str, float]) -> str:
 
 def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
     """A table in plain text."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"step {step}: validation".ljust(width + 4) + "  top-1   top-5"]
+    title = f"step {step}: validation"
+    width = max(len(title) - 4, *(len(row["name"]) for row in rows))
+    lines = [f"{title:<{width + 4}}    top-1    top-5"]
     for row in rows:
-        top5 = f"{row['top5']:6.2f}%" if row["top5"] is not None else " " * 7
+        top5 = f"{row['top5']:7.2f}%" if row["top5"] is not None else " " * 8
         at = f"  (step {row['step']})" if row["step"] != step else ""
-        lines.append(f"    {row['name']:<{len(lines[0]) - 20}} {row['top1']:6.2f}% {top5}{at}".rstrip())
+        lines.append(f"    {row['name']:<{width}}  {row['top1']:6.2f}% {top5}{at}".rstrip())
     return lines
 
 
