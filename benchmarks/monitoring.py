@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What watching a run costs: steps of one process, watched and logged as by default, and not, in turn.
 
-`python benchmarks/monitoring.py --recipe fashion-scalekd --data.root DIR ...`: any arguments of launch/train.py follow. A round is
+`python benchmarks/monitoring.py --recipe fashion-scalekd --data.root DIR`, with any arguments of launch/train.py. A round is
 `--run.log_every` steps of each kind; which comes first changes from round to round.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scalekd_ds.config import RunConfig
-from scalekd_ds.errors import UserError
+from scalekd_ds.rng import rng_state, set_rng_state
 
 # dense bf16 matrix products, 10^12 FLOP/s, from the vendor's data sheets; the first name that a device's begins with
 PEAK_TFLOPS = {
@@ -45,8 +45,13 @@ def flop_per_image(cfg: RunConfig, num_classes: int, micro_batch: int, autocast:
     storage. None for models that cannot be built so."""
     from scalekd_ds.plan.measure import measure
 
+    # building models draws numbers, and seeds: whether somebody watches must not change the training
+    generators = rng_state()
     try:
         counted = measure(cfg, num_classes, autocast, on_gpu=False)
-    except (UserError, RuntimeError, NotImplementedError, ValueError):
+    # whatever a model does that tensors without storage cannot: no reason to end a run
+    except Exception:
         return None
+    finally:
+        set_rng_state(generators)
     return (counted.teacher_flop(micro_batch) + counted.student_flop(micro_batch)) / micro_batch

@@ -27,7 +27,7 @@ def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
     """Collective."""
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    total = torch.tensor(float(value), device=device)
     dist.all_reduce(total)
     return total.item()
 

@@ -158,7 +158,9 @@ def test_a_copy_of_a_projector_shares_nothing():
         asked.append(tensor)
         return tensor.detach().clone()
 
+    drawn = torch.get_rng_state()
     copied = own_weights(projector, gathered)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert len(asked) == len(projector.state_dict()) and isinstance(asked[0], nn.Parameter)
     with torch.no_grad():
         projector.q.weight.zero_()

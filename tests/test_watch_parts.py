@@ -20,6 +20,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.mfu import device_tflops, flop_per_image, peak_tflops
 from scalekd_ds.provenance import command_line, git_commit, hyperparameters
 from scalekd_ds.resources import Energy, memory
+from scalekd_ds.rng import rng_state
 from scalekd_ds.terminal.plain import evaluation_lines
 from scalekd_ds.terminal.report import ReportCard, duration
 from scalekd_ds.timing import StepTimer, untimed
@@ -105,7 +106,12 @@ def test_flop_of_a_step_are_those_of_a_real_one():
     images, labels = torch.randn(micro, 3, 32, 32), torch.randint(5, (micro,))
     with FlopCounterMode(display=False) as counter:
         distiller(images, labels)["loss/total"].backward()
+    before = rng_state()
     counted = flop_per_image(cfg, 5, micro, None)
+    # a run that is watched draws what one draws that is not
+    after = rng_state()
+    assert torch.equal(before["torch"], after["torch"]) and before["python"] == after["python"]
+    assert torch.equal(before["numpy"][1], after["numpy"][1])
     # the CPU's path in both: attention as it is there
     assert counted == pytest.approx(counter.get_total_flops() / micro, rel=0.01)
     missing = replace(cfg, teacher="no-such-model")

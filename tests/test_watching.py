@@ -247,3 +247,14 @@ def test_json_lines_and_nothing_else_with_wandb(data, tmp_path):
     if monitors == "wandb":
         (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
         assert b"teacher/agreement_top1" in kept.read_bytes()
+
+
+@pytest.mark.slow
+def test_watching_costs_at_most_two_percent(data):
+    """At the default interval, in turn with steps that nobody watches."""
+    more = ("--global_batch_size", 32, "--micro_batch_size", 32, "--run.log_every", 20, "--schedule.epochs", 1000)
+    done = alone(ROOT / "benchmarks" / "monitoring.py", "--rounds", 25, *arguments(data, "unused", *more), timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("watched ")]
+    cost = float(line.split(" s: ")[1].split("%")[0])
+    assert cost <= 2.0, line

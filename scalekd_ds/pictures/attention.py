@@ -80,17 +80,19 @@ def own_weights(
         gathered: Makes a parameter or buffer whole on the CPU; where ZeRO-3 shards it, that is collective, and so is this.
     """
     width = projector.q.in_features
-    copied = CrossAttentionProjector(
-        projector.conv.in_channels,
-        width,
-        projector.key_grid,
-        projector.query_grid,
-        projector.num_heads,
-        projector.scale * (width // projector.num_heads) ** 0.5,
-        learned_query=projector.query is not None,
-        norm="layer" if isinstance(projector.norm, LayerNorm2d) else "batch",
-        windows=projector.windows,
-    )
+    # it is initialised before it is overwritten: training must not see its draws
+    with torch.random.fork_rng(devices=[]):
+        copied = CrossAttentionProjector(
+            projector.conv.in_channels,
+            width,
+            projector.key_grid,
+            projector.query_grid,
+            projector.num_heads,
+            projector.scale * (width // projector.num_heads) ** 0.5,
+            learned_query=projector.query is not None,
+            norm="layer" if isinstance(projector.norm, LayerNorm2d) else "batch",
+            windows=projector.windows,
+        )
     state = {name: gathered(tensor).float() for name, tensor in nn.Module.state_dict(projector, keep_vars=True).items()}
     copied.load_state_dict(state)
     return copied.eval().requires_grad_(False)
