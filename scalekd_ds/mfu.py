@@ -43,15 +43,14 @@ def device_tflops(cfg: RunConfig, device: torch.device) -> float | None:
 def flop_per_image(cfg: RunConfig, num_classes: int, micro_batch: int, autocast: torch.dtype | None) -> float | None:
     """FLOP of one image's part in a step, teacher, forward and backward passes: as PyTorch counts them, on tensors without
     storage. None for models that cannot be built so."""
-    from scalekd_ds.plan.measure import measure
+    from scalekd_ds.plan.measure import step_flop
 
     # building models draws numbers, and seeds: whether somebody watches must not change the training
     generators = rng_state()
     try:
-        counted = measure(cfg, num_classes, autocast, on_gpu=False)
+        return step_flop(cfg, num_classes, micro_batch, autocast) / micro_batch
     # whatever a model does that tensors without storage cannot: no reason to end a run
     except Exception:
         return None
     finally:
         set_rng_state(generators)
-    return (counted.teacher_flop(micro_batch) + counted.student_flop(micro_batch)) / micro_batch

@@ -246,12 +246,17 @@ def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_p
     args += ("--data.train_images", "null", "--schedule.epochs", 2, "--schedule.warmup_epochs", 0)
     assert alone(TRAIN, *args, "--run.stop_after", 4).returncode == 0
     assert [p.name for p in checkpoints_of(run_dir)] == ["step00000004"]
+    first = json.loads((run_dir / "results.json").read_text())
     again = alone(TRAIN, *args)
     assert again.returncode == 2
     assert "already holds 1 checkpoint(s), the last step00000004: add --run.resume auto" in again.stderr
     on = alone(TRAIN, *args, "--run.resume", "auto")
     assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr
-    assert json.loads((run_dir / "results.json").read_text())["step"] == 10
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["step"] == 10
+    # the best of both starts, and the time of both
+    best = max((first["top1"], 4), (results["top1"], 10), key=lambda pair: (pair[0], -pair[1]))
+    assert (results["best"]["top1"], results["best"]["step"]) == best and results["seconds"] > first["seconds"] > 0
 
 
 def kill_while_saving(data, run_dir, kills: int) -> None:

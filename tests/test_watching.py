@@ -255,6 +255,6 @@ def test_watching_costs_at_most_two_percent(data):
     more = ("--global_batch_size", 32, "--micro_batch_size", 32, "--run.log_every", 20, "--schedule.epochs", 1000)
     done = alone(ROOT / "benchmarks" / "monitoring.py", "--rounds", 25, *arguments(data, "unused", *more), timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("watched ")]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("processor: ")]
     cost = float(line.split(" s: ")[1].split("%")[0])
     assert cost <= 2.0, line
