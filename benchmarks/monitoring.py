@@ -2,8 +2,8 @@
 """What watching a run costs: steps of one process, watched and logged as by default, and not, in turn.
 
 `python benchmarks/monitoring.py --recipe fashion-scalekd --data.root DIR`, with any arguments of launch/train.py. A round is
-`--run.log_every` steps of each kind; which comes first changes from round to round. On a CPU the processor's seconds are
-compared beside those of the clock, which other programs on a busy machine disturb.
+`--run.log_every` steps of each kind, one of this, one of that, the last watched one logged. On a CPU the processor's seconds
+are compared beside those of the clock, which other programs on a busy machine disturb.
 """
 
 from __future__ import annotations
@@ -40,38 +40,36 @@ def measure(arguments: list[str], rounds: int) -> tuple[str, list[tuple[Seconds,
 
             torch.cuda.synchronize()
 
-    def watched(watch: Watch) -> None:
-        for step in range(steps):
-            watch.expect(step == steps - 1)
-            losses = train_step(run, batches)
-            run.step += 1
-            reporter.step(run.step)
-        scalars = watch.scalars(losses)
-        run.monitor.log(run.step, scalars)
-        reporter.scalars(run.step, scalars)
-
-    def timed(on: bool) -> Seconds:
-        wait()
+    def one(on: bool, logged: bool) -> Seconds:
+        """A step of either kind, with what follows a logged one."""
         # a run has one watch from its start to its end
         with watch if on else nullcontext():
+            wait()
             begin, cpu = time.perf_counter(), time.process_time()
             if on:
-                watched(watch)
-            else:
-                for _ in range(steps):
-                    train_step(run, batches)
-                    run.step += 1
+                watch.expect(logged)
+            losses = train_step(run, batches)
+            run.step += 1
+            if on:
+                reporter.step(run.step)
+            if on and logged:
+                scalars = watch.scalars(losses)
+                run.monitor.log(run.step, scalars)
+                reporter.scalars(run.step, scalars)
             wait()
             return time.perf_counter() - begin, time.process_time() - cpu
 
+    def one_round() -> tuple[Seconds, Seconds]:
+        sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+        for step in range(steps):
+            for on in (True, False) if step % 2 else (False, True):
+                for position, seconds in enumerate(one(on, step == steps - 1)):
+                    sums[on][position] += seconds
+        return tuple(sums[True]), tuple(sums[False])
+
     watch = Watch(run)
-    for on in (True, False):
-        timed(on)
-    found = []
-    for number in range(rounds):
-        order = (True, False) if number % 2 == 0 else (False, True)
-        took = {on: timed(on) for on in order}
-        found.append((took[True], took[False]))
+    one_round()
+    found = [one_round() for _ in range(rounds)]
     run.train_loader.close()
     return run.device.type, found
 

@@ -281,7 +281,7 @@ def report_card(cfg: RunConfig, results: dict[str, Any]) -> ReportCard:
     weights = run_dir / "student.safetensors"
     files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}
     commands = [
-        ["python", "launch/evaluate.py", str(weights), "--data", cfg.data.root],
+        ["scalekd", "evaluate", str(weights), "--data", cfg.data.root],
         ["tensorboard", "--logdir", cfg.run.dir],
     ]
     return ReportCard(

@@ -164,8 +164,8 @@ def test_lines_tables_and_the_report_card(watched, events):
     report = dict(line.split(None, 1) for line in lines[-12:] if line and not line.startswith(" "))
     assert report["gain"].startswith(f"{results['top1'] - 20:+.2f} over the baseline's 20.00%")
     assert report["images"] == "80" and Path(report["weights"]).is_file() and Path(report["results"]).is_file()
-    _, script, weights, *_ = shlex.split(report["next"])
-    assert (ROOT / script).is_file() and weights == report["weights"]
+    command, verb, weights, *_ = shlex.split(report["next"])
+    assert command == "scalekd" and find_spec(f"scalekd_ds.commands.{verb}") and weights == report["weights"]
     assert results["seconds"] > 1 and f"{results['best']['top1']:.2f}%" in report["best"]
 
 
