@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+# of pytest: a job of two ranks loads two cores for a part of its time alone
+WORKERS ?= 2
 QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
 # The op that DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
@@ -89,7 +91,7 @@ lint: $(STAMP)
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
 test: $(STAMP) compiler cluster-tools fashion-mnist browser lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) compiler cluster-tools

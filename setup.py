@@ -19,7 +19,7 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
-TEST = ["pytest>=8", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
     name="scalekd_ds",
