@@ -276,7 +276,8 @@ class RunDirConfig:
         monitors: Where scalars go, a list with commas of `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard and
             what the DeepSpeed JSON says.
         pictures: Validation images that TensorBoard shows at each evaluation, as both models see them; 0 shows none.
-        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end.
+        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end; None takes
+            the paper's, for its pairs on 1,000 classes.
         peak_tflops: What one device could compute, in 10^12 FLOP/s, for `system/mfu`; None is the data sheet's for GPUs that
             are known, and no such scalar on others.
         compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.

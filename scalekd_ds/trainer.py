@@ -20,6 +20,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation import evaluate, evaluate_module
 from scalekd_ds.nonfinite import statistics
 from scalekd_ds.provenance import hyperparameters, summary
+from scalekd_ds.recipes.imagenet import published_baseline
 from scalekd_ds.run import Run, build
 from scalekd_ds.run_pictures import draw, images_to_show
 from scalekd_ds.terminal import Quiet, reporter_for
@@ -270,12 +271,12 @@ def _finish(run: Run, reporter: Quiet, watch: Watch) -> dict[str, Any]:
         checkpoint.write_student(run_dir / "student.safetensors", weights, card_of(run, run.ships))
         checkpoint.write_json(run_dir / "results.json", results)
         run.monitor.end()
-        reporter.card(report_card(run.cfg, results))
+        reporter.card(report_card(run.cfg, results, len(run.classes)))
     dist.barrier()
     return results
 
 
-def report_card(cfg: RunConfig, results: dict[str, Any]) -> ReportCard:
+def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> ReportCard:
     """What the end of a run shows."""
     run_dir = Path(cfg.run.dir)
     weights = run_dir / "student.safetensors"
@@ -284,12 +285,15 @@ def report_card(cfg: RunConfig, results: dict[str, Any]) -> ReportCard:
         ["scalekd", "evaluate", str(weights), "--data", cfg.data.root],
         ["tensorboard", "--logdir", cfg.run.dir],
     ]
+    baseline = cfg.run.baseline_top1
+    if baseline is None:
+        baseline = published_baseline(cfg.recipe, num_classes)
     return ReportCard(
         top1=results["top1"],
         best_top1=results["best"]["top1"],
         best_step=results["best"]["step"],
         weights=results["weights"],
-        baseline_top1=cfg.run.baseline_top1,
+        baseline_top1=baseline,
         teacher_top1=results["teacher_top1"],
         steps=results["step"],
         seconds=results["seconds"],

@@ -19,7 +19,7 @@ from scalekd_ds.data.mix import Mixer
 from scalekd_ds.optim import build_optimizer, param_groups
 from scalekd_ds.recipes import RECIPES
 from scalekd_ds.recipes.count import SIZES, count
-from scalekd_ds.recipes.imagenet import PAIRS
+from scalekd_ds.recipes.imagenet import PAIRS, published_baseline
 from scalekd_ds.run import build_distiller
 
 # recipe -> millions of parameters: the student's in the paper, and the projectors' as the official code builds them
@@ -60,7 +60,7 @@ def small(name: str) -> dict:
 def test_all_published_settings_are_there():
     assert len(PAIRS) == 17
     assert sum(name.endswith("-traditional") for name in PAIRS) == 4
-    paper = [name for name in PAIRS if re.search(r"\d\d\.\d\d -> \d\d\.\d\d", PAIRS[name].about)]
+    paper = [name for name in PAIRS if PAIRS[name].table3]
     assert (
         sum(name.startswith("swin_l") for name in paper) == 8 and sum(name.startswith("eva_l") for name in paper) == 3
     )
@@ -237,3 +237,11 @@ def test_golden_flows_through_a_recipe(monkeypatch):
         losses["loss/total"].backward()
         assert images.grad.norm().item() == pytest.approx(recorded["out.grad_input_norm"].item(), rel=5e-4)
         assert relative_error(distiller.teacher_targets(images).tokens, recorded["out.fea_t_m1"].flatten(2).mT) < 2e-5
+
+
+def test_the_papers_baseline_is_known_for_its_pairs_on_1000_classes():
+    assert published_baseline("swin_l-resnet50-advanced", 1000) == 78.64
+    assert published_baseline("swin_l-resnet50-advanced", 10) is None
+    assert published_baseline("swin_l-resnet50-traditional", 1000) is None
+    assert published_baseline("", 1000) is None
+    assert "78.64 -> 82.03" in RECIPES["swin_l-resnet50-advanced"].__doc__.splitlines()[0]
