@@ -1,0 +1,106 @@
+"""One run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scalekd_ds.config.data import DataConfig
+from scalekd_ds.config.distill import AsPublishedConfig, DistillConfig
+from scalekd_ds.config.optim import EmaConfig, OptimConfig, ScheduleConfig
+from scalekd_ds.config.require import require
+from scalekd_ds.config.run_dir import RunDirConfig
+from scalekd_ds.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    """One run of `launch/train.py`.
+
+    Attributes:
+        recipe: Name this config started from.
+        student: timm name (`hf-hub:` and `local-dir:` ones too), or a consolidated .safetensors with its card beside it.
+        student_kwargs: Further arguments of the student's constructor, as JSON.
+        student_sync_bn: BatchNorm statistics of the student over all ranks, on GPUs; CPUs have no such operator.
+        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors,
+            .pth or .pt file; a classifier of other classes starts fresh.
+        student_taps: Indices of the two feature maps that are distilled, as timm's `forward_intermediates` counts them;
+            None takes the ones that the published code takes for this kind of model.
+        teacher: timm name (`hf-hub:` and `local-dir:` ones too), a consolidated .safetensors with its card beside it, or
+            `none` for supervised training.
+        teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
+        teacher_weights: `pretrained`, `none` (random; for tests), or a .safetensors, .pth or .pt file in timm's names,
+            mmpretrain's or those of the first release; its number of classes is the teacher's.
+        teacher_image_size: Side that the teacher sees, in pixels; None is its own, or the student's where its
+            constructor takes an image size.
+        loss: Student loss on the labels; bce is summed over classes and averaged over the batch.
+        label_smoothing: For `ce`.
+        global_batch_size: Images in one optimizer step over all ranks; the same on any number of ranks.
+        micro_batch_size: Most images in one forward pass on one rank; gradients are accumulated up to the global batch.
+        seed: Seed of every generator.
+    """
+
+    recipe: str = ""
+    student: str = "resnet50"
+    student_kwargs: dict[str, Any] = field(default_factory=dict)
+    student_sync_bn: bool = False
+    student_weights: str = "none"
+    student_taps: tuple[int, int] | None = None
+    teacher: str = "none"
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_weights: str = "pretrained"
+    teacher_image_size: int | None = None
+    loss: Literal["ce", "bce"] = "ce"
+    label_smoothing: float = 0.0
+    global_batch_size: int = 256
+    micro_batch_size: int = 32
+    seed: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    as_published: AsPublishedConfig = field(default_factory=AsPublishedConfig)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+
+    def __post_init__(self) -> None:
+        require(self.global_batch_size > 0, "global_batch_size", self.global_batch_size, "at least 1")
+        require(self.micro_batch_size > 0, "micro_batch_size", self.micro_batch_size, "at least 1")
+        require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", self.label_smoothing, "0 to 1")
+        require(
+            self.label_smoothing == 0.0 or self.loss == "ce", "label_smoothing", self.label_smoothing, "0 with loss bce"
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """After warm-up, for this run's global batch."""
+        base = self.optim.base_batch
+        if base is None or self.as_published.unscaled_lr:
+            return self.optim.lr
+        return self.optim.lr * self.global_batch_size / base
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return (self.data.mixup > 0 or self.data.cutmix > 0) and not self.as_published.no_mixing
+
+    def batches(self, world_size: int) -> tuple[int, int]:
+        """(micro batch, accumulation steps) on `world_size` ranks.
+
+        Raises:
+            UserError: The global batch cannot be split evenly.
+        """
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"global_batch_size is {self.global_batch_size}, which {world_size} ranks cannot share evenly: choose a "
+                f"multiple of {world_size}."
+            )
+        per_rank = self.global_batch_size // world_size
+        # the largest micro batch that divides a rank's share: the optimizer step is then the same on any world size
+        micro = next(m for m in range(min(self.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0)
+        return micro, per_rank // micro
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested data, for JSON."""
+        return dataclasses.asdict(self)

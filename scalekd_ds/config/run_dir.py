@@ -1,0 +1,77 @@
+"""Where a run writes, how often, and what of the machine it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scalekd_ds.config.require import require
+
+TeacherPlacement = Literal["replica", "sharded", "offload"]
+
+
+@dataclass
+class RunDirConfig:
+    """Where the run writes and how often.
+
+    Attributes:
+        dir: The run's folder: checkpoints/, tensorboard/, config.json, student.safetensors at the end.
+        ds_config: DeepSpeed JSON: a path, or a name in ds_configs/ (`zero1`, `zero2`, ...).
+        resume: `auto` goes on from the newest checkpoint in `dir` if there is one, `never` refuses a used folder, a path
+            takes that checkpoint.
+        log_every: Steps between two lines of scalars.
+        eval_every: Epochs between two evaluations; 0 evaluates at the end only.
+        save_every: Steps between two checkpoints; 0 saves at the end only.
+        keep_last: Newest checkpoints kept.
+        keep_best: Checkpoints with the best top-1 kept besides.
+        rank_timeout: Seconds without a word from another rank after which a rank ends, naming it.
+        hang_timeout: Seconds in which no rank gets on, though all live, after which all write their stacks and end; 0 waits.
+        max_skipped: Steps in a row that may be skipped for gradients that are not finite.
+        stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs it out.
+        teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on each
+            rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a replica
+            on CPUs, and on GPUs the first of the three that fits by the memory plan.
+        progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`) shows
+            nothing, `json` prints one JSON object a line on standard output, and nothing else there.
+        monitors: Where scalars go, a list with commas of `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard and
+            what the DeepSpeed JSON says.
+        pictures: Validation images that TensorBoard shows at each evaluation, as both models see them; 0 shows none.
+        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end; None takes
+            the paper's, for its pairs on 1,000 classes.
+        peak_tflops: What one device could compute, in 10^12 FLOP/s, for `system/mfu`; None is the data sheet's for GPUs that
+            are known, and no such scalar on others.
+        compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.
+    """
+
+    dir: str = "runs/default"
+    ds_config: str = "zero1"
+    resume: str = "never"
+    log_every: int = 20
+    eval_every: float = 1.0
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    rank_timeout: float = 30.0
+    hang_timeout: float = 1800.0
+    max_skipped: int = 10
+    stop_after: int | None = None
+    teacher_placement: Literal["auto", "replica", "sharded", "offload"] = "auto"
+    progress: Literal["auto", "bar", "plain", "quiet", "none", "json"] = "auto"
+    monitors: str = ""
+    pictures: int = 4
+    baseline_top1: float | None = None
+    peak_tflops: float | None = None
+    compile_teacher: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.log_every > 0, "run.log_every", self.log_every, "at least 1")
+        require(self.keep_last > 0, "run.keep_last", self.keep_last, "at least 1")
+        require(self.keep_best >= 0, "run.keep_best", self.keep_best, "not negative")
+        require(self.rank_timeout >= 5.0, "run.rank_timeout", self.rank_timeout, "at least 5 s")
+        require(self.hang_timeout >= 0.0, "run.hang_timeout", self.hang_timeout, "not negative (0 is off)")
+        require(self.max_skipped > 0, "run.max_skipped", self.max_skipped, "at least 1")
+        require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
+        require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
+        require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
+        peak = self.peak_tflops
+        require(peak is None or peak > 0.0, "run.peak_tflops", peak, "positive")
