@@ -6,7 +6,8 @@ import dataclasses
 import os
 import random
 import socket
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ import psutil
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from scalekd_ds import lamb
@@ -143,6 +145,11 @@ def build_engine(
         )
     except deepspeed.runtime.config.DeepSpeedConfigError as error:
         raise UserError(f"DeepSpeed refuses {cfg.run.ds_config}: {error}") from None
+    if stage_of(ds_config) == 3:
+        # While DeepSpeed records its first pass it gives up even what it is to keep whole, and fetches it again rounded to
+        # autocast's 16 bits: the first step of a resumed run would differ from the same step of the whole one.
+        for parameter in engine.optimizer.persistent_parameters:
+            parameter.is_external_param = True
     if isinstance(optimizer, lamb.Lamb):
         lamb.attach(optimizer, engine)
     return engine
@@ -185,20 +192,36 @@ def student_state(distiller: ScaleKD, copies: HostCopies | None = None) -> dict[
     }
 
 
+@contextmanager
+def _whole(tensor: torch.Tensor, **options: Any) -> Iterator[None]:
+    """A parameter is whole in the block, and afterwards where it was before.
+
+    The small parameters that ZeRO-3 keeps whole between steps are exact, and DeepSpeed's own context would leave them
+    sharded: autocast's forward pass then fetches them rounded to 16 bits. A step after a save would differ from the same
+    step after a resume.
+    """
+    if not hasattr(tensor, "ds_id"):
+        yield
+        return
+    was_whole = tensor.ds_status is ZeroParamStatus.AVAILABLE
+    with deepspeed.zero.GatheredParameters([tensor], **options):
+        yield
+    if was_whole and tensor.ds_status is not ZeroParamStatus.AVAILABLE:
+        tensor.all_gather()
+
+
 @torch.no_grad()
 def gathered(tensor: torch.Tensor, copies: HostCopies | None = None, key: str = "") -> torch.Tensor:
     """A copy of a whole parameter or buffer on the CPU; collective where ZeRO-3 shards it."""
-    sharded = hasattr(tensor, "ds_id")
-    with deepspeed.zero.GatheredParameters([tensor]) if sharded else nullcontext():
+    with _whole(tensor):
         return (copies or HostCopies())(key, tensor)
 
 
 @torch.no_grad()
 def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Undoes `gathered`; collective where ZeRO-3 shards the parameter."""
-    sharded = hasattr(tensor, "ds_id")
-    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0) if sharded else nullcontext():
-        if not sharded or dist.get_rank() == 0:
+    with _whole(tensor, modifier_rank=0):
+        if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
             tensor.copy_(values)
 
 

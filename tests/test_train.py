@@ -141,7 +141,7 @@ def start(data, run_dir, *more):
 
 
 def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
-    more = ("--run.save_every", 4, "--run.ds_config", "zero2", "--student_kwargs.drop_path_rate", 0.2)
+    more = ("--run.save_every", 4, "--run.ds_config", "zero3", "--student_kwargs.drop_path_rate", 0.2)
     more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
     more += ("--data.mixup", 0.8, "--data.cutmix", 1.0, "--ema.decay", 0.9)
@@ -261,7 +261,7 @@ def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_p
 
 def kill_while_saving(data, run_dir, kills: int) -> None:
     """Saves at every step and is killed, again and again, at moments that have nothing to do with its own."""
-    more = ("--run.save_every", 1, "--run.keep_last", 2, "--run.resume", "auto", "--schedule.epochs", 40)
+    more = ("--run.save_every", 1, "--run.keep_last", 2, "--run.resume", "auto", "--schedule.epochs", 4000)
     args = [*map(str, arguments(data, run_dir, *more, "--run.progress", "none"))]
     moments = np.random.default_rng(0).uniform(0.0, 0.5, kills)
     reached = -1
