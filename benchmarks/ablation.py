@@ -18,7 +18,7 @@ from pathlib import Path
 import harness
 
 from scalekd_ds.errors import UserError, run_cli
-from scalekd_ds.finished_run import finished_run
+from scalekd_ds.training.finished_run import finished_run
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FULL = "ScaleKD"

@@ -22,9 +22,9 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from scalekd_ds import checkpoint
-from scalekd_ds.engine import job_store, start_processes
-from scalekd_ds.saver import Saver
+from scalekd_ds.checkpoint import checkpoint
+from scalekd_ds.checkpoint.saver import Saver
+from scalekd_ds.engine.engine import job_store, start_processes
 
 # of the writing's time, and seconds; what the issue asks for
 EXPECTED = {"wait share": 0.1, "resume s": 5.0}

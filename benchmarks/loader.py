@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder as TorchFolder
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import index_folder
+from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

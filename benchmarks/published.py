@@ -22,7 +22,7 @@ from torch import nn
 
 from scalekd_ds.distiller import VIEWS, ScaleKD
 from scalekd_ds.losses import label_loss
-from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.student import StudentOutput
 from scalekd_ds.teacher import Teacher, TeacherTargets
 

@@ -19,8 +19,8 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from scalekd_ds import ds_config
 from scalekd_ds.config import RunConfig, TeacherPlacement
+from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan.assumptions import Assumptions
 from scalekd_ds.plan.choose import Cluster, make_plan

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scalekd_ds.errors import UserError, run_cli
-from scalekd_ds.finished_run import finished_run
+from scalekd_ds.training.finished_run import finished_run
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"ce": "CE (no teacher)", "kd": "CE + logit KD", "scalekd": "ScaleKD"}

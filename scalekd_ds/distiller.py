@@ -11,14 +11,14 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
-from scalekd_ds.models import Preprocessing, build_model
+from scalekd_ds.models.build import Preprocessing, build_model
 from scalekd_ds.pairing import pairing_table
-from scalekd_ds.projector import CrossAttentionProjector
-from scalekd_ds.projector_linear import LinearPair, LinearProjector
-from scalekd_ds.projector_pair import ProjectorPair
+from scalekd_ds.projector.cross_attention import CrossAttentionProjector
+from scalekd_ds.projector.linear import LinearPair, LinearProjector
+from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
-from scalekd_ds.timing import untimed
+from scalekd_ds.watching.timing import untimed
 
 VIEWS = ("spatial", "frequency")
 

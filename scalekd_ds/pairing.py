@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scalekd_ds.models import num_parameters
-from scalekd_ds.projector_pair import ProjectorPair
+from scalekd_ds.models.build import num_parameters
+from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import StudentOutput
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.models import Preprocessing, build_model
+from scalekd_ds.models.build import Preprocessing, build_model
 from scalekd_ds.teacher_families import (
     FAMILIES,
     Family,
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
         last_input, last_output: `Stage` before and after the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
         precision: Autocast's dtype after `lower`, else None: that of the caller.
-        engine: The DeepSpeed engine that shards the weights (`scalekd_ds.teacher_placement`), in a tuple, so that it is no
+        engine: The DeepSpeed engine that shards the weights (`engine.teacher_placement`), in a tuple, so that it is no
             submodule; empty where they are whole.
 
     Raises:

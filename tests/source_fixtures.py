@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from image_fixtures import picture
 
-from scalekd_ds.data.source import open_source
+from scalekd_ds.data.sources.image_folder import open_source
 from scalekd_ds.errors import UserError
 
 SHAPES = [(32, 40), (41, 33), (50, 36), (37, 37), (64, 48), (33, 47)]

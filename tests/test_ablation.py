@@ -15,7 +15,7 @@ from zoo import make_student, make_teacher
 from scalekd_ds import ScaleKD, Teacher
 from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_loss
-from scalekd_ds.projector_linear import LinearPair, LinearProjector
+from scalekd_ds.projector.linear import LinearPair, LinearProjector
 from scalekd_ds.teacher import FAMILIES, Family, Stage
 
 TEACHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
@@ -144,7 +144,7 @@ import json; print(json.dumps(rows))
 
 
 def test_every_row_is_a_run():
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.recipes.command_line import parse_run
 
     folder = str(ROOT / "benchmarks")
     code = f"import sys, json; sys.path.insert(0, {folder!r})\nimport ablation\nprint(json.dumps(ablation.ROWS))"

@@ -18,7 +18,7 @@ from scalekd_ds.config import DataConfig
 from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.policy import Op, Policy, apply, erasing
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import index_folder
+from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 from scalekd_ds.errors import UserError
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import ImageFolder, index_folder
+from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 from scalekd_ds.data.verify import QUARANTINE, find_flaws, read_quarantine, without_quarantined, write_quarantine
 from scalekd_ds.errors import UserError

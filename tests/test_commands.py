@@ -11,12 +11,12 @@ from argparse import Namespace
 import pytest
 from launching import ROOT, environment
 
-from scalekd_ds import cli, config
+from scalekd_ds import config
 from scalekd_ds.commands import VERBS, dispatch, module_of, usage
 from scalekd_ds.commands.train import add_launcher_arguments, launcher_command
 from scalekd_ds.commands.train import main as train
 from scalekd_ds.errors import UserError
-from scalekd_ds.recipes import RECIPES
+from scalekd_ds.recipes import RECIPES, command_line
 
 HELP = """
 import sys
@@ -112,12 +112,12 @@ def test_examples_parse(example):
         launcher = module_of("completion").Parser(add_help=False)
         add_launcher_arguments(launcher)
         words = launcher.parse_known_args(words)[1]
-        assert cli.parse_run(words)[0].recipe in RECIPES
+        assert command_line.parse_run(words)[0].recipe in RECIPES
         return
     left = module_of(verb).parser().parse_known_args(words)[1]
     assert VERBS[verb].takes_run or not left
     if left:
-        assert cli.parse_run(left)[0].recipe in RECIPES
+        assert command_line.parse_run(left)[0].recipe in RECIPES
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torchvision import transforms
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader, augment, reader
-from scalekd_ds.data.source import check_same_classes, index_folder, subset
+from scalekd_ds.data.sources.image_folder import check_same_classes, index_folder, subset
 from scalekd_ds.errors import UserError
 
 CPU = torch.device("cpu")

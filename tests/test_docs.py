@@ -12,8 +12,8 @@ import pytest
 from image_fixtures import make_dataset
 from launching import ROOT, environment
 
-from scalekd_ds.cli import parse_run
 from scalekd_ds.recipes import RECIPES
+from scalekd_ds.recipes.command_line import parse_run
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STARTS = ("scalekd ", "python ", "deepspeed ", "make ", "tensorboard ", "sbatch ", "hf ", "pip ", "for ")

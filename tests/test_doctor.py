@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from launching import ROOT, alone, environment
 
-from scalekd_ds.doctor import agent, checks, examine
-from scalekd_ds.doctor.checks import GIB, Limits
-from scalekd_ds.doctor.remote import remote_command
+from scalekd_ds.cluster.doctor import agent, checks, examine
+from scalekd_ds.cluster.doctor.checks import GIB, Limits
+from scalekd_ds.cluster.doctor.remote import remote_command
 
 DOCTOR = ROOT / "launch" / "doctor.py"
 FAKE = Path(__file__).with_name("fake_ssh.py")
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     """An ImageFolder-shaped place with an index, and a copy of it without one."""
     from PIL import Image
 
-    from scalekd_ds.data.source import open_source
+    from scalekd_ds.data.sources.image_folder import open_source
 
     root = tmp_path_factory.mktemp("doctor_data")
     for name in ("train/a", "train/b", "val/a", "val/b"):
@@ -186,7 +186,7 @@ def test_the_agent_tells_the_truth(facts, data):
 
 
 def test_the_index_is_told_apart_by_content_and_not_by_time(data, tmp_path):
-    from scalekd_ds.data.source import open_source
+    from scalekd_ds.data.sources.image_folder import open_source
 
     def index(root: Path) -> str | None:
         return agent.data({"t": str(root)}, 8.0)["t"]["index"]

@@ -11,7 +11,7 @@ from launching import ROOT, alone, launch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.checkpoint import checkpoints_of, consolidate
+from scalekd_ds.checkpoint.checkpoint import checkpoints_of, consolidate
 from scalekd_ds.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"

@@ -9,8 +9,8 @@ from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import PDSHRunner
 from launching import ROOT, alone, environment
 
-from scalekd_ds import env_file
-from scalekd_ds.env_file import parse_assignments, parse_env, read_env, write_env
+from scalekd_ds.cluster import env_file
+from scalekd_ds.cluster.env_file import parse_assignments, parse_env, read_env, write_env
 from scalekd_ds.errors import UserError
 
 DOCTOR = ROOT / "launch" / "doctor.py"

@@ -9,10 +9,10 @@ import pytest
 from image_fixtures import make_dataset, make_folder
 from launching import ROOT, alone, environment, launch
 
-from scalekd_ds import ds_config
-from scalekd_ds.cli import parse_run
+from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
-from scalekd_ds.run_dir import make_run_dir
+from scalekd_ds.recipes.command_line import parse_run
+from scalekd_ds.training.run_dir import make_run_dir
 
 TRAIN = ROOT / "launch" / "train.py"
 SWIN = {

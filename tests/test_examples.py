@@ -16,8 +16,8 @@ from image_fixtures import make_folder
 from launching import ROOT, environment
 
 from scalekd_ds import Teacher
-from scalekd_ds.cli import parse_run
-from scalekd_ds.data.source import open_source
+from scalekd_ds.data.sources.image_folder import open_source
+from scalekd_ds.recipes.command_line import parse_run
 
 EXAMPLES = ROOT / "examples"
 DOC = (ROOT / "docs" / "own_loop.md").read_text()

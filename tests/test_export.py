@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from scalekd_ds.commands import dispatch
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader, fashion
-from scalekd_ds.data.source import index_folder
+from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.errors import UserError
-from scalekd_ds.evaluation import evaluate
+from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.export import FORMATS, export
 from scalekd_ds.export.subject import load_subject
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import nn
 
-from scalekd_ds.checkpoint import write_student
+from scalekd_ds.checkpoint.checkpoint import write_student
 from scalekd_ds.errors import UserError
 from scalekd_ds.export import FORMATS, export, timm_folder
 from scalekd_ds.export.subject import Subject, load_subject
@@ -51,7 +51,7 @@ KINDS = {
 def file_of(folder, name) -> Path:
     """A consolidated file of a small student, every tensor of it random, as training leaves none at zero."""
     kwargs, size = KINDS[name]
-    import scalekd_ds.models  # noqa: F401  registers what timm lacks
+    import scalekd_ds.models.build  # noqa: F401  registers what timm lacks
 
     model = timm.create_model(name, num_classes=5, **kwargs)
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from launching import ROOT, alone, environment, free_port, launch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.checkpoint import checkpoints_of, choose
+from scalekd_ds.checkpoint.checkpoint import checkpoints_of, choose
 
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = ROOT / "tests" / "workers" / "faulty_train.py"

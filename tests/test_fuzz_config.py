@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from scalekd_ds import ds_config
-from scalekd_ds.cli import parse_run, read_config
 from scalekd_ds.config import RunConfig
+from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
+from scalekd_ds.recipes.command_line import parse_run, read_config
 
 CASES = 300
 VALUES = [

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
-from scalekd_ds.env_file import parse_env
+from scalekd_ds.cluster.env_file import parse_env
+from scalekd_ds.cluster.hosts import MOST_SLOTS, read_hosts
 from scalekd_ds.errors import UserError
-from scalekd_ds.hosts import MOST_SLOTS, read_hosts
 
 CASES = 2000
 NAMES = [

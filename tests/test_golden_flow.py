@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from scalekd_ds import ScaleKD
-from scalekd_ds.projector_pair import ProjectorPair
+from scalekd_ds.projector.pair import ProjectorPair
 
 
 def resnet18_base8() -> ResNet:

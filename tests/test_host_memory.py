@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from scalekd_ds.host_memory import keep_freed_memory
+from scalekd_ds.engine.host_memory import keep_freed_memory
 
 
 def page_faults_of(rounds: int) -> int:

@@ -4,8 +4,8 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 from launching import ROOT, alone
 
+from scalekd_ds.cluster.hosts import MOST_SLOTS, parse_hosts, read_hosts
 from scalekd_ds.errors import UserError
-from scalekd_ds.hosts import MOST_SLOTS, parse_hosts, read_hosts
 
 TRAIN = ROOT / "launch" / "train.py"
 

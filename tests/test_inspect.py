@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torchvision import transforms
 
-from scalekd_ds.checkpoint import resolve, write_student
+from scalekd_ds.checkpoint.checkpoint import resolve, write_student
+from scalekd_ds.checkpoint.shard_files import saved_weights
 from scalekd_ds.commands.inspect import main
 from scalekd_ds.commands.inspect import parser as parser_of
 from scalekd_ds.distiller import ScaleKD
@@ -28,9 +29,8 @@ from scalekd_ds.inspection.compose import _answers, open_models
 from scalekd_ds.inspection.focus import focus_of, restore_distiller
 from scalekd_ds.inspection.frequencies import radial
 from scalekd_ds.inspection.pictured import Cut, find_images, read, spread
+from scalekd_ds.inspection.pictures import spectrum
 from scalekd_ds.inspection.subjects import open_subject
-from scalekd_ds.pictures import spectrum
-from scalekd_ds.shard_files import saved_weights
 
 SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
 CLASSES = ["class_0", "class_1", "class_2"]

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from scalekd_ds.checkpoint.manifest import MANIFEST, verify, write_manifest
 from scalekd_ds.errors import UserError
-from scalekd_ds.manifest import MANIFEST, verify, write_manifest
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch import nn
 
 from scalekd_ds import ScaleKD
 from scalekd_ds.config import OptimConfig, ScheduleConfig
-from scalekd_ds.lamb import Lamb
-from scalekd_ds.optim import build_optimizer, build_schedule, learning_rate_factor, param_groups
+from scalekd_ds.optim.lamb import Lamb
+from scalekd_ds.optim.optimizers import build_optimizer, build_schedule, learning_rate_factor, param_groups
 
 
 def names_without_decay(module, cfg=None):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from zoo import CLASSES, SHALLOW, STUDENTS, SWIN, TEACHERS, make_student, make_teacher
 
 from scalekd_ds import ScaleKD, Student, Teacher
-from scalekd_ds.cli import parse_run
 from scalekd_ds.errors import UserError
-from scalekd_ds.run import build_distiller
+from scalekd_ds.recipes.command_line import parse_run
+from scalekd_ds.training.run import build_distiller
 
 teacher_of = functools.cache(make_teacher)
 student_of = functools.cache(make_student)

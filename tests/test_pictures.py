@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scalekd_ds import kernels
-from scalekd_ds.pictures import (
+from scalekd_ds.inspection.pictures import (
     attention_maps,
     attention_pictures,
     default_queries,
@@ -23,7 +23,7 @@ from scalekd_ds.pictures import (
     to_uint8,
     unnormalise,
 )
-from scalekd_ds.projector import CrossAttentionProjector
+from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 
 
 def test_colours_are_the_principal_components():

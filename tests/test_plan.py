@@ -13,9 +13,10 @@ import torch
 from launching import ROOT, alone, launch
 from torch.profiler import ProfilerActivity, profile
 
-from scalekd_ds import ds_config
 from scalekd_ds.commands.plan import plan
 from scalekd_ds.config import DataConfig, DistillConfig, EmaConfig, RunConfig
+from scalekd_ds.engine import ds_config
+from scalekd_ds.engine.teacher_placement import small_parameter
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan.assumptions import Assumptions
 from scalekd_ds.plan.choose import GIB, Cluster, largest_micro_batch, make_plan
@@ -24,8 +25,7 @@ from scalekd_ds.plan.measure import Curve, build_on_meta, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.plan.throughput import step_time
 from scalekd_ds.recipes import RECIPES
-from scalekd_ds.run import build_distiller
-from scalekd_ds.teacher_placement import small_parameter
+from scalekd_ds.training.run import build_distiller
 
 WORKER = ROOT / "tests" / "workers" / "plan_worker.py"
 sys.path.append(str(WORKER.parent))

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from golden_files import golden, relative_error
 from golden_map import projector_name, projector_state
 
-from scalekd_ds.projector import CrossAttentionProjector
-from scalekd_ds.projector_conv import patches_of
-from scalekd_ds.projector_pair import ProjectorPair
+from scalekd_ds.projector.convolution import patches_of
+from scalekd_ds.projector.cross_attention import CrossAttentionProjector
+from scalekd_ds.projector.pair import ProjectorPair
 
 CASES = [
     "a1_cap_self_7x7_w1_s5",
@@ -145,7 +145,7 @@ def test_patches_are_as_accurate_as_the_convolution_in_16_bits(monkeypatch):
         return out, *torch.autograd.grad((out.float() * upstream).sum(), wanted)
 
     exact, by_patches = run(False), run(True)
-    monkeypatch.setattr("scalekd_ds.projector.patches_of", lambda x: None)
+    monkeypatch.setattr("scalekd_ds.projector.cross_attention.patches_of", lambda x: None)
     by_convolution = run(True)
     for ours, theirs, expected in zip(by_patches, by_convolution, exact, strict=True):
         assert relative_error(ours.float(), expected) < 1.5 * relative_error(theirs.float(), expected)

@@ -14,13 +14,13 @@ from launching import ROOT, alone
 from test_golden_flow import TERMS, eva, resnet18_base8, swin
 from zoo import SHALLOW, SWIN
 
-from scalekd_ds.cli import config_from_dict, parse_run
 from scalekd_ds.data.mix import Mixer
-from scalekd_ds.optim import build_optimizer, param_groups
+from scalekd_ds.optim.optimizers import build_optimizer, param_groups
 from scalekd_ds.recipes import RECIPES
+from scalekd_ds.recipes.command_line import config_from_dict, parse_run
 from scalekd_ds.recipes.count import SIZES, count
 from scalekd_ds.recipes.imagenet import PAIRS, published_baseline
-from scalekd_ds.run import build_distiller
+from scalekd_ds.training.run import build_distiller
 
 # recipe -> millions of parameters: the student's in the paper, and the projectors' as the official code builds them
 PUBLISHED = {

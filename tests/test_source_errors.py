@@ -2,7 +2,7 @@
 
 from source_fixtures import JPEGS, labelled, message, needs_pyarrow, write_table, write_tar
 
-from scalekd_ds.data.source import open_source
+from scalekd_ds.data.sources.image_folder import open_source
 
 
 def test_tars_that_cannot_be_used(tmp_path):

@@ -19,8 +19,8 @@ from image_fixtures import make_folder
 from source_fixtures import JPEGS, SHAPES, labelled, message, write_table, write_tar
 
 from scalekd_ds.data import index as index_module
-from scalekd_ds.data.index import SUFFIX
-from scalekd_ds.data.source import open_source
+from scalekd_ds.data.sources.image_folder import open_source
+from scalekd_ds.data.sources.index import SUFFIX
 
 
 @pytest.fixture(autouse=True)

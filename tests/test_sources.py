@@ -13,9 +13,16 @@ import pytest
 from image_fixtures import make_folder
 from source_fixtures import JPEGS, SHAPES, labelled, message, needs_datasets, needs_pyarrow, write_table, write_tar
 
-from scalekd_ds.data.index import SUFFIX
-from scalekd_ds.data.source import ImageFolder, check_same_classes, index_folder, open_source, per_class, subset
-from scalekd_ds.data.tfrecord import _scan
+from scalekd_ds.data.sources.image_folder import (
+    ImageFolder,
+    check_same_classes,
+    index_folder,
+    open_source,
+    per_class,
+    subset,
+)
+from scalekd_ds.data.sources.index import SUFFIX
+from scalekd_ds.data.sources.tfrecord import _scan
 from scalekd_ds.errors import UserError
 
 

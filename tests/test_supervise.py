@@ -9,7 +9,7 @@ import psutil
 from image_fixtures import make_dataset
 from launching import ROOT, environment, free_port
 
-from scalekd_ds.checkpoint import checkpoints_of
+from scalekd_ds.checkpoint.checkpoint import checkpoints_of
 from scalekd_ds.commands.supervise import usable
 
 SUPERVISE = ROOT / "launch" / "supervise.py"

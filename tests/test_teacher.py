@@ -8,7 +8,7 @@ from zoo import SWIN, TEACHERS, make_teacher
 
 from scalekd_ds import Teacher
 from scalekd_ds.errors import UserError
-from scalekd_ds.models import build_model
+from scalekd_ds.models.build import build_model
 from scalekd_ds.teacher import Family, Stage, last_block_count, register_family
 from scalekd_ds.teacher_families import default_heads
 

@@ -7,7 +7,7 @@ from image_fixtures import make_dataset
 from launching import ROOT, launch
 from test_train import arguments, scalars
 
-from scalekd_ds.checkpoint import read_weights, resolve, weights_file
+from scalekd_ds.checkpoint.checkpoint import read_weights, resolve, weights_file
 from scalekd_ds.config import RunDirConfig
 from scalekd_ds.errors import UserError
 from scalekd_ds.teacher import Teacher

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from source_fixtures import write_tar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.checkpoint import checkpoints_of, choose, consolidate
+from scalekd_ds.checkpoint.checkpoint import checkpoints_of, choose, consolidate
 
 TRAIN = ROOT / "launch" / "train.py"
 STACKED = ROOT / "tests" / "workers" / "stacked_train.py"

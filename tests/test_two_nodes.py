@@ -15,7 +15,7 @@ from cluster import Cluster, skip_reason
 from PIL import Image
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint import checkpoints_of, choose
+from scalekd_ds.checkpoint.checkpoint import checkpoints_of, choose
 
 REPO = Path(__file__).parents[1]
 DOCTOR = REPO / "launch" / "doctor.py"

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from launching import ROOT, environment
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_ds import ds_config
-from scalekd_ds.agreement import cosines, logit_agreement
 from scalekd_ds.config import RunConfig, RunDirConfig
+from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
-from scalekd_ds.mfu import device_tflops, flop_per_image, peak_tflops
-from scalekd_ds.provenance import command_line, git_commit, hyperparameters
-from scalekd_ds.resources import Energy, memory
 from scalekd_ds.rng import rng_state
-from scalekd_ds.terminal.plain import evaluation_lines
-from scalekd_ds.terminal.report import ReportCard, duration
-from scalekd_ds.timing import StepTimer, untimed
+from scalekd_ds.watching.agreement import cosines, logit_agreement
+from scalekd_ds.watching.mfu import device_tflops, flop_per_image, peak_tflops
+from scalekd_ds.watching.provenance import command_line, git_commit, hyperparameters
+from scalekd_ds.watching.resources import Energy, memory
+from scalekd_ds.watching.terminal.plain import evaluation_lines
+from scalekd_ds.watching.terminal.report import ReportCard, duration
+from scalekd_ds.watching.timing import StepTimer, untimed
 
 STUDENT = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 8}
 TEACHER = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
@@ -43,7 +43,7 @@ def small_config(**more):
 
 
 def small_distiller(**more):
-    from scalekd_ds.run import build_distiller
+    from scalekd_ds.training.run import build_distiller
 
     cfg = small_config()
     return build_distiller(replace(cfg, distill=replace(cfg.distill, **more)), 5, verbose=False)
@@ -208,8 +208,8 @@ def test_the_report_card():
 
 BAR = """
 import sys, time
-from scalekd_ds.terminal import reporter_for
-from scalekd_ds.terminal.report import ReportCard
+from scalekd_ds.watching.terminal import reporter_for
+from scalekd_ds.watching.terminal.report import ReportCard
 assert "torch" not in sys.modules
 reporter = reporter_for("auto", int(sys.argv[1]), 10, 2)
 for step in range(3, 8):

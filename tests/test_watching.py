@@ -19,7 +19,7 @@ from launching import ROOT, alone, environment, free_port, launch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.timing import PARTS
+from scalekd_ds.watching.timing import PARTS
 
 TRAIN = ROOT / "launch" / "train.py"
 TEACHER = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}

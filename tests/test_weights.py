@@ -25,8 +25,8 @@ from weight_files import (
 
 from scalekd_ds import ScaleKD, Teacher
 from scalekd_ds.errors import UserError
-from scalekd_ds.models import build_model
-from scalekd_ds.weights import load_weights
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.load_weights import load_weights
 
 E1, F1 = "e1_flow_swin_resnet18_v2", "f1_flow_beit_resnet18_nokd"
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from weight_files import same_outputs, shaken, vit, written
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.weights import load_weights
+from scalekd_ds.models.load_weights import load_weights
 
 
 class Bomb:

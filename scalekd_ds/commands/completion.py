@@ -52,7 +52,7 @@ def _run_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a run's fields, whose values are completed where there is something to choose from."""
     from argcomplete.completers import FilesCompleter
 
-    from scalekd_ds.cli import run_parser
+    from scalekd_ds.recipes.command_line import run_parser
 
     parser = module_of("train").parser() if verb == "train" else run_parser("scalekd")
     own: dict[str, Any] = {"--recipe": _recipes, "--run.ds_config": _ds_configs}

@@ -13,7 +13,7 @@ from scalekd_ds.errors import UserError, run_cli
 
 def parser() -> Parser:
     """The doctor's own arguments; all others are the run's."""
-    from scalekd_ds.doctor.checks import Limits
+    from scalekd_ds.cluster.doctor.checks import Limits
 
     own = Parser(
         "doctor",
@@ -72,7 +72,7 @@ def ssh_command(hosts: dict[str, int], command: str | None, port: int | None) ->
 
 def needed(run: list[str]) -> tuple[dict[str, str], str]:
     """(key -> path of what a run reads on every node, the run's folder)."""
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.recipes.command_line import parse_run
 
     parsed = parse_run(run, "scalekd doctor")
     if parsed is None:
@@ -91,9 +91,9 @@ def needed(run: list[str]) -> tuple[dict[str, str], str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from scalekd_ds.doctor.checks import Limits
-    from scalekd_ds.env_file import env_paths, exported, parse_assignments, write_env
-    from scalekd_ds.hosts import read_hosts
+    from scalekd_ds.cluster.doctor.checks import Limits
+    from scalekd_ds.cluster.env_file import env_paths, exported, parse_assignments, write_env
+    from scalekd_ds.cluster.hosts import read_hosts
 
     arguments, run = parser().parse_known_args(argv)
     here = Path.cwd()
@@ -117,14 +117,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from scalekd_ds.doctor.examine import examine
-    from scalekd_ds.doctor.report import print_report
+    from scalekd_ds.cluster.doctor.examine import examine
+    from scalekd_ds.cluster.doctor.report import print_report
 
     report = examine(hosts, ssh, exported(here), data, run_dir, limits, arguments.skip)
     # a log has no width; a table that wraps at 80 columns cannot be read
     print_report(Console(width=None if sys.stdout.isatty() else 200), report)
     if arguments.json:
-        from scalekd_ds.manifest import write_json
+        from scalekd_ds.checkpoint.manifest import write_json
 
         write_json(Path(arguments.json), report.as_dict())
     return 1 if report.problems else 0

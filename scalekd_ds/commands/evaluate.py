@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or args.threads < 1:
         raise UserError(f"--batch-size is {args.batch_size} and --threads {args.threads}: both must be at least 1.")
 
-    from scalekd_ds.standalone import evaluate_model
+    from scalekd_ds.evaluation.standalone import evaluate_model
 
     result = evaluate_model(
         args.model, args.data, args.weights, args.image_size, args.batch_size, args.threads, args.logits

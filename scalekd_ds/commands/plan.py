@@ -49,10 +49,10 @@ def plan(argv: list[str] | None = None) -> None:
             raise UserError(f"{flag} is {value}: it must be at least 1.")
     if not any(argument.split("=", 1)[0] in ("--recipe", "--config") for argument in run):
         raise UserError("no --recipe is given: launch/train.py --list-recipes prints them (or --config FILE).")
-    from scalekd_ds import ds_config
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.engine import ds_config
     from scalekd_ds.plan.measure import measure
     from scalekd_ds.plan.report import document, print_plan
+    from scalekd_ds.recipes.command_line import parse_run
 
     parsed = parse_run(run, "scalekd plan")
     if parsed is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.train import MODULE
 from scalekd_ds.errors import UserError
-from scalekd_ds.run_dir import make_run_dir
+from scalekd_ds.training.run_dir import make_run_dir
 
 
 def parser() -> Parser:
@@ -53,14 +53,14 @@ def healthy(arguments: argparse.Namespace, run: list[str], report: Path) -> dict
     done = subprocess.run([*command, *shlex.split(arguments.doctor_args), *run], stdin=subprocess.DEVNULL)
     if not report.is_file():
         raise UserError(f"the doctor ended with status {done.returncode} and no report: what it said is above.")
-    from scalekd_ds.hosts import read_hosts
+    from scalekd_ds.cluster.hosts import read_hosts
 
     passing = json.loads(report.read_text())["passed"]
     return {name: slots for name, slots in read_hosts(arguments.hostfile).items() if name in passing}
 
 
 def main(argv: list[str] | None = None) -> int:
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.recipes.command_line import parse_run
 
     arguments = parser().parse_args(argv)
     run = arguments.run[1:] if arguments.run[:1] == ["--"] else arguments.run

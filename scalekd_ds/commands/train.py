@@ -28,7 +28,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The run's fields, and the options of the launcher."""
-    from scalekd_ds.cli import run_parser
+    from scalekd_ds.recipes.command_line import run_parser
 
     return run_parser("scalekd train", add_launcher_arguments)
 
@@ -52,7 +52,7 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
     # a launcher that is on PATH might be of another environment
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if given.hostfile is not None:
-        from scalekd_ds.hosts import read_hosts
+        from scalekd_ds.cluster.hosts import read_hosts
 
         hosts = read_hosts(given.hostfile)
         command += ["--hostfile", given.hostfile]
@@ -80,7 +80,7 @@ def _start_launcher(command: list[str]) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     # parsed before the heavy imports, so that a typing error answers at once
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.recipes.command_line import parse_run
 
     launcher: Any = Parser(add_help=False)
     add_launcher_arguments(launcher)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     cfg, dump = parsed
     if dump is not None:
-        from scalekd_ds.checkpoint import write_json
+        from scalekd_ds.checkpoint.checkpoint import write_json
 
         write_json(dump, cfg.as_dict())
         print(f"wrote {dump}: start it with --config {dump}")
@@ -100,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     if given.deepspeed_args:
         raise UserError("--deepspeed-args is given without --gpus or --hostfile: there is no launcher to take them.")
     if cfg.run.progress == "json":
-        from scalekd_ds.terminal.json_lines import claim_stdout
+        from scalekd_ds.watching.terminal.json_lines import claim_stdout
 
         # before DeepSpeed is imported, which greets on standard output
         claim_stdout()
-    from scalekd_ds.trainer import train
+    from scalekd_ds.training.trainer import train
 
     train(cfg)
 

@@ -2,7 +2,7 @@
 
 from scalekd_ds.data.eval_loader import EvalLoader
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.source import ImageFolder
+from scalekd_ds.data.sources.image_folder import ImageFolder
 from scalekd_ds.data.train_loader import TrainLoader
 
 __all__ = ["EvalLoader", "ImageFolder", "StreamSampler", "TrainLoader"]

@@ -99,9 +99,9 @@ def export(
     """
     out = Path(out)
     check_request(format, out, with_preprocessing, overwrite)
+    from scalekd_ds.checkpoint.manifest import sync, write_json
     from scalekd_ds.export.readme import readme
     from scalekd_ds.export.subject import load_subject
-    from scalekd_ds.manifest import sync, write_json
 
     subject = load_subject(source, weights, with_preprocessing)
     writer = import_module(f"scalekd_ds.export.{FORMATS[format].module}")

@@ -9,7 +9,7 @@ from typing import Any
 from scalekd_ds import __version__
 from scalekd_ds.config import DataConfig
 from scalekd_ds.export.subject import TOLERANCE, Subject
-from scalekd_ds.models import num_parameters
+from scalekd_ds.models.build import num_parameters
 
 # the fields that Hugging Face reads; a licence is the publisher's to choose
 _FRONT = """---

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.checkpoint import read_state, resolve, weights_file
+from scalekd_ds.checkpoint.checkpoint import read_state, resolve, weights_file
 from scalekd_ds.errors import UserError
-from scalekd_ds.models import build_model, read_card
+from scalekd_ds.models.build import build_model, read_card
 
 # of the logits, absolute
 TOLERANCE = 1e-4

@@ -10,10 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from scalekd_ds.checkpoint.manifest import write_json
 from scalekd_ds.config import DataConfig
 from scalekd_ds.errors import UserError
 from scalekd_ds.export.subject import Subject
-from scalekd_ds.manifest import write_json
 
 # of the preset's original weights, and not of these
 _ORIGIN = (

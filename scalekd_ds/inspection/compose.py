@@ -16,10 +16,10 @@ from scalekd_ds.inspection.answers import answers, crosstable, is_right, most_te
 from scalekd_ds.inspection.focus import focus_of, restore_distiller
 from scalekd_ds.inspection.frequencies import radial
 from scalekd_ds.inspection.pictured import Cut, find_images, readable, spread, true_class
+from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, heat, pca_colours, spectrum
 from scalekd_ds.inspection.sheet import Answers, Pictures, Sheet, draw
 from scalekd_ds.inspection.subjects import Located, Seen, Subject, check_same_classes, open_subject, subject_of
-from scalekd_ds.models import Preprocessing, read_card
-from scalekd_ds.pictures import attention_pictures, blend, enlarge, heat, pca_colours, spectrum
+from scalekd_ds.models.build import Preprocessing, read_card
 from scalekd_ds.teacher import Teacher
 
 QUERIES = 3

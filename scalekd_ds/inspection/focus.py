@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint import BUFFERS, read_state
+from scalekd_ds.checkpoint.checkpoint import BUFFERS, read_state
+from scalekd_ds.checkpoint.shard_files import saved_weights
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
-from scalekd_ds.pictures import attention_maps, default_queries
-from scalekd_ds.projector_pair import ProjectorPair
-from scalekd_ds.shard_files import saved_weights
+from scalekd_ds.inspection.pictures import attention_maps, default_queries
+from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import Teacher
 

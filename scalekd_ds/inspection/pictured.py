@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from scalekd_ds.data.source import EXTENSIONS
+from scalekd_ds.data.sources.image_folder import EXTENSIONS
 from scalekd_ds.errors import UserError
 
 _FILTERS = {

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from scalekd_ds.checkpoint import resolve, weights_file
-from scalekd_ds.cli import read_config
+from scalekd_ds.checkpoint.checkpoint import resolve, weights_file
 from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError
-from scalekd_ds.models import HUBS, Preprocessing, build_model, normalisation_of, num_parameters, read_card
-from scalekd_ds.pictures import map_of
+from scalekd_ds.inspection.pictures import map_of
+from scalekd_ds.models.build import HUBS, Preprocessing, build_model, normalisation_of, num_parameters, read_card
+from scalekd_ds.recipes.command_line import read_config
 from scalekd_ds.student import Student, StudentOutput, Taps
 from scalekd_ds.teacher import FAMILIES, Teacher
 

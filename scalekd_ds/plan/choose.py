@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from scalekd_ds import ds_config
 from scalekd_ds.config import RunConfig, TeacherPlacement
+from scalekd_ds.engine import ds_config
+from scalekd_ds.engine.teacher_placement import PLACEMENTS
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan.communication import Collective, collectives
 from scalekd_ds.plan.measure import Measured, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.plan.throughput import Assumptions, StepTime, step_time
-from scalekd_ds.teacher_placement import PLACEMENTS
 
 GIB = 2**30
 # what is simpler wins unless the other is faster by more than the model can tell

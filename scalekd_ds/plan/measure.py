@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.optim import param_groups
-from scalekd_ds.run import build_distiller
-from scalekd_ds.teacher_placement import blocks_of, kept_whole, small_parameter
+from scalekd_ds.engine.teacher_placement import blocks_of, kept_whole, small_parameter
+from scalekd_ds.optim.optimizers import param_groups
+from scalekd_ds.training.run import build_distiller
 
 # what autograd saves is a straight line; where the peak falls, and its slope, change while the batch is small
 MICRO_BATCHES = (2, 8, 32)

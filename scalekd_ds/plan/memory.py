@@ -21,7 +21,7 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from scalekd_ds.config import RunConfig, TeacherPlacement
-from scalekd_ds.ds_config import stage_of
+from scalekd_ds.engine.ds_config import stage_of
 from scalekd_ds.plan.measure import Layer, Measured
 
 MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2}

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_ds.config import RunConfig
-from scalekd_ds.models import build_model, num_parameters
+from scalekd_ds.models.build import build_model, num_parameters
 from scalekd_ds.recipes import RECIPES
 
 SIZES = Path(__file__).with_name("sizes.json")

@@ -13,11 +13,11 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from scalekd_ds import checkpoint
-from scalekd_ds.ema import StudentEma, start_ema
-from scalekd_ds.engine import job_store, student_state
+from scalekd_ds.checkpoint import checkpoint
+from scalekd_ds.checkpoint.saver import Saver
+from scalekd_ds.engine.engine import job_store, student_state
 from scalekd_ds.errors import UserError
-from scalekd_ds.saver import Saver
+from scalekd_ds.training.ema import StudentEma, start_ema
 
 DECAY, STEPS, SAVED, LR, MOMENTUM = 0.7, 6, 3, 0.1, 0.9
 

@@ -12,8 +12,8 @@ def main() -> None:
     import torch
     from deepspeed import comm as dist
 
-    from scalekd_ds import trainer
-    from scalekd_ds.cli import parse_run
+    from scalekd_ds.recipes.command_line import parse_run
+    from scalekd_ds.training import trainer
 
     fault, *args = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     kind, _, steps = fault.partition(":")

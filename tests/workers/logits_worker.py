@@ -6,10 +6,10 @@ import torch
 from deepspeed import comm as dist
 from safetensors.torch import save_file
 
-from scalekd_ds import trainer
-from scalekd_ds.cli import parse_run
-from scalekd_ds.engine import synchronise_buffers
-from scalekd_ds.watch import Watch
+from scalekd_ds.engine.engine import synchronise_buffers
+from scalekd_ds.recipes.command_line import parse_run
+from scalekd_ds.training import trainer
+from scalekd_ds.training.watch import Watch
 
 
 @torch.no_grad()

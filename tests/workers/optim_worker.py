@@ -14,10 +14,10 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from scalekd_ds import lamb
 from scalekd_ds.config import OptimConfig
-from scalekd_ds.optim import build_optimizer, param_groups
-from scalekd_ds.trainer import own_grad_norm
+from scalekd_ds.optim import lamb
+from scalekd_ds.optim.optimizers import build_optimizer, param_groups
+from scalekd_ds.training.trainer import own_grad_norm
 
 STEPS = 4
 CASES = {f"zero{stage}": {"stage": stage} for stage in range(3)} | {

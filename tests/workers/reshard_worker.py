@@ -12,12 +12,12 @@ from deepspeed import comm as dist
 from optim_worker import CASES, Net, batches, error, loss_of, weights
 from safetensors.torch import save_file
 
-from scalekd_ds import lamb
-from scalekd_ds.checkpoint import write_json
+from scalekd_ds.checkpoint.checkpoint import write_json
+from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
 from scalekd_ds.config import OptimConfig
-from scalekd_ds.host_copies import HostCopies
-from scalekd_ds.optim import build_optimizer
-from scalekd_ds.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
+from scalekd_ds.engine.host_copies import HostCopies
+from scalekd_ds.optim import lamb
+from scalekd_ds.optim.optimizers import build_optimizer
 
 OPTIMIZERS = {"sgd": 0.05, "adamw": 0.01, "lamb": 0.02}
 SAVED, STEPS = 3, 6

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from scalekd_ds.projector_pair import ProjectorPair
+from scalekd_ds.projector.pair import ProjectorPair
 
 ProjectorPair.forward = ProjectorPair.stacked
 runpy.run_path(str(Path(__file__).parents[2] / "launch" / "train.py"), run_name="__main__")

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from scalekd_ds.cli import parse_run
-from scalekd_ds.trainer import train
+from scalekd_ds.recipes.command_line import parse_run
+from scalekd_ds.training.trainer import train
 
 
 def main() -> None:

@@ -1,0 +1,213 @@
+"""A rank's shards in a file, by the layers' names: saved on any number of ranks and any ZeRO stage, read on any other.
+
+shards_rank0.safetensors ...    for each part of a layer that the rank updates: `OFFSET/KEY/NAME`, float32, KEY being
+                                `weight` or one of the optimizer's states (`exp_avg`, `momentum_buffer`, ...)
+engine.json                     counters, the schedule, and the optimizer's scalars; the same on every rank
+
+DeepSpeed's own files are pickles that only the same number of ranks reads. These hold tensors and numbers alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from scalekd_ds.engine.host_copies import HostCopies
+from scalekd_ds.engine.zero_layout import Segment, Shard, shards_of
+from scalekd_ds.errors import UserError
+
+ENGINE = "engine.json"
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def shard_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its shards."""
+    return folder / f"shards_rank{rank}.safetensors"
+
+
+def _names(engine: Any) -> dict[int, str]:
+    return {id(p): name for name, p in engine.module.named_parameters()}
+
+
+def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
+def _check_in_memory(shard: Shard) -> None:
+    last = max((s.start + s.count for s in shard.segments), default=0)
+    if shard.flat.numel() < last:
+        raise UserError(
+            "the DeepSpeed config keeps the weights on NVMe, from where checkpoints cannot be written: set "
+            "zero_optimization.offload_optimizer.device to cpu or none."
+        )
+
+
+@torch.no_grad()
+def snapshot(engine: Any, copies: HostCopies) -> dict[str, torch.Tensor]:
+    """Copies of this rank's shards on the CPU, by their keys in its file: training may go on while they are written."""
+    names, state, found = _names(engine), _base_optimizer(engine).state, {}
+    for shard in shards_of(engine):
+        _check_in_memory(shard)
+        kept = {"weight": shard.flat} | {
+            key: value
+            for key, value in state.get(shard.flat, {}).items()
+            if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim() > 0
+        }
+        for key, flat in kept.items():
+            flat = flat.detach().reshape(-1)
+            for part in shard.segments:
+                name = f"{part.offset}/{key}/{names[id(shard.parameters[part.layer])]}"
+                found[name] = copies(name, flat.narrow(0, part.start, part.count))
+    return found
+
+
+def engine_state(engine: Any) -> dict[str, Any]:
+    """Everything beside the shards that the engine goes on from, as plain values."""
+    scalars: dict[str, float] = {}
+    for values in _base_optimizer(engine).state.values():
+        for key, value in values.items():
+            if not torch.is_tensor(value) or value.dim() == 0:
+                scalars[key] = float(value)
+        # every layer has made as many steps
+        if scalars:
+            break
+    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else {}
+    # functions of the step are the run's, not the checkpoint's
+    scheduler = {k: v for k, v in scheduler.items() if k != "lr_lambdas"}
+    return {
+        "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
+        "scheduler": scheduler,
+        "scalars": scalars,
+        "loss_scale": float(getattr(engine.optimizer, "cur_scale", 1.0)),
+    }
+
+
+@dataclass(frozen=True)
+class _Piece:
+    offset: int
+    count: int
+    file: Any
+    key: str
+
+
+class _Shelf:
+    """All saved pieces of all ranks, by (key, layer)."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+        for rank in range(world_size):
+            path = shard_file(folder, rank)
+            file = safe_open(path, "pt")
+            for entry in file.keys():  # noqa: SIM118
+                offset, key, name = entry.split("/", 2)
+                count = file.get_slice(entry).get_shape()[0]
+                self._pieces.setdefault((key, name), []).append(_Piece(int(offset), count, file, entry))
+
+    def keys(self) -> set[str]:
+        return {key for key, _ in self._pieces}
+
+    def layers(self, key: str, prefix: str) -> dict[str, int]:
+        """Elements of each layer whose name starts with `prefix`."""
+        return {
+            name: max(piece.offset + piece.count for piece in pieces)
+            for (found, name), pieces in self._pieces.items()
+            if found == key and name.startswith(prefix)
+        }
+
+    def read(self, key: str, name: str, part: Segment) -> Iterator[tuple[int, torch.Tensor]]:
+        """(place in the part, values) of all saved values of a layer's elements `part.offset` and on."""
+        end, seen = part.offset + part.count, 0
+        for piece in self._pieces.get((key, name), []):
+            first, last = max(piece.offset, part.offset), min(piece.offset + piece.count, end)
+            if first < last:
+                seen += last - first
+                yield first - part.offset, piece.file.get_slice(piece.key)[first - piece.offset : last - piece.offset]
+        if seen != part.count:
+            raise UserError(
+                f"the checkpoint has {seen} of {part.count} values of {key} of {name}: is the model another?"
+            )
+
+
+def saved_weights(folder: Path, world_size: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Trained layers of a verified checkpoint by name, whole and flat in float32, without an engine.
+
+    Args:
+        folder: The checkpoint.
+        world_size: Of the ranks that wrote it.
+        prefix: Of the layers' names that are wanted.
+
+    Raises:
+        UserError: Values of a layer are missing.
+    """
+    shelf = _Shelf(folder, world_size)
+    found = {}
+    for name, numel in shelf.layers("weight", prefix).items():
+        flat = torch.empty(numel)
+        for place, values in shelf.read("weight", name, Segment(0, 0, numel, 0)):
+            flat.narrow(0, place, len(values)).copy_(values)
+        found[name] = flat
+    return found
+
+
+@torch.no_grad()
+def restore(engine: Any, folder: Path, world_size: int) -> None:
+    """Undoes `snapshot` and `engine_state` of a checkpoint that `world_size` ranks wrote; collective.
+
+    Raises:
+        UserError: It is of another model or optimizer.
+    """
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        zero.checkpoint_event_prologue()
+    shelf, names = _Shelf(folder, world_size), _names(engine)
+    saved = json.loads((folder / ENGINE).read_text())
+    state = _base_optimizer(engine).state
+    for shard in shards_of(engine):
+        _check_in_memory(shard)
+        parts = shard.segments
+        if stage == 0:
+            # every rank updates the whole layer
+            parts = [Segment(0, 0, shard.flat.numel(), 0)]
+        for key in sorted(shelf.keys()):
+            if key == "weight":
+                target = shard.flat.detach()
+            else:
+                target = state[shard.flat].setdefault(key, torch.zeros_like(shard.flat))
+            flat = target.view(-1)
+            for part in parts:
+                name = names[id(shard.parameters[part.layer])]
+                for place, values in shelf.read(key, name, part):
+                    flat.narrow(0, part.start + place, len(values)).copy_(values)
+        for key, value in saved["scalars"].items():
+            state[shard.flat][key] = torch.tensor(value)
+    _refresh(engine)
+    for name, value in saved["counters"].items():
+        setattr(engine, name, value)
+    if engine.lr_scheduler is not None:
+        groups = _base_optimizer(engine).param_groups
+        engine.lr_scheduler.load_state_dict({"lr_lambdas": [None] * len(groups)} | saved["scheduler"])
+        for group, lr in zip(groups, engine.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+    if hasattr(zero, "loss_scaler") and hasattr(zero.loss_scaler, "cur_scale"):
+        zero.loss_scaler.cur_scale = saved["loss_scale"]
+
+
+def _refresh(engine: Any) -> None:
+    """Weights that the model computes with, from the master weights."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        zero.update_lp_params()
+    elif stage == 3:
+        for group, (half, master) in enumerate(
+            zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+        ):
+            if half is not None and master.numel():
+                half.copy_(master)
+            zero._unflatten_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()

@@ -1,0 +1,68 @@
+"""What the doctor saw, for people: a table by node, and one line a problem."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scalekd_ds.cluster.doctor.checks import GIB
+from scalekd_ds.cluster.doctor.examine import Report
+
+_COLUMNS = (
+    "host",
+    "slots",
+    "python",
+    "torch",
+    "CUDA",
+    "driver",
+    "GPUs",
+    "memory",
+    "disk",
+    "clock",
+    "files",
+    "sends",
+    "",
+)
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The table, the problems and the sum of it all; the word OK stands where a node has no problem."""
+    table = Table(*_COLUMNS, title=f"looked at in {report.seconds:.1f} s")
+    for host in report.hosts:
+        table.add_row(*_row(report, host))
+    console.print(table)
+    if report.reduced is not None:
+        console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.reduced:.1f} ms", highlight=False)
+    for problem in report.problems:
+        # a line of its own each, for whoever greps
+        console.print(f"{problem.host}: {escape(problem.text)}", highlight=False, soft_wrap=True)
+    count = len(report.problems)
+    verdict = "a job can start" if not count else f"{count} problem{'s' if count > 1 else ''}"
+    console.print(f"{len(report.passed)} of {len(report.hosts)} nodes pass: {verdict}", highlight=False)
+
+
+def _row(report: Report, host: str) -> list[str]:
+    said = report.facts.get(host)
+    verdict = "problem" if report.of(host) else "OK"
+    if said is None:
+        return [host, str(report.hosts[host]), *[""] * (len(_COLUMNS) - 3), verdict]
+    versions, gpus = said["versions"], said["gpus"]
+    ahead, doubt = report.offsets[host]
+    files = [str(part.get("files", "?")) for part in said["data"].values()]
+    rates = [rate for (source, _), rate in report.rates.items() if source == host]
+    return [
+        host,
+        str(report.hosts[host]),
+        versions["python"],
+        versions.get("torch", "none"),
+        versions.get("cuda") or "none",
+        gpus[0]["driver"] if gpus else "none",
+        f"{len(gpus)} x {gpus[0]['name']}" if gpus else "none",
+        f"{said['memory'] / GIB:.0f} GiB",
+        f"{said['disk'] / GIB:.0f} GiB",
+        f"{1e3 * ahead:+.0f} +- {1e3 * doubt:.0f} ms",
+        " ".join(files),
+        f"{rates[0]:.1f} Gbit/s" if rates else "",
+        verdict,
+    ]

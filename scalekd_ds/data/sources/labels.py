@@ -1,0 +1,116 @@
+"""Labels as they are written, names or numbers, to positions in one list of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scalekd_ds.data.sources.index import Index, reason
+from scalekd_ds.errors import UserError
+
+
+def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """(codes, raw) of an index: each distinct label once, in order of appearance."""
+    positions: dict[str, int] = {}
+    codes = np.fromiter((positions.setdefault(label, len(positions)) for label in labels), np.int64, len(labels))
+    return codes, list(positions)
+
+
+def is_number(label: str) -> bool:
+    """Whether a label is written as an integer."""
+    return label.removeprefix("-").isdecimal() and label.isascii()
+
+
+def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str) -> tuple[np.ndarray, list[str]]:
+    """Labels as positions in the list of classes.
+
+    Labels that are all names of `classes` are those; labels that are all integers are positions in it. Without
+    `classes`, names are sorted, and integers must be 0 to K-1 with each in use, so that labels counted from 1 are found out.
+
+    Args:
+        index: Of the source.
+        classes: Of the training set or of a classes.txt, or None.
+        key: What the user set to get here, for the message.
+        where: The source, for the message.
+
+    Returns:
+        labels (n,) int64 and the names of the classes.
+
+    Raises:
+        UserError: A label is out of range or not among `classes`.
+    """
+
+    def first(raw: str) -> str:
+        return index.names[int(np.flatnonzero(index.codes == index.raw.index(raw))[0])]
+
+    numbers = all(is_number(label) for label in index.raw)
+    if classes is None and not numbers:
+        classes = sorted(index.raw)
+    positions = {name: position for position, name in enumerate(classes or ())}
+    if classes is not None and all(label in positions for label in index.raw):
+        table = [positions[label] for label in index.raw]
+    elif not numbers:
+        unknown = sorted(set(index.raw) - set(positions))
+        raise UserError(
+            f"{key}: {where} has {len(unknown)} classes that the list of {len(positions)} classes lacks "
+            f"({', '.join(unknown[:5])}), such as that of {first(unknown[0])!r}: they must be the training set's."
+        )
+    else:
+        table = [int(label) for label in index.raw]
+        count = len(classes) if classes is not None else len(set(table))
+        for raw, label in zip(index.raw, table, strict=True):
+            if not 0 <= label < count:
+                of = f"there are {count} classes" if classes is not None else f"{count} different labels are in use"
+                raise UserError(
+                    f"{key}: the label {label} of {first(raw)!r} in {where} is out of range: {of}, so labels are "
+                    f"0 to {count - 1}."
+                )
+    if classes is None:
+        classes = [str(label) for label in range(count)]
+    if len(classes) < 2:
+        raise UserError(f"{key}: {where} has one class, {classes[0]!r}: a classifier needs two or more.")
+    return np.asarray(table, dtype=np.int64)[index.codes], classes
+
+
+def labels_of(
+    index: Index, folder: Path, classes: list[str] | None, key: str, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """Labels as positions in `classes`, or in the folder's classes.txt, or as `resolve_labels` finds them.
+
+    Where there are both lists, numbers are positions in the folder's, and its names are looked up in `classes`.
+
+    Raises:
+        UserError: A label is out of range or not among the classes, or classes.txt cannot be read.
+    """
+    own = read_classes(folder, key)
+    if own is None or classes is None or own == classes:
+        return resolve_labels(index, own if classes is None else classes, key, where)
+    labels, _ = resolve_labels(index, own, key, where)
+    positions = {name: position for position, name in enumerate(classes)}
+    if unknown := sorted({own[label] for label in np.unique(labels)} - set(classes)):
+        raise UserError(
+            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes)} classes lacks "
+            f"({', '.join(unknown[:5])}): they must be the training set's."
+        )
+    return np.array([positions.get(name, -1) for name in own], dtype=np.int64)[labels], classes
+
+
+def read_classes(folder: Path, key: str) -> list[str] | None:
+    """Names in a folder's classes.txt, one a line, or None where there is no such file.
+
+    Raises:
+        UserError: It cannot be read, or names a class twice.
+    """
+    path = folder / "classes.txt"
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {reason(error)}.") from None
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"{key}: {str(path)!r} names the class {twice[0]!r} more than once.")
+    return names

@@ -1,0 +1,170 @@
+"""A table of path and label: CSV, TSV or Parquet. Every path stays below one folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+
+from scalekd_ds.data.sources.image_folder import ImageFolder
+from scalekd_ds.data.sources.index import Index, cached, file_size, in_parallel, reason
+from scalekd_ds.data.sources.labels import encode_labels, labels_of
+from scalekd_ds.errors import UserError, suggest
+
+TABLES = (".csv", ".tsv", ".parquet")
+_COLUMNS = ("path", "label")
+
+
+def open_table(table: Path, key: str, classes: list[str] | None = None, root: Path | None = None) -> ImageFolder:
+    """Opens a table with the columns `path` and `label`.
+
+    A file that is missing is left to the run, which replaces a small share of bad files; a table with no file that
+    exists is refused.
+
+    Args:
+        table: A .csv or .tsv with a line of column names, or a .parquet.
+        key: What the user set to get here, for messages.
+        classes: Names, for labels that are numbers; None takes a classes.txt beside the table, or the labels.
+        root: What the paths are relative to, and may not leave, also not by a link; None for the table's folder.
+
+    Raises:
+        UserError: There is no such table, it lacks a column, is empty, names a file twice or one outside of `root`, or
+            a label is out of range.
+    """
+    if not table.is_file():
+        near = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
+        raise UserError(f"{key}: the table {str(table)!r} does not exist.{suggest(table.name, near)}")
+    folder = table.parent if root is None else Path(root)
+    index = cached(table, key, lambda: _build(table, folder, key), lambda stamp: _changed(table, folder, stamp))
+    labels, classes = labels_of(index, table.parent, classes, key, str(table))
+    paths = [os.path.join(folder, name) for name in index.names]
+    return ImageFolder(folder, paths, labels, classes, index.sizes, index.lengths)
+
+
+def _stamp(table: Path, folder: Path) -> dict:
+    stat = os.stat(table)
+    return {
+        "kind": "table",
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "root": os.path.relpath(folder, table.parent),
+    }
+
+
+def _changed(table: Path, folder: Path, stamp: dict) -> str | None:
+    now = _stamp(table, folder)
+    if stamp.get("root") != now["root"]:
+        return "its root is another"
+    return None if stamp == now else "the table has changed"
+
+
+def _build(table: Path, folder: Path, key: str) -> Index:
+    stamp = _stamp(table, folder)
+    try:
+        names, labels = (_parquet if table.suffix.lower() == ".parquet" else _delimited)(table, key)
+    except OSError as error:
+        raise UserError(f"{key}: the table {str(table)!r} cannot be read: {reason(error)}.") from None
+    if not names:
+        raise UserError(f"{key}: the table {str(table)!r} has no rows.")
+    _check_rows(names, labels, table, key)
+    _check_links(names, folder, table, key)
+    found = np.array(
+        list(in_parallel(lambda name: file_size(os.path.join(folder, name)), names, f"images of {table}")),
+        dtype=np.int64,
+    )
+    if not found.any() and not any(os.path.exists(os.path.join(folder, name)) for name in names):
+        raise UserError(
+            f"{key}: none of the {len(names)} files that {str(table)!r} names exists below {str(folder)!r}."
+        )
+    codes, raw = encode_labels(labels)
+    return Index(names, codes, raw, found[:, :2].astype(np.int32), found[:, 2].copy(), stamp=stamp)
+
+
+def _require_columns(found: list[str], table: Path, key: str) -> None:
+    for column in _COLUMNS:
+        if column not in found:
+            raise UserError(
+                f"{key}: the table {str(table)!r} has no column {column!r}: it has {', '.join(found) or 'none'}, and "
+                "must have path and label."
+            )
+
+
+def _delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
+    names, labels = [], []
+    try:
+        # a byte order mark is what spreadsheets put first
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+            header = next(rows, [])
+            _require_columns(header, table, key)
+            path, label = (header.index(column) for column in _COLUMNS)
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{key}: {str(table)!r}, line {rows.line_num}, has {len(row)} fields: its first line has "
+                        f"{len(header)}."
+                    )
+                names.append(row[path])
+                labels.append(row[label].strip())
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: the table {str(table)!r} is no text of UTF-8 in columns: {error}.") from None
+    return names, labels
+
+
+def _parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{key}: {str(table)!r} needs pyarrow: `pip install pyarrow`, or use a .csv.") from None
+    try:
+        with parquet.ParquetFile(table) as file:
+            found = file.schema_arrow.names
+            read = file.read(columns=[column for column in _COLUMNS if column in found])
+        columns = {column: values.to_pylist() for column, values in zip(read.column_names, read.columns, strict=True)}
+    # damage comes as any of these; OSError is for the file system's errors too
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{key}: the table {str(table)!r} cannot be read as Parquet: {reason(error)}.") from None
+    _require_columns(found, table, key)
+    return tuple(["" if value is None else str(value) for value in columns[column]] for column in _COLUMNS)
+
+
+def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> None:
+    seen: set[str] = set()
+    for row, (name, label) in enumerate(zip(names, labels, strict=True), 1):
+        problem = None
+        if not name or "\0" in name:
+            problem = f"has the path {name!r}"
+        elif not label:
+            problem = f"has no label for {name!r}"
+        elif os.path.isabs(name) or ".." in name.split("/"):
+            problem = f"has {name!r}: paths must stay below the table's root, without '..'"
+        elif (plain := os.path.normpath(name)) in seen:
+            problem = f"names {name!r} again: each image may be named once"
+        else:
+            seen.add(plain)
+        if problem:
+            raise UserError(f"{key}: {str(table)!r}, row {row}, {problem}.")
+
+
+def _check_links(names: list[str], folder: Path, table: Path, key: str) -> None:
+    """Refuses what leaves the root by a link. A folder is followed once, not for each of its files."""
+    real = os.path.realpath(folder)
+
+    def outside(path: str) -> bool:
+        target = os.path.realpath(path)
+        return target != real and not target.startswith(real.rstrip(os.sep) + os.sep)
+
+    parents = {parent: outside(os.path.join(folder, parent)) for parent in {os.path.dirname(name) for name in names}}
+
+    def escapes(name: str) -> bool:
+        path = os.path.join(folder, name)
+        return parents[os.path.dirname(name)] or (os.path.islink(path) and outside(path))
+
+    for name, escaped in zip(names, in_parallel(escapes, names, f"paths of {table}"), strict=True):
+        if escaped:
+            raise UserError(f"{key}: {str(table)!r} has {name!r}, a link that leads out of {str(folder)!r}: refused.")

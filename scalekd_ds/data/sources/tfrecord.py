@@ -1,0 +1,139 @@
+"""TFRecord files of tf.train.Example, as ImageNet's are: found by their framing once, then read as any shard.
+
+A record is its length (uint64), a checksum, an Example, a checksum. An Example is a message of protocol buffers whose
+map `features` holds image/encoded, and image/class/synset (a name) or image/class/label (a number).
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from scalekd_ds.data.sources.index import image_size, reason
+from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
+from scalekd_ds.errors import UserError
+
+_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
+_HEADER, _FOOTER = 12, 4
+_IMAGE, _SYNSET, _LABEL = b"image/encoded", b"image/class/synset", b"image/class/label"
+
+
+def is_tfrecord(path: Path) -> bool:
+    """Whether a file or a pattern is named as TFRecords are."""
+    return _NAME.fullmatch(path.name) is not None and not path.is_dir()
+
+
+def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
+    """Opens TFRecord files of encoded images.
+
+    Args:
+        where: A folder of *.tfrecord or *-of-*, one such file, or a pattern with a range such as {000..012}.
+        key: What the user set to get here, for messages.
+        classes: Names, for labels that are numbers; None takes a classes.txt beside the files, or the labels.
+
+    Raises:
+        UserError: A file is missing, cut off or no TFRecord; a record has no image or label; a label is out of range.
+    """
+    return open_shards(where, key, classes, is_tfrecord, lambda file: _scan(file, key))
+
+
+def _scan(path: str, key: str) -> list[Sample]:
+    samples: list[Sample] = []
+    try:
+        # mapped: of an image, only the pages with its header are read
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for start, end in _records(data):
+                samples.append(_sample(data, start, end, file.fileno(), len(samples)))
+    except (ValueError, IndexError, struct.error) as error:
+        where = f"record {len(samples)} of {path!r}"
+        raise UserError(f"{key}: {where} is no tf.train.Example of an image: {error or 'it is cut off'}.") from None
+    except OSError as error:
+        raise UserError(f"{key}: {path!r} cannot be read: {reason(error)}.") from None
+    return samples
+
+
+def _records(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        end = at + _HEADER + length
+        if end + _FOOTER > len(data):
+            raise ValueError(
+                f"it is cut off, or the file is no TFRecord: {length} bytes from byte {at} on pass its end"
+            )
+        yield at + _HEADER, end
+        at = end + _FOOTER
+
+
+def _sample(data: mmap.mmap, start: int, end: int, fd: int, number: int) -> Sample:
+    features: dict[bytes, tuple[int, int]] = {}
+    for _, first, last in _fields(data, start, end):
+        for _, *entry in _fields(data, first, last):
+            parts = {field: (a, b) for field, a, b in _fields(data, *entry)}
+            if 1 in parts and 2 in parts:
+                features[data[slice(*parts[1])]] = parts[2]
+    if _IMAGE not in features:
+        raise ValueError(f"it has no {_IMAGE.decode()}")
+    first, last = _first_bytes(data, *features[_IMAGE])
+    if _SYNSET in features:
+        label = data[slice(*_first_bytes(data, *features[_SYNSET]))].decode()
+    elif _LABEL in features:
+        label = str(_first_int(data, *features[_LABEL]))
+    else:
+        raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}")
+    return Sample(f"record {number}", label, image_size(fd, first, last - first), last - first, first)
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number has more than ten bytes")
+
+
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(number, first byte, end) of each field of a message; a plain number is the bytes that hold it."""
+    while at < end:
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 2:
+            length, at = _varint(data, at)
+            last = at + length
+        elif kind == 0:
+            last = _varint(data, at)[1]
+        elif kind in (1, 5):
+            last = at + (8 if kind == 1 else 4)
+        else:
+            raise ValueError(f"a field has the wire type {kind}")
+        if last > end:
+            raise ValueError("a field passes the record's end")
+        yield tag >> 3, at, last
+        at = last
+
+
+def _first_bytes(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    """Where the first value of a Feature's bytes_list is."""
+    for field, first, last in _fields(data, start, end):
+        if field == 1:
+            for _, a, b in _fields(data, first, last):
+                return a, b
+    raise ValueError("a feature has no bytes where an image or a name belongs")
+
+
+def _first_int(data: mmap.mmap, start: int, end: int) -> int:
+    for field, first, last in _fields(data, start, end):
+        if field == 3:
+            # packed or not, the first number is the first field's first bytes
+            for _, a, b in _fields(data, first, last):
+                if a == b:
+                    continue
+                value = _varint(data, a)[0]
+                return value - 2**64 if value >= 2**63 else value
+    raise ValueError("a feature has no number where a label belongs")

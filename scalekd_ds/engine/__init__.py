@@ -1,0 +1,1 @@
+"""DeepSpeed: processes, the one engine, its JSON, and where ZeRO keeps what."""

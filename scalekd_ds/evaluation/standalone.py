@@ -1,0 +1,80 @@
+"""Evaluation of plain weights in one process, without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data import EvalLoader
+from scalekd_ds.data.sources.image_folder import index_folder
+from scalekd_ds.errors import UserError
+from scalekd_ds.evaluation.accuracy import evaluate
+from scalekd_ds.models.build import Preprocessing, build_model, normalisation_of, read_card
+
+
+@torch.no_grad()
+def evaluate_model(
+    name: str,
+    data: Path,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    batch_size: int = 64,
+    threads: int = 2,
+    logits_file: Path | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent of a consolidated file or a timm model, in float32.
+
+    Args:
+        name: Path of a .safetensors with its card, or a timm name.
+        data: Validation images, one folder per class, or the folder that holds them as val/.
+        weights: For a timm name: `pretrained`, `none` or a .safetensors file.
+        image_size: Side of the images in pixels; None is the model's own.
+        batch_size: Images in a forward pass.
+        threads: Decoding threads.
+        logits_file: Also writes `logits` (images, classes) and `labels`, in the order of the sorted files.
+
+    Raises:
+        UserError: A model or folder that does not fit.
+    """
+    folder = data / "val" if (data / "val").is_dir() else data
+    source = index_folder(folder, "--data")
+    card = read_card(name) if name.endswith(".safetensors") else {}
+    model = build_model(name, None, None, weights, image_size).eval()
+    classes = int(model.num_classes)
+    if classes != len(source.classes):
+        raise UserError(f"{name} has {classes} classes and {folder} has {len(source.classes)}: they must be the same.")
+    size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    cfg = DataConfig(
+        image_size=size,
+        eval_resize=card.get("eval_resize"),
+        interpolation=card.get("interpolation", "bicubic"),
+        threads=threads,
+    )
+    loader = EvalLoader(source, cfg, batch_size, 0, 1, device, *normalisation_of(model))
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def batches():
+        for images, labels in loader:
+            kept_labels.append(labels)
+            yield images, labels
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        logits = model(images)
+        if logits_file is not None:
+            kept.append(logits)
+        return logits
+
+    kept_labels: list[torch.Tensor] = []
+    result = evaluate(predict, batches(), device)
+    if logits_file is not None:
+        labels = torch.cat(kept_labels)
+        real = labels >= 0
+        save_file(
+            {"logits": torch.cat(kept)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()}, logits_file
+        )
+    return result

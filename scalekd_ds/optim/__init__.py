@@ -1,0 +1,1 @@
+"""Optimizers and schedules, right under every ZeRO stage."""

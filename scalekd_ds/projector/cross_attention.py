@@ -1,0 +1,140 @@
+"""CAP, the cross attention projector: a student map becomes tokens on the teacher's grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scalekd_ds import kernels
+from scalekd_ds.projector.convolution import PatchConv, patches_of
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, C, h, w) map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+def _split_windows(x: torch.Tensor, grid: tuple[int, int], windows: tuple[int, int]) -> torch.Tensor:
+    """(B, h*w, C) tokens -> (B*a*b, tokens of one window, C), windows row by row."""
+    (h, w), (a, b) = grid, windows
+    x = x.reshape(x.shape[0], a, h // a, b, w // b, x.shape[-1])
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+
+class CrossAttentionProjector(nn.Module):
+    """One view's projector (ScaleKD section 3.1, equations 1 to 3).
+
+        f = ReLU(norm(conv3x3(x))) + pos_embed;  q = ReLU(linear(query))
+        y = W_o MHA(W_q q, W_k f, W_v f);  n = LN(y);  out = n + W_2 ReLU(W_1 n)
+
+    There is no residual around the attention, and no dropout.
+
+    Args:
+        student_dim: Channels of the student's map.
+        teacher_dim: Channels of the teacher's tokens.
+        key_grid: (h, w) of the student's map.
+        query_grid: (h, w) of the teacher's tokens.
+        num_heads: Attention heads; must divide teacher_dim.
+        softmax_scale: gamma in softmax(gamma q k^T / sqrt(d)).
+        learned_query: True holds a query of its own, the same for the whole batch; False is given one (TPP).
+        norm: `batch` or `layer`, after the convolution.
+        windows: (a, b) windows that queries and keys attend in; both grids must divide by them. With more than one,
+            tokens come out window by window, as the published code leaves them.
+
+    Raises:
+        ValueError: Heads that do not divide the width, a grid that the windows do not divide, an unknown norm.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        key_grid: tuple[int, int],
+        query_grid: tuple[int, int],
+        num_heads: int,
+        softmax_scale: float = 1.0,
+        learned_query: bool = True,
+        norm: str = "batch",
+        windows: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        if teacher_dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}: it must divide the teacher's width, {teacher_dim}.")
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"norm is {norm!r}: it must be 'batch' or 'layer'.")
+        for name, grid in (("key_grid", key_grid), ("query_grid", query_grid)):
+            if grid[0] % windows[0] or grid[1] % windows[1]:
+                raise ValueError(f"windows is {tuple(windows)}: it must divide {name}, {tuple(grid)}.")
+        self.key_grid, self.query_grid, self.windows = tuple(key_grid), tuple(query_grid), tuple(windows)
+        self.num_heads = num_heads
+        self.scale = softmax_scale * (teacher_dim // num_heads) ** -0.5
+
+        self.conv = PatchConv(student_dim)
+        self.norm = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
+        self.pos_embed = nn.Parameter(torch.zeros(1, student_dim, *key_grid))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.query = nn.Embedding(query_grid[0] * query_grid[1], teacher_dim) if learned_query else None
+        # the published 1x1 convolution over the query's grid, as the linear layer that it is on tokens
+        self.query_mlp = nn.Linear(teacher_dim, teacher_dim)
+        self.q = nn.Linear(teacher_dim, teacher_dim)
+        self.k = nn.Linear(student_dim, teacher_dim)
+        self.v = nn.Linear(student_dim, teacher_dim)
+        self.out = nn.Linear(teacher_dim, teacher_dim)
+        self.out_norm = nn.LayerNorm(teacher_dim)
+        self.fc1 = nn.Linear(teacher_dim, 4 * teacher_dim)
+        self.fc2 = nn.Linear(4 * teacher_dim, teacher_dim)
+
+    def _heads(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        if self.windows != (1, 1):
+            x = _split_windows(x, grid, self.windows)
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def keys(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, h*w, student_dim) tokens of a map (B, student_dim, h, w): a view where the map is in channels-last."""
+        if tuple(x.shape[-2:]) != self.key_grid:
+            raise ValueError(f"x has grid {tuple(x.shape[-2:])}: this projector was built for {self.key_grid}.")
+        f = F.relu(self.norm(self.conv(x, patches)))
+        # in the map's precision: promotion to float32 would double the bytes of everything up to k and v
+        return (f + self.pos_embed.to(f.dtype)).flatten(2).transpose(1, 2)
+
+    def attend(
+        self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The attention block alone, (B, N_q, teacher_dim), before the norm and the feed-forward part."""
+        f = self.keys(x, patches)
+        if self.query is not None:
+            if query is not None:
+                raise ValueError("query is given, but this projector has a learned one.")
+            # one query for the whole batch: its layers run once, not per image
+            query = self.query.weight[None]
+        elif query is None:
+            raise ValueError("query is missing: this projector has none of its own.")
+        q = self._heads(self.q(F.relu(self.query_mlp(query))), self.query_grid)
+        k, v = self._heads(self.k(f), self.key_grid), self._heads(self.v(f), self.key_grid)
+        if self.windows != (1, 1) and q.shape[0] != k.shape[0]:
+            q = q.repeat(x.shape[0], 1, 1, 1)
+        y = kernels.cap_attention(q, k, v, self.scale).flatten(2)
+        return self.out(y.reshape(x.shape[0], -1, y.shape[-1]))
+
+    def forward(
+        self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Projects a map onto the teacher's grid.
+
+        Args:
+            x: (B, student_dim, h, w) student map on `key_grid`.
+            query: (B, N_q, teacher_dim) tokens from TPP, where there is no learned query.
+            patches: `patches_of(x)`, where another view has them already.
+
+        Returns:
+            (B, N_q, teacher_dim) tokens, row by row (window by window with windows).
+
+        Raises:
+            ValueError: A map of another grid, or a query missing or not wanted.
+        """
+        n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
+        return n + self.fc2(F.relu(self.fc1(n)))

@@ -1,0 +1,116 @@
+"""The projectors of one stage, both views in one pass over the student's map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scalekd_ds import kernels
+from scalekd_ds.projector.convolution import patches_of
+from scalekd_ds.projector.cross_attention import CrossAttentionProjector, LayerNorm2d
+
+
+def _linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
+    """(V, M, in) -> (V, M, out): layer v on x[v], as one batched product; several lists give their outputs side by side."""
+    weight = torch.cat([torch.stack([layer.weight for layer in group]) for group in layers], 1)
+    bias = torch.cat([torch.stack([layer.bias for layer in group]) for group in layers], 1)
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def _batch_norm(x: torch.Tensor, norms: list[nn.BatchNorm2d]) -> torch.Tensor:
+    """BatchNorm of V views side by side on the channel axis, each with its own statistics."""
+    first = norms[0]
+    mean, var, weight, bias = (
+        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    x = F.batch_norm(x, mean, var, weight, bias, first.training, first.momentum, first.eps)
+    if first.training:
+        with torch.no_grad():
+            for norm, m, v in zip(norms, mean.chunk(len(norms)), var.chunk(len(norms)), strict=True):
+                norm.running_mean.copy_(m)
+                norm.running_var.copy_(v)
+                norm.num_batches_tracked += 1
+    return x
+
+
+class ProjectorPair(nn.Module):
+    """The views of one stage (ScaleKD section 3.1): one convolution, batched projections, one attention for all of them.
+
+    The state-dict is that of the views' own `CrossAttentionProjector`s, which are also the reference: `one_by_one`
+    runs them as they are.
+
+    Args:
+        views: One projector for each view, by name; all of the same shape.
+    """
+
+    def __init__(self, views: dict[str, CrossAttentionProjector]) -> None:
+        super().__init__()
+        self.names = tuple(views)
+        for name, projector in views.items():
+            self.add_module(name, projector)
+
+    @property
+    def views(self) -> list[CrossAttentionProjector]:
+        return [getattr(self, name) for name in self.names]
+
+    def one_by_one(self, x: torch.Tensor, queries: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The reference: each view's projector alone, with its query or None where it has one of its own."""
+        patches = patches_of(x)
+        return torch.stack([view(x, query, patches) for view, query in zip(self.views, queries, strict=True)])
+
+    def forward(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """Projects a map onto the teacher's grid, once for each view.
+
+        Args:
+            x: (B, student_dim, h, w) student map.
+            queries: (V, B, N_q, teacher_dim) from TPP, where the projectors have none of their own.
+
+        Returns:
+            (V, B, N_q, teacher_dim).
+        """
+        views = self.views
+        plain = views[0].windows == (1, 1) and isinstance(views[0].norm, nn.BatchNorm2d | LayerNorm2d)
+        if len(views) == 1 or not plain or isinstance(views[0].norm, nn.SyncBatchNorm) or x.device.type == "cpu":
+            return self.one_by_one(x, [None] * len(views) if queries is None else queries.unbind(0))
+        return self.stacked(x, queries)
+
+    def stacked(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """`forward` in one pass; the views must not use windows."""
+        views = self.views
+        count, batch, heads = len(views), x.shape[0], views[0].num_heads
+        tokens = self._keys(x, views)
+
+        kv = _linear(tokens, [v.k for v in views], [v.v for v in views])
+        # (V, B*S, 2C) -> two strided views (V*B, S, A, d)
+        k, v = kv.unflatten(1, (batch, -1)).flatten(0, 1).unflatten(-1, (2, heads, -1)).unbind(2)
+
+        if queries is None:
+            queries = torch.stack([view.query.weight for view in views])
+        else:
+            queries = queries.flatten(1, 2)
+        q = _linear(F.relu(_linear(queries, [v.query_mlp for v in views])), [v.q for v in views])
+        grid = views[0].query_grid
+        q = q.reshape(-1, grid[0] * grid[1], heads, q.shape[-1] // heads)
+
+        y = kernels.cap_attention(q, k, v, views[0].scale).flatten(2).unflatten(0, (count, batch)).flatten(1, 2)
+        y = _linear(y, [v.out for v in views])
+        weight, bias = (torch.stack([getattr(v.out_norm, name) for v in views])[:, None] for name in ("weight", "bias"))
+        n = F.layer_norm(y, y.shape[-1:], eps=views[0].out_norm.eps) * weight + bias
+        out = n + _linear(F.relu(_linear(n, [v.fc1 for v in views])), [v.fc2 for v in views])
+        return out.unflatten(1, (batch, -1))
+
+    def _keys(self, x: torch.Tensor, views: list[CrossAttentionProjector]) -> torch.Tensor:
+        """(V, B*S, C_s) tokens of both views from one convolution; a view of its output in channels-last."""
+        if tuple(x.shape[-2:]) != views[0].key_grid:
+            raise ValueError(f"x has grid {tuple(x.shape[-2:])}: these projectors were built for {views[0].key_grid}.")
+        weight, bias = (torch.cat([getattr(v.conv, name) for v in views]) for name in ("weight", "bias"))
+        f = F.conv2d(x, weight, bias, padding=1)
+        if isinstance(views[0].norm, nn.BatchNorm2d):
+            f = _batch_norm(f, [v.norm for v in views])
+        else:
+            f = torch.cat([v.norm(part) for v, part in zip(views, f.chunk(len(views), 1), strict=True)], 1)
+        f = F.relu(f) + torch.cat([v.pos_embed for v in views], 1).to(f.dtype)
+        return f.permute(0, 2, 3, 1).flatten(0, 2).unflatten(-1, (len(views), -1)).transpose(0, 1)
