@@ -87,6 +87,7 @@ endif
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH="$(CURDIR)" $(BIN)/lint-imports --no-cache
 
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test

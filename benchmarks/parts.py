@@ -45,7 +45,7 @@ def _places(name: str, distiller: ScaleKD) -> list[tuple[str, Any, str]]:
         names = {"teacher": "run_teacher", "student": "run_student", "CAP": "run_projector", "TPP": "run_last_stage"}
         places = [(part, published, attribute) for part, attribute in names.items()]
         return places + [("loss", published, attribute) for attribute in ("label_loss", "kd_loss", "view_loss")]
-    places = [("teacher", distiller, "teacher_targets"), ("student", distiller._taps[0], "forward")]
+    places = [("teacher", distiller, "teacher_targets"), ("student", distiller.tapped_student, "forward")]
     places += [("CAP", pair, "forward") for pair in distiller.projectors.values()]
     places += [("TPP", distiller.teacher, "last_stage")]
     losses = ("label_loss", "logit_kd", "dual_view_losses")

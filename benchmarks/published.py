@@ -39,9 +39,9 @@ def published_distiller(distiller: ScaleKD) -> ScaleKD:
     if distiller.teacher.precision is not None:
         raise ValueError(f"distiller has a teacher in {distiller.teacher.precision}: the published code keeps float32.")
     view = with_teacher(distiller, _plain_attention(distiller.teacher))
-    student = copy.copy(distiller._taps[0])
+    student = copy.copy(distiller.tapped_student)
     student.memory_format = torch.contiguous_format
-    view._taps = (student,)
+    view._tapped_student = (student,)
     return view
 
 
@@ -66,7 +66,7 @@ def _plain_attention(teacher: Teacher) -> Teacher:
 
 def run_student(distiller: ScaleKD, images: torch.Tensor) -> StudentOutput:
     """The student's two NCHW maps and its logits."""
-    return distiller._taps[0](images)
+    return distiller.tapped_student(images)
 
 
 def run_teacher(distiller: ScaleKD, images: torch.Tensor) -> TeacherTargets:

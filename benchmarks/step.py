@@ -23,10 +23,10 @@ import published
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from scalekd_ds.build import build_distiller
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.host_memory import keep_freed_memory
 from scalekd_ds.optim.optimizers import build_optimizer
-from scalekd_ds.training.run import build_distiller
 
 # ImageNet-1K's, and what timm builds by default
 CLASSES = 1000

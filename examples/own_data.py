@@ -18,7 +18,7 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset
 
 from scalekd_ds import ScaleKD, Teacher
-from scalekd_ds.models.build import normalisation_of
+from scalekd_ds.models.preprocessing import normalisation_of
 
 CLASSES = ("stripes", "checks", "blobs")
 

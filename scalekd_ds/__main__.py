@@ -1,6 +1,6 @@
 """`python -m scalekd_ds VERB ...` is `scalekd VERB ...`."""
 
-from scalekd_ds.commands import main
+from scalekd_ds.commands.dispatch import main
 
 if __name__ == "__main__":
     main()

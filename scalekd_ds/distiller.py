@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,16 +12,23 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
-from scalekd_ds.models.build import Preprocessing, build_model
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.pairing import pairing_table
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.projector.linear import LinearPair, LinearProjector
 from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
-from scalekd_ds.watching.timing import untimed
 
 VIEWS = ("spatial", "frequency")
+
+_NOTHING = nullcontext()
+
+
+def untimed(name: str) -> AbstractContextManager:
+    """Stands where a timer of the step's parts may be put."""
+    return _NOTHING
 
 
 class ScaleKD(nn.Module):
@@ -90,8 +98,8 @@ class ScaleKD(nn.Module):
         if isinstance(student, str):
             classes = num_classes or (teacher.num_classes if teacher is not None else None)
             student = build_model(student, classes, image_size=side)
-        self._taps = (student if isinstance(student, Student) else Student(student),)
-        self.student = self._taps[0].model
+        self._tapped_student = (student if isinstance(student, Student) else Student(student),)
+        self.student = self.tapped_student.model
 
         # a teacher without a classifier, such as DINOv2 or SigLIP, has its features to give
         self.kd_weight = kd_weight if teacher is not None and teacher.num_classes else 0.0
@@ -103,9 +111,9 @@ class ScaleKD(nn.Module):
             for view, weight in zip(VIEWS, weights, strict=True)
             if features and weight > 0.0
         }
-        own, theirs = self._taps[0].preprocessing, teacher.preprocessing if teacher is not None else None
+        own, theirs = self.tapped_student.preprocessing, teacher.preprocessing if teacher is not None else None
         self.image_size = side or own.size or (theirs.size if theirs else None) or (224, 224)
-        self._shapes = self._taps[0].shapes(self.image_size)
+        self._shapes = self.tapped_student.shapes(self.image_size)
         if teacher is not None:
             self._check_classes(teacher)
             self._register_normalisation(own, theirs)
@@ -211,6 +219,11 @@ class ScaleKD(nn.Module):
     # -- what it is ----------------------------------------------------------------------------------------------
 
     @property
+    def tapped_student(self) -> Student:
+        """The student that gives its feature maps beside its logits; around the bare one, outside the module tree."""
+        return self._tapped_student[0]
+
+    @property
     def teacher(self) -> Teacher | None:
         """The frozen teacher, outside the module tree."""
         return self._teacher[0]
@@ -227,7 +240,7 @@ class ScaleKD(nn.Module):
 
     def pairing(self) -> str:
         """Student and teacher side by side, as a table in plain text."""
-        return pairing_table(self, self._shapes)
+        return pairing_table(self.student, self.teacher, self._shapes, self.image_size, self.projectors, self.weights())
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -294,7 +307,7 @@ class ScaleKD(nn.Module):
                 "targets is None and no term does without labels: give a teacher, and leave features on or kd_weight above 0."
             )
         with self.part("student"):
-            student = self._taps[0](images)
+            student = self.tapped_student(images)
         teacher, projected = None, {}
         if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets

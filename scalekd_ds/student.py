@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.models.build import Preprocessing, build_model
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.preprocessing import Preprocessing
 
 
 class StudentOutput(NamedTuple):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.models.build import Preprocessing, build_model
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.teacher_families import (
     FAMILIES,
     Family,

@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from scalekd_ds.errors import UserError
-from scalekd_ds.models.build import Preprocessing
+from scalekd_ds.models.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

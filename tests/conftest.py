@@ -2,14 +2,22 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # before torch is imported: two cores, which pytest's workers share
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# as an activated environment has it: `python`, `deepspeed` and the `ninja` that DeepSpeed looks for
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# inductor finds the kernels of another instruction set in its cache again, and they corrupt memory
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}",
+)
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import pytest
 import torch
@@ -34,6 +42,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def one_thread():
+    """Models as small as the tests' are several times faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from scalekd_ds.kernels.cross_attention import triton_kernels as kernels
-from scalekd_ds.kernels.cross_attention.api import check
+from scalekd_ds.kernels.cross_attention.arguments import check
 from scalekd_ds.kernels.cross_attention.reference import expand_groups
 from scalekd_ds.kernels.interpreted import INTERPRETED
 

@@ -1,13 +1,8 @@
-"""Checkpoints: written aside, synced, renamed; read back on any number of ranks, or as plain weights."""
+"""Checkpoints: written aside, synced, renamed; read back on any number of ranks, or as plain weights.
 
-from __future__ import annotations
+A kill at any moment leaves the last good one; `layout` says which files there are.
+"""
 
-from typing import Any
+from scalekd_ds.checkpoint.plain_weights import consolidate
 
-
-def __getattr__(name: str) -> Any:
-    if name == "consolidate":
-        from scalekd_ds.checkpoint.checkpoint import consolidate
-
-        return consolidate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["consolidate"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -16,24 +15,6 @@ MANIFEST = "manifest.json"
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
 
 
 def write_manifest(folder: Path) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 from deepspeed import comm as dist
 from safetensors import SafetensorError
 
-from scalekd_ds.checkpoint.manifest import sync, write_json, write_manifest
+from scalekd_ds.checkpoint.layout import LATEST
+from scalekd_ds.checkpoint.manifest import write_manifest
+from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.errors import UserError
 
-# names the newest checkpoint, so that a vanished one is an error and not a silent fresh start
-LATEST = "latest.json"
 # of the slowest rank's writing; a rank that died ends the others long before
 _PATIENCE = timedelta(hours=2)
 

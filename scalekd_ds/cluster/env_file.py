@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from scalekd_ds.checkpoint.manifest import sync
+from scalekd_ds.durable_files import sync
 from scalekd_ds.errors import UserError
 
 # DeepSpeed's own choice, and its CUDA accelerator's

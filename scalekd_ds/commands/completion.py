@@ -11,8 +11,8 @@ import shlex
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
-from scalekd_ds.commands import VERBS, module_of
 from scalekd_ds.commands.parser import Parser
+from scalekd_ds.commands.verbs import VERBS, module_of
 
 
 def parser() -> Parser:
@@ -52,7 +52,7 @@ def _run_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a run's fields, whose values are completed where there is something to choose from."""
     from argcomplete.completers import FilesCompleter
 
-    from scalekd_ds.recipes.command_line import run_parser
+    from scalekd_ds.config.parser import run_parser
 
     parser = module_of("train").parser() if verb == "train" else run_parser("scalekd")
     own: dict[str, Any] = {"--recipe": _recipes, "--run.ds_config": _ds_configs}

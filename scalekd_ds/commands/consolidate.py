@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix != ".safetensors":
         raise UserError(f"OUT is {str(args.out)!r}: it must end in .safetensors.")
 
-    from scalekd_ds.checkpoint.checkpoint import read_weights, resolve, weights_file, write_student
-    from scalekd_ds.models.build import read_card
+    from scalekd_ds.checkpoint.layout import resolve
+    from scalekd_ds.checkpoint.plain_weights import read_weights, weights_file, write_student
+    from scalekd_ds.models.card import read_card
 
     file = weights_file(resolve(Path(args.checkpoint)), args.weights)
     state, card = read_weights(file), read_card(file)

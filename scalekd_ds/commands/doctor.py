@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     # a log has no width; a table that wraps at 80 columns cannot be read
     print_report(Console(width=None if sys.stdout.isatty() else 200), report)
     if arguments.json:
-        from scalekd_ds.checkpoint.manifest import write_json
+        from scalekd_ds.durable_files import write_json
 
         write_json(Path(arguments.json), report.as_dict())
     return 1 if report.problems else 0

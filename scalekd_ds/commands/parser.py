@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from scalekd_ds.commands import VERBS
+from scalekd_ds.commands.verbs import VERBS
 from scalekd_ds.errors import UserError, suggest
 
 

@@ -21,7 +21,7 @@ def fashion_mnist(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     from scalekd_ds.data import verify as data
-    from scalekd_ds.data.sources.image_folder import open_source
+    from scalekd_ds.data.sources.open import open_source
 
     folders = [folder for name in ("train", "val") if (folder := args.dir / name).is_dir()] or [args.dir]
     sources = [open_source(folder, "verify") for folder in folders]

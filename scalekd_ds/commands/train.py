@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from scalekd_ds.commands.parser import Parser
+from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
 # what the launcher runs on every node
@@ -28,9 +28,9 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The run's fields, and the options of the launcher."""
-    from scalekd_ds.recipes.command_line import run_parser
+    from scalekd_ds.config.parser import run_parser
 
-    return run_parser("scalekd train", add_launcher_arguments)
+    return run_parser("scalekd train", add_launcher_arguments, examples_of("train"))
 
 
 def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     launcher: Any = Parser(add_help=False)
     add_launcher_arguments(launcher)
     given, run = launcher.parse_known_args(argv)
-    parsed = parse_run(run, "scalekd train", add_launcher_arguments)
+    parsed = parse_run(run, "scalekd train", add_launcher_arguments, examples_of("train"))
     if parsed is None:
         return
     cfg, dump = parsed
     if dump is not None:
-        from scalekd_ds.checkpoint.checkpoint import write_json
+        from scalekd_ds.durable_files import write_json
 
         write_json(dump, cfg.as_dict())
         print(f"wrote {dump}: start it with --config {dump}")

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 from scalekd_ds.data import augment
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
 _STREAM = 7

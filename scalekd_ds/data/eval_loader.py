@@ -11,7 +11,7 @@ from nvidia.dali import fn, types
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.pipeline import FILTERS, Loader
 from scalekd_ds.data.sampler import eval_shard
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from scalekd_ds.checkpoint.checkpoint import write_json
+from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
 
 # Debian's package dataset-fashion-mnist

@@ -21,7 +21,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.reader import Reader, undecodable
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
 # bytes that suffice for every image of ImageNet-1K in NVIDIA's own training examples

@@ -11,7 +11,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, UnidentifiedImageError
 
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.undecodable import flaw_by_structure
 from scalekd_ds.errors import UserError
 

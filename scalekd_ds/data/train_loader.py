@@ -23,7 +23,7 @@ from scalekd_ds.data.pipeline import FILTERS, Loader
 from scalekd_ds.data.policy import Op, Policy, apply, erasing
 from scalekd_ds.data.reader import BadImageError, undecodable
 from scalekd_ds.data.sampler import StreamSampler
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 
 _FLIP_STREAM = 1
 # images of one task of the pool

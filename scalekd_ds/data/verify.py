@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scalekd_ds.data.sources.image_folder import Source
+from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
 QUARANTINE = "quarantine.tsv"

@@ -12,7 +12,9 @@ from scalekd_ds.data import EvalLoader
 from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.accuracy import evaluate
-from scalekd_ds.models.build import Preprocessing, build_model, normalisation_of, read_card
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.card import read_card
+from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 
 
 @torch.no_grad()

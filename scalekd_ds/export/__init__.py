@@ -99,7 +99,7 @@ def export(
     """
     out = Path(out)
     check_request(format, out, with_preprocessing, overwrite)
-    from scalekd_ds.checkpoint.manifest import sync, write_json
+    from scalekd_ds.durable_files import sync, write_json
     from scalekd_ds.export.readme import readme
     from scalekd_ds.export.subject import load_subject
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.checkpoint.checkpoint import read_state, resolve, weights_file
+from scalekd_ds.checkpoint.layout import read_state, resolve
+from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.errors import UserError
-from scalekd_ds.models.build import build_model, read_card
+from scalekd_ds.models.build import build_model
+from scalekd_ds.models.card import read_card
 
 # of the logits, absolute
 TOLERANCE = 1e-4

@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from scalekd_ds.checkpoint.manifest import write_json
 from scalekd_ds.config import DataConfig
+from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
 from scalekd_ds.export.subject import Subject
 

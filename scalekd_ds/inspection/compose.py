@@ -19,7 +19,8 @@ from scalekd_ds.inspection.pictured import Cut, find_images, readable, spread, t
 from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, heat, pca_colours, spectrum
 from scalekd_ds.inspection.sheet import Answers, Pictures, Sheet, draw
 from scalekd_ds.inspection.subjects import Located, Seen, Subject, check_same_classes, open_subject, subject_of
-from scalekd_ds.models.build import Preprocessing, read_card
+from scalekd_ds.models.card import read_card
+from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.teacher import Teacher
 
 QUERIES = 3

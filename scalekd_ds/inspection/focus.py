@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint.checkpoint import BUFFERS, read_state
+from scalekd_ds.checkpoint.layout import BUFFERS, read_state
 from scalekd_ds.checkpoint.shard_files import saved_weights
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD

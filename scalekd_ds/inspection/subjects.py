@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from scalekd_ds.checkpoint.checkpoint import resolve, weights_file
+from scalekd_ds.checkpoint.layout import resolve
+from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.config import RunConfig
+from scalekd_ds.config.parser import read_config
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.pictures import map_of
-from scalekd_ds.models.build import HUBS, Preprocessing, build_model, normalisation_of, num_parameters, read_card
-from scalekd_ds.recipes.command_line import read_config
+from scalekd_ds.models.build import HUBS, build_model, num_parameters
+from scalekd_ds.models.card import read_card
+from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 from scalekd_ds.student import Student, StudentOutput, Taps
 from scalekd_ds.teacher import FAMILIES, Teacher
 

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-import scalekd_ds.models.mixer_presets  # noqa: F401  registers them with timm
+import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers them with timm
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.models.card import card_path, read_card
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a model wants its pixels: mean and std in units of 0 to 1, None where nothing says; size (h, w) in pixels."""
-
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    size: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Preprocessing:
-        """Read from a timm model's `pretrained_cfg` and, for the size, from its patch embedding where it has one."""
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (0, 0, 0))[1:]
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        mean, std = cfg.get("mean"), cfg.get("std")
-        return cls(tuple(mean) if mean else None, tuple(std) if std else None, size if all(size) else None)
-
 
 # timm's own prefixes for models outside its registry
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -82,31 +61,6 @@ def origin_of(name: str) -> tuple[str, dict[str, Any]]:
             f"{name} has no model of timm's that can be read ({first}): it needs config.json and weights, as timm's "
             "push_to_hf_hub and save_for_hf write them."
         ) from None
-
-
-def card_path(weights: str | Path) -> Path:
-    """The JSON card beside a consolidated weights file."""
-    return Path(weights).with_suffix(".json")
-
-
-def read_card(weights: str | Path) -> dict[str, Any]:
-    """The card of a consolidated file.
-
-    Raises:
-        UserError: No weights file, no card, or one that is not JSON.
-    """
-    weights, card = Path(weights), card_path(weights)
-    if not weights.is_file():
-        raise UserError(f"weights file {str(weights)!r} does not exist.")
-    if not card.is_file():
-        raise UserError(
-            f"{weights} has no card: expected {card}, which launch/consolidate.py writes beside it. For weights of "
-            f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
-        )
-    try:
-        return json.loads(card.read_text())
-    except ValueError as error:
-        raise UserError(f"{card} is not JSON ({error}): consolidate the checkpoint again.") from None
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -195,12 +149,6 @@ def build_model(
         if notes and os.environ.get("RANK", "0") == "0":
             print(f"{weights}: {'; '.join(notes)}", flush=True)
     return model
-
-
-def normalisation_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the model's pixels are normalised with, in units of 0 to 1; ImageNet's where it says nothing."""
-    own = Preprocessing.of(model)
-    return own.mean or IMAGENET_DEFAULT_MEAN, own.std or IMAGENET_DEFAULT_STD
 
 
 def num_parameters(model: nn.Module) -> int:

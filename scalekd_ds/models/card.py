@@ -1,47 +1,34 @@
-"""The JSON card beside plain weights: everything needed to use them without this project."""
+"""Reads the JSON card beside plain weights."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from pathlib import Path
+from typing import Any
 
-from scalekd_ds.config import RunConfig
-from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.models.build import constructor_kwargs, normalisation_of, origin_of
-
-CARD_VERSION = 1
+from scalekd_ds.errors import UserError
 
 
-def student_card(
-    cfg: RunConfig,
-    distiller: ScaleKD,
-    classes: list[str],
-    step: int,
-    accuracy: dict[str, float] | None,
-    teacher_accuracy: dict[str, float] | None,
-    weights: Literal["student", "ema"] = "student",
-) -> dict[str, Any]:
-    """What the weights are: `timm.create_model(architecture, num_classes=..., **model_kwargs)` takes them strictly.
+def card_path(weights: str | Path) -> Path:
+    """The JSON card beside a consolidated weights file."""
+    return Path(weights).with_suffix(".json")
 
-    `weights` says whether they are the student's own or its moving average, and `accuracy` is theirs.
+
+def read_card(weights: str | Path) -> dict[str, Any]:
+    """The card of a consolidated file.
+
+    Raises:
+        UserError: No weights file, no card, or one that is not JSON.
     """
-    mean, std = normalisation_of(distiller.student)
-    return {
-        "version": CARD_VERSION,
-        "architecture": origin_of(cfg.student)[0],
-        "model_kwargs": constructor_kwargs(cfg.student, cfg.student_kwargs, cfg.data.image_size),
-        "num_classes": len(classes),
-        "classes": classes,
-        "image_size": cfg.data.image_size,
-        "mean": list(mean),
-        "std": list(std),
-        "interpolation": cfg.data.interpolation,
-        "eval_resize": cfg.data.eval_resize,
-        "recipe": cfg.recipe,
-        "weights": weights,
-        "ema_decay": cfg.ema.decay if weights == "ema" else None,
-        "step": step,
-        "top1": accuracy["top1"] if accuracy else None,
-        "top5": accuracy["top5"] if accuracy else None,
-        "teacher": cfg.teacher,
-        "teacher_top1": teacher_accuracy["top1"] if teacher_accuracy else None,
-    }
+    weights, card = Path(weights), card_path(weights)
+    if not weights.is_file():
+        raise UserError(f"weights file {str(weights)!r} does not exist.")
+    if not card.is_file():
+        raise UserError(
+            f"{weights} has no card: expected {card}, which launch/consolidate.py writes beside it. For weights of "
+            f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
+        )
+    try:
+        return json.loads(card.read_text())
+    except ValueError as error:
+        raise UserError(f"{card} is not JSON ({error}): consolidate the checkpoint again.") from None

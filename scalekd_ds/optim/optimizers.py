@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
-from scalekd_ds.config import OptimConfig, ScheduleConfig
+from scalekd_ds.config import OptimConfig
 from scalekd_ds.optim.lamb import Lamb
 
 # the names that the published Mixer recipes list, and nothing else beside them
@@ -55,30 +53,3 @@ def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimize
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
     return Lamb(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
-
-
-def learning_rate_factor(step: int, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float) -> float:
-    """Learning rate at optimizer step `step` (counted from 0), as a share of `lr`.
-
-    Warm-up is linear from `warmup_factor` at step 0. Cosine runs from the end of warm-up to `min_lr` at `total_steps`;
-    multistep multiplies by `gamma` from each milestone on.
-    """
-    warmup = cfg.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return cfg.warmup_factor + (1.0 - cfg.warmup_factor) * step / warmup
-    if cfg.name == "constant":
-        return 1.0
-    if cfg.name == "multistep":
-        return cfg.gamma ** sum(step >= m * steps_per_epoch for m in cfg.milestones)
-    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
-    floor = cfg.min_lr / lr
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """`learning_rate_factor` as a scheduler that DeepSpeed steps and saves."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, cfg, steps_per_epoch, total_steps, lr)
-    )

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from scalekd_ds.build import build_distiller
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.teacher_placement import blocks_of, kept_whole, small_parameter
 from scalekd_ds.optim.optimizers import param_groups
-from scalekd_ds.training.run import build_distiller
 
 # what autograd saves is a straight line; where the peak falls, and its slope, change while the batch is small
 MICRO_BATCHES = (2, 8, 32)

@@ -10,8 +10,8 @@ from deepspeed import comm as dist
 from safetensors import safe_open
 from torch import nn
 
-from scalekd_ds.checkpoint.checkpoint import WEIGHTS
-from scalekd_ds.engine.engine import average_over_ranks, gathered
+from scalekd_ds.checkpoint.layout import WEIGHTS
+from scalekd_ds.engine.gather import average_over_ranks, gathered
 from scalekd_ds.engine.zero_layout import shards_of
 from scalekd_ds.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.checkpoint.checkpoint import write_json
+from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
 
+from scalekd_ds.distiller import untimed
+from scalekd_ds.training.run import Run
 from scalekd_ds.watching.agreement import cosines, logit_agreement
 from scalekd_ds.watching.communication_time import CommunicationTime
 from scalekd_ds.watching.mfu import device_tflops, flop_per_image
 from scalekd_ds.watching.resources import Energy, memory
-from scalekd_ds.watching.timing import PARTS, StepTimer, untimed
-
-if TYPE_CHECKING:
-    from scalekd_ds.training.run import Run
+from scalekd_ds.watching.timing import PARTS, StepTimer
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from scalekd_ds.data import EvalLoader
-from scalekd_ds.engine.engine import gathered
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.gather import gathered
 from scalekd_ds.inspection.pictures import (
     attention_maps,
     attention_pictures,
@@ -25,24 +25,19 @@ from scalekd_ds.inspection.pictures import (
     spectrum_pictures,
     unnormalise,
 )
-from scalekd_ds.models.build import normalisation_of
+from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student
-
-if TYPE_CHECKING:
-    from scalekd_ds.distiller import ScaleKD
-    from scalekd_ds.training.run import Run
 
 # pixels of a picture's shorter side, so that the cells of a 4x4 map can be seen
 _SIDE = 160
 QUERIES = 4
 
 
-def images_to_show(run: Run, count: int) -> torch.Tensor:
+def images_to_show(loader: EvalLoader, count: int, device: torch.device) -> torch.Tensor:
     """(B, 3, S, S) validation images, normalised, spread evenly over the set and so over its classes; the same on all
     ranks."""
-    loader = run.val_loader
     chosen = np.unique(np.linspace(0, len(loader.source) - 1, count).astype(np.int64))
     # one thread on the CPU: a decoder on the GPU would reserve memory for the largest image
     cfg, cpu = replace(loader.cfg, threads=1, prefetch=1), torch.device("cpu")
@@ -50,7 +45,7 @@ def images_to_show(run: Run, count: int) -> torch.Tensor:
     batches = iter(small)
     images, _ = next(batches)
     small.close()
-    return images.to(run.device)
+    return images.to(device)
 
 
 def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjector] | None:
@@ -64,23 +59,22 @@ def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjecto
 
 
 @torch.no_grad()
-def draw(run: Run, student: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def draw(distiller: ScaleKD, student: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Pictures (3, H, W) by their names in TensorBoard: `pictures/maps`, `pictures/spectrum`, `pictures/attention`.
 
     Collective: where ranks hold shards of teacher or projectors, all of them run the same passes. `student` is whole.
     """
-    distiller = run.distiller
-    training = student.training
+    teacher, training = distiller.teacher, student.training
     student.eval()
     try:
-        seen = Student(student, taps=distiller._taps[0].taps)(images)
+        seen = Student(student, taps=distiller.tapped_student.taps)(images)
     finally:
         student.train(training)
     maps = {"student": seen.last}
     attention = None
-    if run.teacher is not None and distiller.projectors:
+    if teacher is not None and distiller.projectors:
         tokens = distiller.teacher_targets(images).tokens
-        maps = {"teacher": map_of(tokens, run.teacher.last_output.grid), **maps}
+        maps = {"teacher": map_of(tokens, teacher.last_output.grid), **maps}
         if found := attending_projector(distiller):
             stage, projector = found
             source = seen.before if stage == "s3" else seen.last

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 # one after the other in a step, so that the rest is what none of them covers; communication runs inside of them
 PARTS = ("data_wait", "teacher", "student", "projectors", "losses", "backward", "optimizer")
-
-_NOTHING = nullcontext()
-
-
-def untimed(name: str) -> AbstractContextManager:
-    """`StepTimer.part` where nobody asks."""
-    return _NOTHING
 
 
 class StepTimer:

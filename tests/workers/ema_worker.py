@@ -13,9 +13,12 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from scalekd_ds.checkpoint import checkpoint
+from scalekd_ds.checkpoint.load import load_checkpoint
+from scalekd_ds.checkpoint.manifest import verify
+from scalekd_ds.checkpoint.save import save_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
-from scalekd_ds.engine.engine import job_store, student_state
+from scalekd_ds.engine.gather import student_state
+from scalekd_ds.engine.processes import job_store
 from scalekd_ds.errors import UserError
 from scalekd_ds.training.ema import StudentEma, start_ema
 
@@ -128,16 +131,16 @@ def case(zero: dict, oracle: dict[str, torch.Tensor], folder: Path) -> dict:
     train(engine, ema, data[:SAVED])
     state = {"step": SAVED, "world_size": 2, "zero_stage": zero["stage"]}
     saver = Saver(folder, 1, 0, job_store())
-    saved = checkpoint.save(engine, saver, state, {}, (ema.state(), {"weights": "ema"}))
+    saved = save_checkpoint(engine, saver, state, {}, (ema.state(), {"weights": "ema"}))
     saver.finish()
     train(engine, ema, data[SAVED:])
     whole = ema.state()
     held = torch.tensor(float(sum(average.numel() for average in ema._averages)))
     dist.all_reduce(held)
 
-    checkpoint.verify(saved)
+    verify(saved)
     resumed = start(zero)
-    checkpoint.load(resumed, saved)
+    load_checkpoint(resumed, saved)
     again = start_ema(resumed, DECAY, saved)
     train(resumed, again, data[SAVED:])
     other = again.state()

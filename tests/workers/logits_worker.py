@@ -6,7 +6,7 @@ import torch
 from deepspeed import comm as dist
 from safetensors.torch import save_file
 
-from scalekd_ds.engine.engine import synchronise_buffers
+from scalekd_ds.engine.gather import synchronise_buffers
 from scalekd_ds.recipes.command_line import parse_run
 from scalekd_ds.training import trainer
 from scalekd_ds.training.watch import Watch

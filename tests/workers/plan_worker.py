@@ -12,11 +12,12 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
+from scalekd_ds.build import build_distiller
 from scalekd_ds.config import DataConfig, OptimConfig, RunConfig
 from scalekd_ds.engine import ds_config
-from scalekd_ds.engine.engine import build_engine, start_processes
+from scalekd_ds.engine.processes import start_processes
 from scalekd_ds.engine.zero_layout import shards_of
-from scalekd_ds.training.run import build_distiller
+from scalekd_ds.training.build_engine import build_engine
 
 CLASSES, MICRO, ACCUMULATION, RANKS = 11, 2, 2, 2
 SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 
 from scalekd_ds.config import TeacherPlacement
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.engine.engine import start_processes
+from scalekd_ds.engine.processes import start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.plan.measure import teacher_size
 from scalekd_ds.plan.memory import Layout, teacher_bytes

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -17,37 +16,6 @@ from scalekd_ds.errors import UserError, suggest
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # file systems keep times of modification to 2 s at worst: a folder that was this young may have changed unseen
 _YOUNG_NS = 2 * 10**9
-
-
-class Source(Protocol):
-    """Encoded images with labels. Threads may share one.
-
-    Attributes:
-        root: Where it is, for messages.
-        labels: (n,) int64 positions in `classes`.
-        classes: Names.
-        sizes: (n, 2) int32 height and width of each image, 0 where not known.
-    """
-
-    root: Path
-    labels: np.ndarray
-    classes: list[str]
-    sizes: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def name(self, i: int) -> str:
-        """The path of an image, or `shard.tar:member`."""
-
-    def read(self, i: int) -> np.ndarray:
-        """(bytes,) uint8, the encoded image.
-
-        Raises:
-            OSError: It cannot be read.
-        """
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> Source:
-        """These images alone, in this order."""
 
 
 @dataclass(frozen=True)
@@ -204,94 +172,3 @@ def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> Im
         labels, names = np.array([classes.index(name) for name in names])[labels], classes
     paths = [os.path.join(folder, name) for name in index.names]
     return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
-
-
-def open_source(where: str | Path, key: str, classes: list[str] | None = None, root: Path | None = None) -> Source:
-    """Images of any kind, by what `where` is.
-
-    - a folder of class folders: the files below them;
-    - a folder of *.tar, a .tar, or a pattern such as `shard-{000..012}.tar`: WebDataset;
-    - likewise *.tfrecord or `train-00000-of-01024`: TFRecord;
-    - a .csv, .tsv or .parquet with the columns path and label;
-    - `hf:NAME_OR_FOLDER[:SPLIT]`: a data set of Hugging Face.
-
-    Args:
-        where: As above.
-        key: What the user set to get here, for messages.
-        classes: Of the training set, so that labels mean the same in validation; None takes them from a classes.txt
-            beside the data or from the labels.
-        root: What the paths of a table are relative to; None for the table's folder.
-
-    Raises:
-        UserError: There is no such source, or what it holds cannot be used.
-    """
-    try:
-        return _open(os.fspath(where), key, classes, root)
-    except OSError as error:
-        raise UserError(f"{key}: {str(error.filename or where)!r} cannot be read: {reason(error)}.") from None
-
-
-def _open(text: str, key: str, classes: list[str] | None, root: Path | None) -> Source:
-    # each kind needs this file's names
-    from scalekd_ds.data.sources.hugging_face import open_hub
-    from scalekd_ds.data.sources.table import TABLES, open_table
-    from scalekd_ds.data.sources.tar import is_tar, open_tars
-    from scalekd_ds.data.sources.tfrecord import is_tfrecord, open_tfrecords
-
-    if text.startswith("hf:"):
-        return open_hub(text, key, classes)
-    path = Path(text)
-    if path.suffix.lower() in TABLES and not path.is_dir():
-        return open_table(path, key, classes, root)
-    for belongs, open_kind in ((is_tar, open_tars), (is_tfrecord, open_tfrecords)):
-        if any(map(belongs, path.iterdir())) if path.is_dir() else belongs(path):
-            return open_kind(path, key, classes)
-    if path.is_file():
-        raise UserError(
-            f"{key}: {text!r} is a file of no known kind: give a folder, a .tar, a .tfrecord, {', '.join(TABLES)}, or hf:NAME."
-        )
-    return index_folder(path, key, classes)
-
-
-def check_same_classes(train: Source, val: Source) -> None:
-    """Raises UserError where training and validation do not have the same classes."""
-    if train.classes == val.classes:
-        return
-    only_train = sorted(set(train.classes) - set(val.classes))
-    only_val = sorted(set(val.classes) - set(train.classes))
-    parts = []
-    for names, here, there in ((only_val, val, train), (only_train, train, val)):
-        if names:
-            parts.append(f"{len(names)} only in {here.root} ({', '.join(names[:5])}){suggest(names[0], there.classes)}")
-    if not parts:
-        parts = [f"{train.root} and {val.root} have the same names in another order"]
-    raise UserError(f"training and validation have different classes: {'; '.join(parts)}")
-
-
-def subset(source: Source, count: int, seed: int) -> Source:
-    """`count` images drawn without replacement, in the index's order; a pure function of the seed.
-
-    Raises:
-        UserError: More images than there are.
-    """
-    if count > len(source):
-        raise UserError(f"data.train_images is {count}: {source.root} has {len(source)} images.")
-    return source.select(np.sort(np.random.Generator(np.random.Philox(seed % 2**64)).permutation(len(source))[:count]))
-
-
-def per_class(source: Source, count: int, seed: int) -> Source:
-    """`count` images of every class drawn without replacement, in the index's order; a pure function of the seed.
-
-    Raises:
-        UserError: A class with fewer images.
-    """
-    rng = np.random.Generator(np.random.Philox(seed % 2**64))
-    chosen = []
-    for label, name in enumerate(source.classes):
-        members = np.flatnonzero(source.labels == label)
-        if len(members) < count:
-            raise UserError(
-                f"data.images_per_class is {count}: class {name!r} of {source.root} has {len(members)} images."
-            )
-        chosen.append(rng.permutation(members)[:count])
-    return source.select(np.sort(np.concatenate(chosen)))

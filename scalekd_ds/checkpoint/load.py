@@ -1,0 +1,93 @@
+"""Goes on from a checkpoint: which one, and what it restores."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from scalekd_ds.checkpoint.layout import BUFFERS, LATEST, checkpoints_of, read_state
+from scalekd_ds.checkpoint.manifest import verify
+from scalekd_ds.checkpoint.shard_files import ENGINE, restore
+from scalekd_ds.errors import UserError
+from scalekd_ds.rng import set_rng_state
+
+
+def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, verified; None for a fresh start.
+
+    Args:
+        run_dir: The run's folder.
+        resume: `auto`, `never`, or a checkpoint's folder.
+
+    Raises:
+        UserError: A missing or damaged checkpoint, or a used folder without `resume`.
+    """
+    found = checkpoints_of(run_dir)
+    if resume == "never":
+        if found:
+            raise UserError(
+                f"{run_dir} already holds {len(found)} checkpoint(s), the last {found[-1].name}: add --run.resume auto to "
+                "go on from it, or choose another --run.dir."
+            )
+        return None
+    # each rank of a job reads its share of the files
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if resume != "auto":
+        verify(Path(resume), rank, world_size)
+        return Path(resume)
+    newest = _named_by(run_dir / LATEST)
+    if newest and newest not in [p.name for p in found]:
+        raise UserError(
+            f"{run_dir / 'checkpoints' / newest} is missing, though {run_dir / LATEST} names it as the newest: restore "
+            "it, or give the checkpoint to go on from as --run.resume PATH."
+        )
+    if not found:
+        return None
+    verify(found[-1], rank, world_size)
+    return found[-1]
+
+
+def _named_by(latest: Path) -> str | None:
+    if not latest.exists():
+        return None
+    try:
+        return json.loads(latest.read_text())["checkpoint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{latest} is damaged ({error}): give the checkpoint as --run.resume PATH.") from None
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
+    """Restores engine and generators from a verified checkpoint of any world size and ZeRO stage; collective.
+
+    Returns:
+        Its state.
+
+    Raises:
+        UserError: It was written by a release before 0.2, or is of another model or optimizer.
+    """
+    from deepspeed import comm as dist
+
+    from scalekd_ds.engine.gather import overwrite
+
+    state = read_state(checkpoint)
+    if not (checkpoint / ENGINE).is_file():
+        raise UserError(
+            f"{checkpoint} has no {ENGINE}: an older release wrote it. Start a new run from its student.safetensors with "
+            "--student_weights."
+        )
+    restore(engine, checkpoint, state["world_size"])
+    own = engine.module.state_dict(keep_vars=True)
+    for name, saved in load_file(checkpoint / BUFFERS).items():
+        if name not in own or getattr(own[name], "ds_shape", own[name].shape) != saved.shape:
+            raise UserError(f"{checkpoint} has {name}, which this model has not: start it as it was started.")
+        overwrite(own[name], saved)
+    rank = dist.get_rank()
+    # ranks that were not there draw from the run's seed
+    if state["world_size"] == dist.get_world_size():
+        set_rng_state(torch.load(checkpoint / f"rng_rank{rank}.pt", weights_only=True))
+    return state

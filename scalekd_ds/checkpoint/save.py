@@ -1,0 +1,82 @@
+"""Begins a checkpoint: what every rank copies, and what each writes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from scalekd_ds.checkpoint.layout import BUFFERS, WEIGHTS
+from scalekd_ds.checkpoint.plain_weights import write_student
+from scalekd_ds.checkpoint.saver import Saver
+from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
+from scalekd_ds.durable_files import sync, write_json
+from scalekd_ds.rng import rng_state
+
+
+def save_checkpoint(
+    engine: Any,
+    saver: Saver,
+    state: dict[str, Any],
+    card: dict[str, Any],
+    average: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
+) -> Path:
+    """Begins a checkpoint, which `saver` finishes beside the training; collective.
+
+    Call `saver.copied()` before the weights are updated again.
+
+    Args:
+        engine: The engine.
+        saver: Of this run.
+        state: At least `step`, `world_size` and `zero_stage`; `top1` where it was measured.
+        card: Of the student.
+        average: State-dict and card of the student's moving average, where there is one.
+
+    Returns:
+        Where the finished checkpoint will be.
+    """
+    from deepspeed import comm as dist
+
+    from scalekd_ds.engine.gather import gathered, student_state, synchronise_buffers
+
+    rank = dist.get_rank()
+    synchronise_buffers(engine.module)
+    # the copies' memory is the last checkpoint's, until that is written
+    saver.wait()
+    generators, counters = rng_state(), engine_state(engine)
+    # ZeRO-3 gathers them from all ranks, all at the same time; at the other stages they only change in the next update
+    whole = student_state(engine.module, saver.copies) if engine.zero_optimization_stage() == 3 else None
+    state_dict = engine.module.state_dict(keep_vars=True)
+    untrained = {
+        name: gathered(tensor, saver.copies, f"untrained {name}")
+        for name, tensor in state_dict.items()
+        if not tensor.requires_grad
+    }
+
+    # BatchNorm's change in the next forward pass
+    prefix = "student."
+    statistics = {name.removeprefix(prefix): t for name, t in untrained.items() if name.startswith(prefix)}
+
+    def take() -> Callable[[Path], None]:
+        shards = snapshot(engine, saver.copies)
+        weights = student_state(engine.module, saver.copies) if whole is None else whole
+        return functools.partial(write, shards, weights | statistics)
+
+    def write(shards: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], folder: Path) -> None:
+        save_file(shards, shard_file(folder, rank))
+        torch.save(generators, folder / f"rng_rank{rank}.pt")
+        if rank == 0:
+            save_file(untrained, folder / BUFFERS)
+            write_json(folder / ENGINE, counters)
+            write_student(folder / WEIGHTS["student"], weights, card)
+            if average is not None:
+                write_student(folder / WEIGHTS["ema"], *average)
+            write_json(folder / "state.json", state)
+        for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
+            sync(path)
+
+    return saver.start(state["step"], take)

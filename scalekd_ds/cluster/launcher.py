@@ -1,0 +1,42 @@
+"""What the deepspeed launcher was told, read off its command line."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+from scalekd_ds.cluster.hosts import read_hosts
+from scalekd_ds.errors import UserError
+
+# how the launcher is called, as a command, a script or a module
+_LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
+
+
+def check_hostfile() -> None:
+    """Refuses a hosts file that does not exist, or that says more than DeepSpeed reads in it.
+
+    Without the file DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a 32-GPU
+    job into an 8-GPU one. The launcher's command line is the only place where the name can still be read.
+    """
+    for process in psutil.Process().parents():
+        try:
+            command, folder = process.cmdline(), process.cwd()
+        except psutil.Error:
+            continue
+        if not any(os.path.basename(part) in _LAUNCHERS for part in command[:3]):
+            continue
+        for position, part in enumerate(command):
+            flag, _, value = part.partition("=")
+            if flag in ("--hostfile", "-H"):
+                value = value or (command[position + 1] if position + 1 < len(command) else "")
+                path = os.path.join(folder, value)
+                if not os.path.isfile(path):
+                    raise UserError(
+                        f"hosts file {value!r} does not exist: DeepSpeed would train on this node alone. Give the right "
+                        "path to --hostfile, or leave it out for one machine."
+                    )
+                read_hosts(path)
+            # what follows the script's name belongs to the script
+            if part.endswith(".py") and os.path.basename(part) != "runner.py":
+                break

@@ -1,0 +1,54 @@
+"""The `scalekd` command: runs the verb that it is given."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from scalekd_ds.commands.verbs import VERBS, module_of
+from scalekd_ds.errors import UserError, run_cli, suggest
+
+
+def usage() -> str:
+    """What `scalekd --help` prints: each verb, what it does, and one command to type."""
+    width = max(map(len, VERBS))
+    lines = ["usage: scalekd VERB ...", "", "Distil huge vision transformers into models that ship.", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<{width}}  {verb.about}", f"  {'':<{width}}      {verb.examples[0]}"]
+    return "\n".join([*lines, "", "scalekd VERB --help lists a verb's options.", ""])
+
+
+def dispatch(argv: list[str]) -> int | None:
+    """Runs the verb that `argv` starts with.
+
+    Raises:
+        UserError: No verb, an unknown one, or what the verb raises.
+    """
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if name in ("-V", "--version"):
+        from scalekd_ds import __version__
+
+        print(f"scalekd_ds {__version__}")
+        return 0
+    verb = name.replace("_", "-")
+    if verb not in VERBS:
+        given = f"unknown verb {name!r}.{suggest(name, VERBS)}" if name else "no verb is given."
+        raise UserError(f"{given} Verbs: {', '.join(VERBS)}; scalekd --help says what they do.")
+    command: Callable[[list[str]], int | None] = module_of(verb).main
+    return command(rest)
+
+
+def main() -> None:
+    """The `scalekd` console command."""
+    # the environment may not be activated, and DeepSpeed looks for its ninja on PATH
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if "_ARGCOMPLETE" in os.environ:
+        from scalekd_ds.commands.completion import complete
+
+        complete()
+    run_cli(lambda: dispatch(sys.argv[1:]))

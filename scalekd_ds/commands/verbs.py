@@ -1,0 +1,85 @@
+"""The verbs of the `scalekd` command: what each does, and commands to type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What `--help` says of a verb: one line, and commands to type; `takes_run` where it also takes every field of a run."""
+
+    about: str
+    examples: tuple[str, ...]
+    takes_run: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "train a student, with or without a teacher",
+        (
+            "scalekd train --recipe fashion-ce --data.root runs/fashion-mnist --run.dir runs/mine",
+            "scalekd train --gpus 8 --recipe swin_l-resnet50-advanced --data.root DIR --run.dir DIR",
+            "scalekd train --hostfile launch/hosts --recipe swin_l-resnet50-advanced --data.root DIR --run.dir DIR",
+            "deepspeed --hostfile launch/hosts --module scalekd_ds.commands.train --recipe NAME ...    # the same",
+        ),
+        takes_run=True,
+    ),
+    "recipes": Verb("list the recipes, with the sizes of their models", ("scalekd recipes",)),
+    "evaluate": Verb(
+        "top-1 and top-5 of a consolidated file or any timm model",
+        (
+            "scalekd evaluate runs/mine/student.safetensors --data runs/fashion-mnist",
+            "scalekd evaluate resnet50 --data DIR --image-size 288",
+        ),
+    ),
+    "consolidate": Verb(
+        "plain student weights from a checkpoint of any ZeRO stage",
+        (
+            "scalekd consolidate runs/mine student.safetensors",
+            "scalekd consolidate runs/mine/checkpoints/step00000500 student.safetensors --weights student",
+        ),
+    ),
+    "export": Verb(
+        "a student for timm, Hugging Face, ONNX, TorchScript or torch.export",
+        (
+            "scalekd export --format timm runs/mine exported/timm",
+            "scalekd export --format onnx student.safetensors exported/onnx",
+        ),
+    ),
+    "inspect": Verb(
+        "contact sheet of attention, feature maps and predictions",
+        ("scalekd inspect runs/mine runs/fashion-mnist/val --out sheet.png",),
+    ),
+    "plan": Verb(
+        "memory, traffic, images/s and hours of a run before it starts",
+        ("scalekd plan --recipe swin_l-resnet50-traditional --gpus 16 --gpu-memory 40",),
+        takes_run=True,
+    ),
+    "doctor": Verb(
+        "whether a job can start on the nodes of a hosts file",
+        (
+            "scalekd doctor --hostfile launch/hosts --recipe swin_l-resnet50-advanced --data.root DIR",
+            "scalekd doctor --write-env NCCL_SOCKET_IFNAME=eth0",
+        ),
+        takes_run=True,
+    ),
+    "supervise": Verb(
+        "keep a job going: start it again from its last checkpoint when a node fails",
+        ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
+    ),
+    "prepare-data": Verb(
+        "put Fashion-MNIST in place, or check that every image can be decoded",
+        ("scalekd prepare-data fashion-mnist runs/fashion-mnist", "scalekd prepare-data verify DIR"),
+    ),
+    "completion": Verb(
+        "print a shell's completion of all this", ("source <(scalekd completion bash)    # or zsh; from ~/.bashrc",)
+    ),
+}
+
+
+def module_of(verb: str) -> ModuleType:
+    """The module of a known verb."""
+    return import_module(f"scalekd_ds.commands.{verb.replace('-', '_')}")

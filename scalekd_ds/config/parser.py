@@ -1,0 +1,149 @@
+"""A run from typed data: its command line options, and JSON files of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.errors import UserError, suggest
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults as jsonargparse shows them; the examples at the end keep their lines."""
+
+
+def run_parser(
+    prog: str, extend: Callable[[ArgumentParser], None] | None = None, epilog: str | None = None
+) -> ArgumentParser:
+    """The parser of a run: recipe or file, and every field, in groups.
+
+    Args:
+        prog: Name in its messages.
+        extend: Adds a command's own options, before the run's.
+        epilog: Shown below the options.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--recipe NAME | --config FILE] [--dotted.key value ...]",
+        exit_on_error=False,
+        # a shortened option of the launcher would start none
+        allow_abbrev=False,
+        formatter_class=_Help,
+        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a teacher.",
+        epilog=epilog,
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
+    parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
+    parser.add_argument("--config", type=str, metavar="FILE", help="start from such a file instead of a recipe")
+    if extend is not None:
+        extend(parser)
+    parser.add_class_arguments(RunConfig)
+    for name, group in parser.groups.items():
+        whole = "the models, their loss and batch; the groups below are the rest of a run"
+        group.title = f"--{name}.*: {group.title}" if name in RunConfig.__dataclass_fields__ else whole
+    return parser
+
+
+def _long_flags(parser: ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def one_line(error: ArgumentError, parser: ArgumentParser) -> str:
+    """jsonargparse's error as a line of ours."""
+    message = str(error)
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        flag = unknown[1].split("=", 1)[0]
+        return f"unknown argument {flag!r}.{suggest(flag, _long_flags(parser))} --help lists them all."
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    expected = re.findall(r"Expected an? (.*?)(?:\. |$)", message, re.M)
+    if key and value:
+        kinds = (re.sub(r"<class '(\w+)'>", r"\1", e).replace("typing.Literal", "one of ") for e in expected)
+        wants = " or ".join(dict.fromkeys(kinds)) or "of its type"
+        return f"--{key[1]} is {value[1]!r}: it must be {wants}."
+    return " ".join(message.split())
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
+    """A RunConfig from plain nested data, checked as the command line is.
+
+    Raises:
+        UserError: An unknown key or a value of the wrong type, naming `source`.
+    """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}: it must be a JSON object, as --dump-config writes it."
+        )
+    _check_names(values, source)
+    parser = run_parser("config")
+    try:
+        parsed = parser.parse_object(values)
+    except ArgumentError as error:
+        raise UserError(f"{source}: {one_line(error, parser)}") from None
+    try:
+        return instantiate(parser, parsed)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _check_names(values: dict[str, Any], source: str) -> None:
+    """jsonargparse takes a name that it does not know without a word where an empty object stands behind it."""
+    groups = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in groups:
+            raise UserError(f"{source}: unknown key {name!r}.{suggest(name, groups)}")
+        if not dataclasses.is_dataclass(groups[name]) or not isinstance(value, dict):
+            continue
+        known = [field.name for field in dataclasses.fields(groups[name])]
+        for key in value:
+            if key not in known:
+                raise UserError(f"{source}: unknown key {f'{name}.{key}'!r}.{suggest(key, known)}")
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads what --dump-config wrote.
+
+    Raises:
+        UserError: The file is missing, is not JSON, or holds an unknown key.
+    """
+    if not path.is_file():
+        raise UserError(f"config file {str(path)!r} does not exist.")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"config file {path} is not JSON: {error}.") from None
+    return config_from_dict(values, str(path))
+
+
+def _check_values(parsed: Namespace, owner: type, prefix: str) -> None:
+    """What jsonargparse lets through: null in a file for any field, and a plain value for a group of fields."""
+    for name, kind in typing.get_type_hints(owner).items():
+        value = parsed[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Namespace):
+                raise UserError(f"--{name} is {value!r}: it must be an object with the fields of --{name}.*.")
+            _check_values(value, kind, f"{name}.")
+        elif value is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"--{prefix}{name} is null: it must have a value.")
+
+
+def instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
+    """The run of what `run_parser` has parsed.
+
+    Raises:
+        UserError: A value that no field can have.
+    """
+    _check_values(parsed, RunConfig, "")
+    values = parser.instantiate(parsed)
+    fields = {name: values[name] for name in RunConfig.__dataclass_fields__}
+    return RunConfig(**fields)

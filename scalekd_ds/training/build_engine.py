@@ -1,0 +1,37 @@
+"""The engine of a run: student and projectors with the recipe's optimizer and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import deepspeed
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.initialize import initialize
+from scalekd_ds.optim import lamb
+from scalekd_ds.optim.optimizers import build_optimizer
+from scalekd_ds.optim.schedule import build_schedule
+
+
+def build_engine(
+    distiller: ScaleKD, cfg: RunConfig, ds_config: dict[str, Any], steps_per_epoch: float, total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """One engine for student and projectors, with the recipe's optimizer and schedule.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+    lr = cfg.learning_rate
+    optimizer = build_optimizer(distiller, dataclasses.replace(cfg.optim, lr=lr))
+    engine = initialize(
+        distiller,
+        optimizer,
+        lambda wrapped: build_schedule(wrapped, cfg.schedule, steps_per_epoch, total_steps, lr),
+        ds_config,
+        cfg.run.ds_config,
+    )
+    if isinstance(optimizer, lamb.Lamb):
+        lamb.attach(optimizer, engine)
+    return engine

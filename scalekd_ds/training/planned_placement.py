@@ -1,0 +1,45 @@
+"""Which placement of the teacher fits into the GPUs of this run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from scalekd_ds.config import RunConfig, TeacherPlacement
+from scalekd_ds.engine.teacher_placement import PLACEMENTS
+from scalekd_ds.teacher import Teacher
+
+
+def planned_placement(
+    teacher: Teacher, cfg: RunConfig, config: dict[str, Any], num_classes: int, device: torch.device
+) -> TeacherPlacement:
+    """The first of replica, sharded and offloaded that fits into this kind of GPU by the memory plan; collective.
+
+    Args:
+        teacher: Built, in the dtype that it is to have.
+        cfg: The run.
+        config: The DeepSpeed JSON of student and projectors, merged.
+        num_classes: Of the data.
+        device: Of this rank.
+    """
+    if device.type == "cpu":
+        return "replica"
+    chosen = torch.zeros(1, dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        total = torch.cuda.get_device_properties(device).total_memory
+        chosen += PLACEMENTS.index(_first_that_fits(teacher, cfg, config, num_classes, total))
+    dist.broadcast(chosen, 0)
+    return PLACEMENTS[chosen.item()]
+
+
+def _first_that_fits(
+    teacher: Teacher, cfg: RunConfig, config: dict[str, Any], num_classes: int, total: int
+) -> TeacherPlacement:
+    # a plan takes seconds to count; what is small beside the GPU needs none
+    if 8 * sum(p.nbytes for p in teacher.parameters()) < total:
+        return "replica"
+    from scalekd_ds.plan.choose import placement_that_fits
+
+    return placement_that_fits(cfg, config, num_classes, dist.get_world_size(), total / 2**30)

@@ -1,0 +1,39 @@
+"""What the end of a run shows."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.recipes.imagenet import published_baseline
+from scalekd_ds.watching.terminal.report import ReportCard
+
+
+def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> ReportCard:
+    """What the end of a run shows."""
+    run_dir = Path(cfg.run.dir)
+    weights = run_dir / "student.safetensors"
+    files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}
+    commands = [
+        ["scalekd", "evaluate", str(weights), "--data", cfg.data.root],
+        ["tensorboard", "--logdir", cfg.run.dir],
+    ]
+    baseline = cfg.run.baseline_top1
+    if baseline is None:
+        baseline = published_baseline(cfg.recipe, num_classes)
+    return ReportCard(
+        top1=results["top1"],
+        best_top1=results["best"]["top1"],
+        best_step=results["best"]["step"],
+        weights=results["weights"],
+        baseline_top1=baseline,
+        teacher_top1=results["teacher_top1"],
+        steps=results["step"],
+        seconds=results["seconds"],
+        images=results["step"] * cfg.global_batch_size,
+        joules=results["joules"],
+        files={name: str(path) for name, path in files.items()},
+        next=[shlex.join(command) for command in commands],
+    )

@@ -1,0 +1,133 @@
+"""One run, put together: data, processes, models, engine, and what watches over them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from scalekd_ds.build import build_distiller
+from scalekd_ds.checkpoint.load import choose_checkpoint, load_checkpoint
+from scalekd_ds.checkpoint.saver import Saver
+from scalekd_ds.cluster.heartbeat import Heartbeat
+from scalekd_ds.cluster.launcher import check_hostfile
+from scalekd_ds.cluster.preemption import Preemption
+from scalekd_ds.config import RunConfig
+from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
+from scalekd_ds.data.mix import Mixer
+from scalekd_ds.data.run_sources import read_sources
+from scalekd_ds.durable_files import write_json
+from scalekd_ds.engine import ds_config
+from scalekd_ds.engine.processes import job_store, start_processes
+from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
+from scalekd_ds.models.preprocessing import normalisation_of
+from scalekd_ds.rng import seed_everything
+from scalekd_ds.teacher import Teacher
+from scalekd_ds.training.build_engine import build_engine
+from scalekd_ds.training.ema import start_ema
+from scalekd_ds.training.nonfinite import Nonfinite, skip_nonfinite
+from scalekd_ds.training.planned_placement import planned_placement
+from scalekd_ds.training.run import Run
+from scalekd_ds.training.run_dir import make_run_dir
+from scalekd_ds.watching.monitor import Monitor
+
+
+def build(cfg: RunConfig) -> Run:
+    """Everything up to the first step: data index, processes, models, engine, resume.
+
+    Raises:
+        UserError: Whatever the user can have got wrong, before any training.
+    """
+    check_hostfile()
+    ds_json = ds_config.read(cfg.run.ds_config)
+    run_dir = Path(cfg.run.dir)
+    monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
+    resume_from = choose_checkpoint(run_dir, cfg.run.resume)
+    train, val = read_sources(cfg)
+    device = start_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
+    if distiller.teacher is not None:
+        prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
+    distiller.to(device)
+    if cfg.student_sync_bn and world_size > 1:
+        if device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
+        elif rank == 0:
+            print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
+    replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
+    steps_per_epoch = len(train) / cfg.global_batch_size
+    total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
+    engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
+    skip_nonfinite(engine)
+    # ranks draw different dropout and stochastic depth
+    seed_everything(cfg.seed + rank)
+    state = load_checkpoint(engine, resume_from) if resume_from else {}
+    ema = start_ema(engine, cfg.ema.decay, resume_from)
+    if rank == 0:
+        write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
+        if resume_from and state["world_size"] != world_size:
+            print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
+        if resume_from:
+            print(f"resuming {run_dir} from {resume_from.name}", flush=True)
+        elif cfg.run.resume == "auto":
+            print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
+    mean, std = normalisation_of(distiller.student)
+    micro, _ = cfg.batches(world_size)
+    mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes else None
+    labels = train.labels if cfg.data.balanced else None
+    batch = cfg.global_batch_size
+    sampler = StreamSampler(len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels)
+    step = state.get("step", 0)
+    store = job_store()
+    heartbeat = Heartbeat(store, rank, world_size, run_dir / "stacks", cfg.run.rank_timeout, cfg.run.hang_timeout)
+    return Run(
+        cfg,
+        device,
+        engine,
+        Monitor(monitors),
+        train.classes,
+        TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
+        EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
+        mixer,
+        total_steps,
+        steps_per_epoch,
+        Saver(run_dir, cfg.run.keep_last, cfg.run.keep_best, store),
+        heartbeat,
+        Preemption(heartbeat.hurry),
+        Nonfinite(distiller, run_dir, cfg.run.max_skipped),
+        step=step,
+        cpu_seconds=state.get("cpu_seconds", 0.0),
+        replica=replica,
+        teacher_accuracy=state.get("teacher_accuracy"),
+        accuracy=state.get("accuracy"),
+        ema=ema,
+        ema_accuracy=state.get("ema_accuracy"),
+        best=state.get("best"),
+        seconds_before=state.get("seconds", 0.0),
+        joules_before=state.get("joules") or 0.0,
+        shows_pictures=monitors.get("tensorboard", {}).get("enabled", False),
+    )
+
+
+def prepare_teacher(
+    teacher: Teacher, cfg: RunConfig, ds_merged: dict[str, Any], num_classes: int, device: torch.device
+) -> None:
+    """Lowers, places and compiles the teacher as the run asks; collective."""
+    dtype = ds_config.autocast_dtype(ds_merged)
+    if dtype is not None:
+        teacher.lower(dtype)
+    placement = cfg.run.teacher_placement
+    if placement == "auto":
+        placement = planned_placement(teacher, cfg, ds_merged, num_classes, device)
+    place_teacher(teacher, placement, device)
+    if dist.get_rank() == 0 and placement != "replica":
+        print(f"teacher: {placement}, {held_bytes(teacher) / 2**20:,.1f} MiB of its weights on rank 0", flush=True)
+    if cfg.run.compile_teacher:
+        teacher.compile()

@@ -1,0 +1,65 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from scalekd_ds.engine.zero_layout import shards_of
+from scalekd_ds.training.nonfinite import statistics
+from scalekd_ds.training.run import Run
+
+
+def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
+    """One optimizer step; returns the mean losses of its micro batches, still on the device."""
+    part = run.distiller.part
+    sums: dict[str, torch.Tensor] = {}
+    accumulation = run.engine.gradient_accumulation_steps()
+    for micro in range(accumulation):
+        with part("data_wait"):
+            images, labels = next(batches)
+        if run.mixer is not None:
+            images, labels = run.mixer(images, labels, run.step, micro)
+        targets = None
+        if run.teacher is not None:
+            with part("teacher"):
+                targets = run.distiller.teacher_targets(images)
+        losses = run.engine(images, labels, targets)
+        with part("backward"):
+            run.engine.backward(losses["loss/total"])
+        if run.engine.is_gradient_accumulation_boundary():
+            run.grad_norm = own_grad_norm(run.engine)
+            # the last checkpoint's copies are of the weights before this update
+            run.saver.copied()
+        with part("optimizer"):
+            run.engine.step()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+    if run.ema is not None:
+        with part("optimizer"):
+            run.ema.update()
+    means = {name: loss / accumulation for name, loss in sums.items()}
+    run.nonfinite.step_done(run.engine.was_step_applied(), lambda: report_of(run, images, means))
+    return means
+
+
+def report_of(run: Run, images: torch.Tensor, losses: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What is known of a step that was skipped: this rank's samples, and statistics of its tensors."""
+    sampler = run.train_loader.sampler
+    micro_batches = [sampler.indices(run.step, micro)[0].tolist() for micro in range(sampler.accumulation)]
+    masters = [(f"weights {number}", shard.flat) for number, shard in enumerate(shards_of(run.engine))]
+    return {
+        "rank": dist.get_rank(),
+        "step": run.step,
+        "samples": {i: run.train_loader.source.name(i) for batch in micro_batches for i in batch},
+        "tensors": statistics([("images of the last micro batch", images), *losses.items(), *masters]),
+    }
+
+
+def own_grad_norm(engine: Any) -> torch.Tensor | None:
+    """Norm of the averaged gradients, before they are clipped, where DeepSpeed reports none: without ZeRO."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,0 +1,48 @@
+"""The JSON card beside plain weights: everything needed to use them without this project."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from scalekd_ds.config import RunConfig
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.models.build import constructor_kwargs, origin_of
+from scalekd_ds.models.preprocessing import normalisation_of
+
+CARD_VERSION = 1
+
+
+def student_card(
+    cfg: RunConfig,
+    distiller: ScaleKD,
+    classes: list[str],
+    step: int,
+    accuracy: dict[str, float] | None,
+    teacher_accuracy: dict[str, float] | None,
+    weights: Literal["student", "ema"] = "student",
+) -> dict[str, Any]:
+    """What the weights are: `timm.create_model(architecture, num_classes=..., **model_kwargs)` takes them strictly.
+
+    `weights` says whether they are the student's own or its moving average, and `accuracy` is theirs.
+    """
+    mean, std = normalisation_of(distiller.student)
+    return {
+        "version": CARD_VERSION,
+        "architecture": origin_of(cfg.student)[0],
+        "model_kwargs": constructor_kwargs(cfg.student, cfg.student_kwargs, cfg.data.image_size),
+        "num_classes": len(classes),
+        "classes": classes,
+        "image_size": cfg.data.image_size,
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": cfg.data.interpolation,
+        "eval_resize": cfg.data.eval_resize,
+        "recipe": cfg.recipe,
+        "weights": weights,
+        "ema_decay": cfg.ema.decay if weights == "ema" else None,
+        "step": step,
+        "top1": accuracy["top1"] if accuracy else None,
+        "top5": accuracy["top5"] if accuracy else None,
+        "teacher": cfg.teacher,
+        "teacher_top1": teacher_accuracy["top1"] if teacher_accuracy else None,
+    }

@@ -1,0 +1,215 @@
+"""Damaged files: found by `verify`, left out of training, replaced where they turn up during it."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_fixtures import make_dataset, make_folder, picture
+from launching import ROOT
+from PIL import Image
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data.bad_files import BadFiles
+from scalekd_ds.data.sampler import StreamSampler
+from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
+from scalekd_ds.data.train_loader import TrainLoader
+from scalekd_ds.data.verify import QUARANTINE, find_flaws, read_quarantine, without_quarantined, write_quarantine
+from scalekd_ds.errors import UserError
+
+PREPARE = ROOT / "launch" / "prepare_data.py"
+
+
+def encoded(kind: str, **kwargs) -> bytes:
+    data = io.BytesIO()
+    picture(np.random.default_rng(0), 40, 40).save(data, kind, **kwargs)
+    return data.getvalue()
+
+
+def broken_png() -> bytes:
+    data = bytearray(encoded("PNG"))
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(40)
+    return bytes(data)
+
+
+# ten ways for a file to be no image
+DAMAGE = {
+    "text": b"not an image",
+    "empty": b"",
+    "web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "zeros": bytes(4096),
+    "header alone": encoded("JPEG")[:24],
+    "cut JPEG": encoded("JPEG")[:500],
+    "cut PNG": encoded("PNG")[:300],
+    "broken PNG": broken_png(),
+    "GIF": encoded("GIF"),
+    "link to nowhere": None,
+}
+
+
+def damage(path: Path, kind: str) -> None:
+    path.unlink()
+    if DAMAGE[kind] is None:
+        path.symlink_to(path.with_name("nowhere"))
+    else:
+        path.write_bytes(DAMAGE[kind])
+
+
+def loader(source, cfg, batch=10, seed=0):
+    sampler = StreamSampler(len(source), seed, batch, batch, 0, 1)
+    return TrainLoader(source, cfg, sampler, torch.device("cpu"), (0.0,) * 3, (1.0 / 255,) * 3)
+
+
+def take(batches, count):
+    iterator = iter(batches)
+    taken = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return taken
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_kind_is_replaced_by_its_class_and_named_once(tmp_path, capfd, kind):
+    make_folder(tmp_path, {"a": 10, "b": 10})
+    source = index_folder(tmp_path, "data.train")
+    bad = 13
+    damage(Path(source.paths[bad]), kind)
+    cfg = DataConfig(image_size=16, max_bad_share=0.1)
+    good = loader(source, cfg)
+    # two epochs, and labels as if nothing had happened
+    batches = take(good, 4)
+    sampler = good.sampler
+    for step, (images, labels) in enumerate(batches):
+        drawn, _ = sampler.indices(step, 0)
+        assert labels.tolist() == source.labels[drawn].tolist()
+        assert torch.isfinite(images).all()
+    assert list(good.bad_files.reasons) == [bad]
+    assert capfd.readouterr().err.count(source.paths[bad]) == 1
+    # the same again, bit for bit, from another loader
+    for (ours, _), (theirs, _) in zip(take(loader(source, cfg), 4), batches, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_file_that_only_the_decoder_finds_bad(tmp_path, capfd):
+    """Its first bytes are those of a TIFF: nothing stops it before DALI, which then needs a new pipeline."""
+    make_folder(tmp_path, {"a": 10, "b": 10})
+    source = index_folder(tmp_path, "data.train")
+    Path(source.paths[13]).write_bytes(b"II*\x00" + bytes(200))
+    batches = loader(source, DataConfig(image_size=16, max_bad_share=0.1, random_crop=False))
+    for step, (_, labels) in enumerate(take(batches, 6)):
+        assert labels.tolist() == source.labels[batches.sampler.indices(step, 0)[0]].tolist()
+    assert list(batches.bad_files.reasons) == [13]
+    assert capfd.readouterr().err.count(f"warning: {source.paths[13]} ") == 1
+
+
+def test_a_damaged_set_of_a_thousand_is_trained_on_to_the_end(tmp_path, capfd):
+    make_folder(tmp_path / "train", {"a": 500, "b": 500}, size=(24, 24))
+    source = index_folder(tmp_path / "train", "data.train")
+    chosen = np.random.default_rng(0).permutation(1000)[:50]
+    for place, index in enumerate(chosen.tolist()):
+        damage(Path(source.paths[index]), list(DAMAGE)[place % 10])
+    damaged = {source.paths[i] for i in chosen}
+    batches = loader(source, DataConfig(image_size=16, max_bad_share=0.06), batch=50)
+    assert sum(len(labels) for _, labels in take(batches, 20)) == 1000
+    assert {source.paths[i] for i in batches.bad_files.reasons} == damaged
+    err = capfd.readouterr().err
+    assert all(err.count(f"warning: {path} ") == 1 for path in damaged)
+
+    done = subprocess.run([sys.executable, str(PREPARE), "verify", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "50 of 1000 images cannot be used" in done.stdout
+    assert set(read_quarantine(tmp_path)) == damaged
+    clean = without_quarantined(source, tmp_path)
+    assert set(clean.paths) == set(source.paths) - damaged
+    assert len(take(loader(clean, DataConfig(image_size=16), batch=50), 19)) == 19
+
+
+def test_too_many_stop_the_run_with_the_list(tmp_path):
+    make_folder(tmp_path, {"a": 10, "b": 10})
+    source = index_folder(tmp_path, "data.train")
+    for index in (3, 11):
+        damage(Path(source.paths[index]), "text")
+    with pytest.raises(UserError) as error:
+        take(loader(source, DataConfig(image_size=16, max_bad_share=0.05)), 2)
+    message = str(error.value)
+    assert "2 of 20 training images cannot be used" in message and "\n" not in message
+    assert all(source.paths[i] in message for i in (3, 11))
+    assert "verify DIR" in message
+
+
+def test_a_class_without_a_good_file_is_named(tmp_path):
+    make_folder(tmp_path, {"a": 10, "b": 1})
+    source = index_folder(tmp_path, "data.train")
+    damage(Path(source.paths[10]), "empty")
+    with pytest.raises(UserError, match=r"every image of the class of .*b.*is bad"):
+        take(loader(source, DataConfig(image_size=16, max_bad_share=1.0), batch=11), 2)
+
+
+def test_replacements_spread_over_the_class():
+    labels = np.repeat([0, 1], 50)
+    bad = BadFiles(ImageFolder(Path(), [str(i) for i in range(100)], labels, ["a", "b"]), seed=3, max_share=1.0)
+    bad.add(60, "is no image")
+    drawn = [bad.replacement(60, epoch) for epoch in range(200)]
+    assert {labels[i] for i in drawn} == {1} and 60 not in drawn
+    assert len(set(drawn)) > 35
+    assert drawn == [bad.replacement(60, epoch) for epoch in range(200)]
+
+
+def test_images_that_pillow_and_dali_take_are_not_flawed(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    images = {
+        "grey.jpg": Image.new("L", (30, 20), 90),
+        "cmyk.jpg": Image.new("CMYK", (30, 20), (10, 20, 30, 40)),
+        "alpha.png": Image.new("RGBA", (30, 20), (1, 2, 3, 4)),
+        "palette.png": Image.new("P", (30, 20)),
+        "photo.webp": Image.new("RGB", (30, 20), (1, 2, 3)),
+        "photo.bmp": Image.new("RGB", (30, 20), (1, 2, 3)),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / "a" / name)
+    (tmp_path / "b" / "png_named.jpg").write_bytes(encoded("PNG"))
+    assert find_flaws(index_folder(tmp_path, "verify"), workers=1) == {}
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "RGBA", "1", "CMYK", "webp"])
+def test_modes_are_read_as_pillow_reads_them(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        grey = rng.integers(0, 256, (40, 40)).astype(np.uint8)
+        if mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 600, (40, 40)).astype(np.uint16))
+        else:
+            image = Image.fromarray(np.stack([grey, grey.T, 255 - grey], -1)).convert("RGB" if mode == "webp" else mode)
+        suffix, options = {"CMYK": ("jpg", {}), "webp": ("webp", {"lossless": True})}.get(mode, ("png", {}))
+        image.save(tmp_path / name / f"x.{suffix}", **options)
+    source = index_folder(tmp_path, "data.train")
+    cfg = DataConfig(image_size=40, random_crop=False, hflip=0.0)
+    batches = loader(source, cfg, batch=2)
+    images, _ = take(batches, 1)[0]
+    for path, ours in zip([source.paths[i] for i in batches.sampler.indices(0, 0)[0]], images, strict=True):
+        theirs = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
+        assert np.abs(ours.numpy() - theirs).max() <= 2.0, path
+
+
+def test_the_quarantine_is_a_list_of_paths_below_the_folder(tmp_path):
+    flaws = {str(tmp_path / "a" / "1.jpg"): "is\tno\nimage", str(tmp_path / "b" / "2 3.jpg"): "is damaged"}
+    assert write_quarantine(tmp_path, flaws).read_text() == "a/1.jpg\tis no image\nb/2 3.jpg\tis damaged\n"
+    assert read_quarantine(tmp_path) == {**flaws, str(tmp_path / "a" / "1.jpg"): "is no image"}
+    assert not [p for p in os.listdir(tmp_path) if p.startswith(".")]
+    for line in ("no tab", "/etc/passwd\tx", "../x.jpg\tx"):
+        (tmp_path / QUARANTINE).write_text(line + "\n")
+        with pytest.raises(UserError, match="line 1"):
+            read_quarantine(tmp_path)
+
+
+def test_a_quarantine_that_empties_a_class_is_refused(tmp_path):
+    data = make_dataset(tmp_path, train=4, val=2, classes=2)
+    source = index_folder(data / "train", "data.train")
+    write_quarantine(data, dict.fromkeys(source.paths[:2], "is damaged"))
+    with pytest.raises(UserError, match="every image of class"):
+        without_quarantined(source, data)

@@ -1,0 +1,152 @@
+"""The student's moving average: on two real ranks at every ZeRO stage, through checkpoints, runs and exports."""
+
+import json
+
+import pytest
+import timm
+import torch
+from image_fixtures import make_dataset
+from launching import ROOT, WORKERS, alone, launch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scalekd_ds.checkpoint.layout import checkpoints_of
+from scalekd_ds.checkpoint.plain_weights import consolidate
+from scalekd_ds.errors import UserError
+
+STAGES = ("zero0", "zero1", "zero2", "zero2 round robin", "zero3", "zero3 persistent", "zero3 sub-groups")
+SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+
+
+def result_of(done):
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return result_of(launch(WORKERS / "ema_worker.py"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_average_as_a_plain_loop_does(two_ranks, stage):
+    """Against float64 averages of two replicas in one process, BatchNorm's statistics and tied weights included."""
+    result = two_ranks[stage]
+    assert result["error"] < 1e-6
+    # the average is not simply the weights
+    assert result["distance"] > 0.05
+    assert result["names"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_goes_on_from_a_checkpoint_bit_for_bit(two_ranks, stage):
+    assert two_ranks[stage]["bits"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_ranks_together_hold_one_copy_of_the_student(two_ranks, stage):
+    """Trainable weights once, each rank's own BatchNorm statistics, no projector and no frozen weight."""
+    fc1, norm, fc2, tied_bias, head, statistics = 13 * 37 + 37, 2 * 37, 37 * 37 + 37, 37, 37 * 11 + 11, 2 * 37
+    assert two_ranks[stage]["held"] == fc1 + norm + fc2 + tied_bias + head + 2 * statistics
+
+
+def arguments(data, run_dir, *more):
+    return [
+        *("--recipe", "fashion-scalekd", "--data.root", data, "--run.dir", run_dir, "--data.train_images", "null"),
+        *("--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", "none"),
+        *("--teacher_kwargs", json.dumps(SWIN | {"num_classes": 3}), "--global_batch_size", 8, "--micro_batch_size", 2),
+        *("--schedule.epochs", 2, "--schedule.warmup_epochs", 0, "--data.eval_batch_size", 4, "--ema.decay", 0.8),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Six steps in one go and cut in the middle; and one at ZeRO-3 under autocast that ships the weights themselves."""
+    tmp = tmp_path_factory.mktemp("runs")
+    data = make_dataset(tmp / "data", train=24, val=7, classes=3, size=(32, 32))
+    zero2 = ("--run.ds_config", "zero2", "--run.save_every", 3)
+    jobs = [
+        arguments(data, tmp / "whole", *zero2),
+        arguments(data, tmp / "cut", *zero2, "--run.stop_after", 3),
+        arguments(data, tmp / "cut", *zero2, "--run.resume", "auto"),
+        arguments(data, tmp / "zero3", "--run.ds_config", "zero3", "--ema.evaluate", "false"),
+    ]
+    jobs += [arguments(data, tmp / "plain", "--teacher", "none", "--ema.decay", 0, "--run.stop_after", 1)]
+    # evaluated and saved at the same steps, so that BatchNorm's statistics are synchronised at the same ones
+    jobs[0] += ["--run.eval_every", 1]
+    (tmp / "jobs.json").write_text(json.dumps([[str(a) for a in job] for job in jobs]))
+    done = launch(WORKERS / "train_many.py", tmp / "jobs.json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return tmp
+
+
+def equal(a, b):
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_that_is_cut_and_resumed_has_the_same_average(runs):
+    whole, cut = (load_file(runs / name / "student.safetensors") for name in ("whole", "cut"))
+    assert equal(whole, cut)
+    assert checkpoints_of(runs / "cut")[-1].name == "step00000006"
+
+
+def test_the_run_ships_what_it_evaluates(runs):
+    for name, shipped, other in (("whole", "ema", "student"), ("zero3", "student", "ema")):
+        results = json.loads((runs / name / "results.json").read_text())
+        card = json.loads((runs / name / "student.json").read_text())
+        assert results["weights"] == card["weights"] == shipped
+        assert results["top1"] == results[f"{shipped}_top1"] == card["top1"]
+        final = load_file(runs / name / "student.safetensors")
+        assert equal(final, consolidate(runs / name)) and equal(final, consolidate(runs / name, weights=shipped))
+        assert not equal(final, consolidate(runs / name, weights=other))
+
+
+def test_the_average_is_measured_beside_the_student(runs):
+    for name in ("whole", "zero3"):
+        events = EventAccumulator(str(runs / name / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        last = {tag: events.Scalars(tag)[-1].value for tag in ("val/top1", "val/ema_top1", "val/ema_top5")}
+        results = json.loads((runs / name / "results.json").read_text())
+        assert last["val/top1"] == pytest.approx(results["student_top1"], rel=1e-5)
+        assert last["val/ema_top1"] == pytest.approx(results["ema_top1"], rel=1e-5)
+
+
+def test_the_average_exports_by_name_and_loads_into_timm(runs, tmp_path):
+    out = tmp_path / "average.safetensors"
+    done = alone(ROOT / "launch" / "consolidate.py", runs / "zero3", out, "--weights", "ema")
+    assert done.returncode == 0, done.stderr
+    assert "(average, decay 0.8)" in done.stdout
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["ema_decay"] == 0.8 and card["step"] == 6
+    model = timm.create_model(card["architecture"], num_classes=card["num_classes"], **card["model_kwargs"])
+    state = load_file(out)
+    assert set(state) == set(model.state_dict())
+    model.load_state_dict(state, strict=True)
+    # 6 steps of 2 micro batches on each rank: integers are the live ones
+    assert state["bn1.num_batches_tracked"] == 12
+    done = alone(ROOT / "launch" / "evaluate.py", out, "--data", runs / "data", "--batch-size", 4)
+    top1 = json.loads((runs / "zero3" / "results.json").read_text())["ema_top1"]
+    assert f"top-1 {top1:.2f}%" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_checkpoint_and_a_run_must_agree_on_keeping_an_average(two_ranks):
+    dropped, missing = two_ranks["zero0"]["errors"]
+    assert "holds an average of the student, which ema.decay 0 would lose" in dropped
+    assert "holds no average of the student, and ema.decay is 0.7" in missing
+
+
+def test_bad_input(runs, tmp_path):
+    done = alone(ROOT / "launch" / "train.py", "--recipe", "fashion-ce", "--ema.decay", 1.5)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: ema.decay is 1.5: it must be in [0, 1) (0 is off)."]
+    with pytest.raises(UserError, match="weights is 'swa': it must be one of student, ema"):
+        consolidate(runs / "whole", weights="swa")
+    done = alone(ROOT / "launch" / "consolidate.py", runs / "plain", tmp_path / "x.safetensors", "--weights", "ema")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "holds no ema weights: its run kept no average" in done.stderr
+    assert not list(tmp_path.iterdir())
+    # a run without an average is as it was: one file, and no figure of an average
+    assert not (checkpoints_of(runs / "plain")[-1] / "student_ema.safetensors").exists()
+    results = json.loads((runs / "plain" / "results.json").read_text())
+    assert results["weights"] == "student" and results["ema_top1"] is None

@@ -1,0 +1,204 @@
+"""What ends a job, injected into real ones: signals, ranks that die, fall silent or hang, NaN, a full disk."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from image_fixtures import make_dataset
+from launching import ROOT, WORKERS, alone, environment, free_port, launch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scalekd_ds.checkpoint.layout import checkpoints_of
+from scalekd_ds.checkpoint.load import choose_checkpoint
+
+TRAIN = ROOT / "launch" / "train.py"
+FAULTY = WORKERS / "faulty_train.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=40, val=11, classes=3, size=(32, 32))
+
+
+def arguments(data, run_dir, *more):
+    return [
+        *("--recipe", "fashion-ce", "--data.root", data, "--run.dir", run_dir, "--data.train_images", "null"),
+        *("--global_batch_size", 8, "--micro_batch_size", 4, "--schedule.warmup_epochs", 0, "--run.log_every", 1),
+        *("--student_kwargs", json.dumps({"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "output_stride": 8})),
+        *more,
+    ]
+
+
+def scalar(run_dir, name):
+    found = {}
+    for file in sorted(run_dir.rglob("events.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        if name in events.Tags()["scalars"]:
+            found |= {e.step: e.value for e in events.Scalars(name)}
+    return found
+
+
+class Job:
+    """A run on two ranks in the background, whose ranks can be reached."""
+
+    def __init__(self, tmp_path, script, *args):
+        self.log = tmp_path / "job.log"
+        command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(script)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *map(str, args)],
+                cwd=ROOT,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def rank(self, number: int) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            command = child.cmdline()
+            if f"--local_rank={number}" in command and "deepspeed.launcher.launch" not in command:
+                return child
+        raise AssertionError(self.text())
+
+    def wait_for_checkpoint(self, run_dir) -> None:
+        deadline = time.time() + 120
+        while not checkpoints_of(run_dir):
+            assert self.process.poll() is None and time.time() < deadline, self.text()
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def end(self, seconds: float) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                process.kill()
+            raise AssertionError(f"no end after {seconds} s: {self.text()}") from None
+
+
+ENDLESS = ("--schedule.epochs", 4000, "--run.save_every", 5, "--run.eval_every", 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number, rank):
+    run_dir = tmp_path / "run"
+    args = arguments(data, run_dir, *ENDLESS, "--run.resume", "auto")
+    job = Job(tmp_path, TRAIN, *args)
+    job.wait_for_checkpoint(run_dir)
+    job.rank(rank).send_signal(number)
+    assert job.end(30) == 0, job.text()
+    newest = choose_checkpoint(run_dir, "auto")
+    step = int(newest.name[4:])
+    assert f"stopped at step {step} of" in job.text() and "--run.resume auto goes on" in job.text()
+    assert not list((run_dir / "checkpoints").glob(".partial*"))
+    # on another number of ranks, too
+    on = alone(TRAIN, *args, "--run.stop_after", step + 2)
+    assert on.returncode == 0 and f"from {newest.name}" in on.stdout, on.stderr
+    assert "is of 2 ranks, this run has 1" in on.stdout
+
+
+def test_a_dead_rank_is_named_and_ends_the_others(data, tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS))
+    job.wait_for_checkpoint(run_dir)
+    victim = job.rank(1)
+    victim.kill()
+    assert job.end(60) != 0
+    named = f"rank 1 on {socket.gethostname()} (process {victim.pid}, step"
+    assert named in job.text() and "start again with --run.resume auto" in job.text(), job.text()
+    assert choose_checkpoint(run_dir, "auto") is not None
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_named_and_ends_the_others(data, tmp_path):
+    """A process that is stopped stands for a node behind a cut link: nothing closes, nothing answers."""
+    run_dir = tmp_path / "run"
+    job = Job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS, "--run.rank_timeout", 6))
+    job.wait_for_checkpoint(run_dir)
+    victim = job.rank(1)
+    victim.suspend()
+    assert job.end(60) != 0
+    assert f"rank 1 on {socket.gethostname()} (process {victim.pid}" in job.text(), job.text()
+    assert "is dead or cannot be reached: no word for 6 s" in job.text()
+
+
+def test_a_hang_leaves_the_stacks_of_every_rank(data, tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(tmp_path, FAULTY, "hang:3", *arguments(data, run_dir, *ENDLESS, "--run.hang_timeout", 8))
+    assert job.end(150) != 0
+    assert "no rank got on for 8 s (rank 0 at step 3, rank 1 at step 3)" in job.text(), job.text()
+    stacks = (run_dir / "stacks" / "rank1.txt").read_text()
+    assert "in faulty" in stacks and "faulty_train.py" in stacks
+    assert (run_dir / "stacks" / "rank0.txt").is_file()
+
+
+@pytest.mark.parametrize("config", [pytest.param("zero0", marks=pytest.mark.slow), "zero1", "zero3"])
+def test_a_step_with_nan_is_skipped_and_counted(data, tmp_path, config):
+    run_dir = tmp_path / "run"
+    args = arguments(data, run_dir, "--schedule.epochs", 2, "--run.ds_config", config, "--ema.decay", 0.9)
+    done = launch(FAULTY, "nan:2,5", *args)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list(scalar(run_dir, "optim/skipped_steps").values()) == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    weights = load_file(run_dir / "student.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_nan_without_end_stops_the_run_with_a_report(data, tmp_path):
+    run_dir = tmp_path / "run"
+    args = arguments(data, run_dir, "--schedule.epochs", 2, "--run.max_skipped", 3)
+    done = launch(FAULTY, "nan:2,3,4,5,6,7", *args)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "gradients were not finite in 3 steps in a row, the last step 4" in told, told[
+        -3000:
+    ]
+    report = json.loads((run_dir / "nonfinite_rank1.json").read_text())
+    assert report["step"] == 4 and len(report["samples"]) == 4
+    assert all(Path(name).is_file() for name in report["samples"].values())
+    images = report["tensors"]["images of the last micro batch"]
+    assert images["nonfinite"] == 4 * 3 * 32 * 32 and images["shape"] == [4, 3, 32, 32]
+    assert report["tensors"]["weights 0"]["nonfinite"] == 0
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_it(data, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("a small file system can only be mounted by root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        run_dir = disk / "run"
+        args = arguments(data, run_dir, "--schedule.epochs", 4, "--run.save_every", 2, "--run.resume", "auto")
+        first = alone(TRAIN, *args, "--run.stop_after", 4)
+        assert first.returncode == 0, first.stderr[-2000:]
+        held = sum(p.stat().st_size for p in checkpoints_of(run_dir)[-1].rglob("*"))
+        free = os.statvfs(disk)
+        # room for half a checkpoint
+        (disk / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - held // 2)))
+        done = alone(TRAIN, *args)
+        assert done.returncode != 0
+        assert "checkpoint step00000006 could not be written" in done.stderr and "step00000004 is kept" in done.stderr
+        assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert choose_checkpoint(run_dir, "auto").name == "step00000004"
+        (disk / "filler").unlink()
+        on = alone(TRAIN, *args, "--run.stop_after", 6)
+        assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr[-2000:]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
