@@ -1,7 +1,10 @@
 # Each target does all of its own set-up from nothing, in .venv; a second call finds it done.
 PYTHON ?= python3
-VENV := .venv
+# another version of torch, in an environment of its own: make test TORCH=2.11.0
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
+OLDEST_TORCH = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' setup.py)
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 # of pytest: a job of two ranks loads two cores for a part of its time alone
@@ -23,40 +26,58 @@ else
 debian_venv = false
 endif
 
+# What a command says is kept in memory, since the disk may be what fails; one line of it is shown. ensurepip hides the cause.
+is_full = left=$$(df -Pk "$$(dirname $(VENV))" | awk 'NR == 2 { print $$4 }'); \
+	case "$$said" in *"No space left"*|*"Disk quota"*) full=1;; *) full=; [ "$$left" -ge 10240 ] || full=1;; esac
+say_full = if [ "$$full" ]; then echo "error: the disk that holds $(VENV) is full: free 8 GB there" >&2; exit 1; fi
+
 .PHONY: help
 help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
-	@echo "make test          ruff and the tests (PYTEST_ARGS='-k name')"
+	@echo "make test          ruff, import-linter and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure (on a GPU where there is one)"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
-	@echo "make lint          ruff alone"
-	@echo "make .venv         the environment alone (PYTHON=python3.12)"
+	@echo "make lint          ruff and import-linter alone"
+	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make clean         remove .venv, builds and caches"
 
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; \
 		exit 1; }
+	@[ -z "$(TORCH)" ] || $(PYTHON) -c 'import re, sys; number = lambda v: [int(n) for n in re.findall(r"\d+", v)]; \
+		sys.exit(number(sys.argv[1]) < number(sys.argv[2]))' '$(TORCH)' '$(OLDEST_TORCH)' || { \
+		echo "error: TORCH is $(TORCH): torch $(OLDEST_TORCH) or newer is needed" >&2; \
+		exit 1; }
 	@# a half-made folder would pass for a whole one at the next call
-	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || $(debian_venv) || { \
+	@[ -x $(BIN)/pip ] || said=$$($(PYTHON) -m venv $(VENV) 2>&1) || { \
+		$(is_full); rm -rf $(VENV); $(say_full); $(debian_venv); } || { \
 		rm -rf $(VENV); \
 		echo "error: $(PYTHON) -m venv failed: install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
 	@echo "installing into $(VENV): 6 GB, some minutes the first time"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(TORCH:%=torch==%) 2>&1) || { \
+		$(is_full); $(say_full); \
+		why=$$(printf '%s\n' "$$said" | grep -m 1 '^ERROR' | cut -c 8-250); \
+		echo "error: pip could not fill $(VENV): $${why:-$$(printf '%s\n' "$$said" | tail -n 1)}" >&2; \
+		exit 1; }
 	@touch $@
 
-.PHONY: $(VENV)
-$(VENV): $(STAMP)
+# by a name that does not change with TORCH
+.PHONY: $(VENV) venv
+$(VENV) venv: $(STAMP)
 
 # DeepSpeed compiles its CPU communication op at the first run, against Python's headers
+HAVE_COMPILER = { command -v $${CXX:-c++} && \
+	[ -f "$$($(BIN)/python -c 'import sysconfig as s; print(s.get_path("include"))')/Python.h" ]; } >/dev/null
+NO_COMPILER = { echo "error: DeepSpeed needs a C++ compiler and Python's headers (Debian: g++ python3-dev)" >&2; exit 1; }
 .PHONY: compiler
 compiler: $(STAMP)
 ifneq ($(APT),)
-	@{ command -v c++ && [ -f "$$($(BIN)/python -c 'import sysconfig as s; print(s.get_path("include"))')/Python.h" ]; } \
-		>/dev/null || { $(apt_install) g++ python3-dev </dev/null >/dev/null; } || \
-		echo "g++ or python3-dev could not be installed"
+	@$(HAVE_COMPILER) || { $(apt_install) g++ python3-dev </dev/null >/dev/null; } || $(NO_COMPILER)
+else
+	@$(HAVE_COMPILER) || $(NO_COMPILER)
 endif
 
 # For the tests of several nodes, which are skipped with the reason where these are missing. Where systemd runs, the
@@ -132,5 +153,5 @@ ablation: $(STAMP) compiler fashion-mnist
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch* build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""What `make` says where a machine lacks something: one line, and what to do."""
+
+import os
+import subprocess
+
+import pytest
+from launching import LIMIT, ROOT
+
+
+def make(*arguments) -> list[str]:
+    """What a `make` that fails prints as errors, without make's own last line."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TORCH")}
+    command = ["make", "--no-print-directory", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=LIMIT)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+
+
+def test_an_old_python(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    python.chmod(0o755)
+    lines = make("venv", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+    assert lines == [f"error: {python} is Python 3.9.2: Python 3.11 or newer is needed (make PYTHON=python3.12)"]
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13", "none"])
+def test_an_old_torch(version):
+    assert make("venv", f"TORCH={version}") == [f"error: TORCH is {version}: torch 2.11 or newer is needed"]
+    assert not (ROOT / f".venv-torch{version}").exists()
+
+
+def test_a_missing_compiler():
+    lines = make("compiler", "CXX=no-such-compiler", "APT=", "STAMP=")
+    assert lines == ["error: DeepSpeed needs a C++ compiler and Python's headers (Debian: g++ python3-dev)"]
+
+
+@pytest.mark.parametrize("size", ["1m", "40m"])
+def test_a_full_disk(tmp_path, size):
+    """Before pip is there, and while it is put there."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+    try:
+        lines = make("venv", f"VENV={tmp_path / 'venv'}", "APT=")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert lines == [f"error: the disk that holds {tmp_path / 'venv'} is full: free 8 GB there"]
