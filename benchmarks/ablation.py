@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The paper's ablations on Fashion-MNIST: each part of ScaleKD taken away, over several seeds: `make ablation`.
+"""The paper's ablations on Fashion-MNIST: each part of ScaleKD removed, over several seeds: `make ablation`.
 
-Every row is `fashion-scalekd` with one thing changed, and a seed's rows share initialisation, images and their order: the
-difference to the full method is taken seed by seed. Finished runs are not repeated.
+Every row is the recipe `fashion-scalekd` with one change. The rows of a seed share initialisation, images and their order, so
+the difference to the full method is taken for each seed. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
 
 from scalekd_ds.errors import UserError, run_cli
-from scalekd_ds.training.finished_run import finished_run
+from scalekd_ds.training.finished_run import fashion_runner
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FULL = "ScaleKD"
@@ -36,54 +34,61 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def run_rows(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Row -> top-1 in percent of each seed."""
-    prepared = subprocess.run([sys.executable, LAUNCH / "prepare_data.py", "fashion-mnist", args.data])
-    if prepared.returncode:
-        raise SystemExit(prepared.returncode)
+    """Runs the ablations: row -> top-1 of each seed in percent.
+
+    Args:
+        args: The command line arguments.
+
+    Raises:
+        UserError: A run failed.
+    """
+    run = fashion_runner(LAUNCH, args.data, args.out)
     cores = len(os.sched_getaffinity(0))
-
-    def run(recipe: str, name: str, threads: int, *more: str) -> dict:
-        common = ["--data.root", str(args.data), "--run.dir", str(args.out / name), "--run.progress", "plain"]
-        log = args.out / "logs" / f"{name}.log"
-        return finished_run(LAUNCH / "train.py", ["--recipe", recipe, *common, *more], threads, log)
-
     teacher = run("fashion-teacher", "teacher", cores)
     print(f"teacher: top-1 {teacher['top1']:.2f}", flush=True)
     weights = str(args.out / "teacher" / "student.safetensors")
-    length = ["--schedule.epochs", f"{args.epochs:g}", "--schedule.warmup_epochs", f"{0.15 * args.epochs:g}"]
+    schedule = ["--schedule.epochs", f"{args.epochs:g}", "--schedule.warmup_epochs", f"{0.15 * args.epochs:g}"]
 
     def cell(row: str, seed: int) -> float:
         name = f"{row.replace(' ', '-').lower()}-seed{seed}"
-        result = run("fashion-scalekd", name, 1, "--teacher", weights, "--seed", str(seed), *length, *ROWS[row])
+        result = run("fashion-scalekd", name, 1, "--teacher", weights, "--seed", str(seed), *schedule, *ROWS[row])
         print(f"{row:<26} seed {seed}  top-1 {result['top1']:.2f}  {result['cpu_seconds']:.0f} CPU s", flush=True)
         return result["top1"]
 
     with ThreadPoolExecutor(args.jobs or cores) as pool:
-        # seed by seed, so that a table can be read early
+        # all rows of a seed before the next seed, so that the log soon has whole rounds
         jobs = {(row, seed): pool.submit(cell, row, seed) for seed in range(args.seeds) for row in args.rows}
         return {row: [jobs[row, seed].result() for seed in range(args.seeds)] for row in args.rows}
 
 
 def summary(found: dict[str, list[float]]) -> list[dict]:
-    """Mean, spread, and the paired difference to the full method with its standard error, row by row."""
+    """Summarises each row: mean, standard deviation, and paired difference to the full method with its standard error.
+
+    Args:
+        found: Row -> top-1 of each seed in percent.
+
+    Returns:
+        For each row `row`, `top1`, `mean`, `deviation`, `difference` and `error`, which are None where they are undefined.
+    """
     rows = []
     for row, values in found.items():
         paired = [a - b for a, b in zip(values, found[FULL], strict=True)] if FULL in found else []
-        several = len(values) > 1
+        several_seeds = len(values) > 1
         rows.append(
             {
                 "row": row,
                 "top1": values,
                 "mean": statistics.mean(values),
-                "deviation": statistics.stdev(values) if several else None,
+                "deviation": statistics.stdev(values) if several_seeds else None,
                 "difference": statistics.mean(paired) if paired else None,
-                "error": statistics.stdev(paired) / len(paired) ** 0.5 if paired and several else None,
+                "error": statistics.stdev(paired) / len(paired) ** 0.5 if paired and several_seeds else None,
             }
         )
     return rows
 
 
 def plot(rows: list[dict], path: Path) -> None:
+    """Draws the rows of `summary` as a bar chart."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,7 +106,9 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.plot(row["top1"], [place] * len(row["top1"]), "k.", markersize=4)
     low = min(min(r["top1"]) for r in rows)
     axes.set_xlim(low - 1.0, max(max(r["top1"]) for r in rows) + 0.5)
-    axes.set_xlabel("Fashion-MNIST test top-1 in percent; points are seeds, bars end at their mean")
+    axes.set_xlabel(
+        "Fashion-MNIST test top-1 in percent: points are seeds, bars their mean; the axis begins above 0", fontsize=8
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -111,7 +118,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=30.0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"some of: {', '.join(ROWS)}")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at once, one thread each; 0 is one a core")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="runs at a time, with one thread each; 0 takes one per core"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="where the runs go")
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-mnist"))
     parser.add_argument("--results", help="folder of the JSON, table and chart; else $OUT, else benchmarks/results")
