@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A contact sheet of every augmentation, ours beside timm's: `python benchmarks/augment_gallery.py`.
+"""Draws a contact sheet of every augmentation, ours beside timm's: `python benchmarks/augment_gallery.py`.
 
-A column an operation: the image, the operation through the library's own way (drawn as data, applied on 8-bit images), and
-timm's transform with the same name; below, whole batches of the recipes.
+Each operation has a column, with the library's own operation above timm's of the same name. The rows below show whole policies
+of the recipes, drawn several times.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from timm.data import auto_augment as timm_aa
 
-from scalekd_ds.data.policy import Op, Policy, apply
+from scalekd_ds.data.policy import Op, Policy, apply_ops
 
 SIDE, GAP, LABEL = 112, 6, 14
 FILL = (124, 116, 104)
-# at a magnitude that shows; those of timm's increasing set, and what else a policy can draw
+# name in timm -> arguments, with a magnitude that can be seen
 OPERATIONS = {
     "AutoContrast": (),
     "Equalize": (),
@@ -53,41 +53,47 @@ def picture() -> np.ndarray:
     return np.asarray(image)
 
 
-def timms(image: np.ndarray, name: str, arguments: tuple) -> np.ndarray:
+def apply_timm(image: np.ndarray, name: str, arguments: tuple) -> np.ndarray:
+    """timm's operation of that name on an image (H, W, 3) of uint8."""
     options = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
     return np.asarray(timm_aa.NAME_TO_OP[name](Image.fromarray(image), *arguments, **options))
 
 
-def timms_policy(name: str):
+def timm_policy(name: str):
+    """timm's transform for a policy."""
     hparams = {"translate_const": int(0.45 * SIDE), "img_mean": FILL}
     build = timm_aa.rand_augment_transform if name.startswith("rand") else timm_aa.auto_augment_transform
     return build(name, hparams)
 
 
 def sheet(columns: int) -> Image.Image:
-    """The whole contact sheet."""
+    """Draws the contact sheet.
+
+    Args:
+        columns: Pictures in a row.
+    """
     image, rng = picture(), np.random.default_rng(0)
     random.seed(0), np.random.seed(0)
     rows: list[tuple[str, list[tuple[str, np.ndarray]]]] = []
     names = list(OPERATIONS)
     for first in range(0, len(names), columns):
         part = names[first : first + columns]
-        rows.append(("ours", [(n, apply(image, [Op(n, OPERATIONS[n])], FILL)) for n in part]))
-        rows.append(("timm", [(n, timms(image, n, OPERATIONS[n])) for n in part]))
+        rows.append(("ours", [(n, apply_ops(image, [Op(n, OPERATIONS[n])], FILL)) for n in part]))
+        rows.append(("timm", [(n, apply_timm(image, n, OPERATIONS[n])) for n in part]))
     for name in POLICIES:
         policy = Policy(name, interpolation="bicubic")
-        rows.append((f"ours {name}", [("", apply(image, policy.draw(rng), FILL)) for _ in range(columns)]))
+        rows.append((f"ours {name}", [("", apply_ops(image, policy.draw(rng), FILL)) for _ in range(columns)]))
         if name != "trivial":
-            transform = timms_policy(name)
+            transform = timm_policy(name)
             rows.append((f"timm {name}", [("", np.asarray(transform(Image.fromarray(image)))) for _ in range(columns)]))
     width, height = columns * (SIDE + GAP) + GAP, len(rows) * (SIDE + LABEL + GAP) + GAP
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    for row, (whose, cells) in enumerate(rows):
+    for row, (title, cells) in enumerate(rows):
         y = GAP + row * (SIDE + LABEL + GAP)
         for column, (name, pixels) in enumerate(cells):
             x = GAP + column * (SIDE + GAP)
-            label = f"{whose} {name}" if name else (whose if column == 0 else "")
+            label = f"{title} {name}" if name else (title if column == 0 else "")
             draw.text((x, y), label, fill="black")
             page.paste(Image.fromarray(pixels), (x, y + LABEL))
     return page

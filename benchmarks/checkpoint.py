@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What a checkpoint costs a run: how long the step waits, how long the disk writes, and how long a resume takes.
+"""Measures what a checkpoint costs: how long the step waits, how long the disk writes, and how long a resume takes.
 
     python benchmarks/checkpoint.py --parameters 100
     deepspeed --num_accelerators 2 benchmarks/checkpoint.py
 
-AdamW on a stack of linear layers under ZeRO: 12 bytes a parameter are saved, and the student's own 4 besides.
+It trains a stack of linear layers with AdamW under ZeRO. A checkpoint has 12 bytes for each parameter and its moments, and
+4 more for the student's plain weights.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from scalekd_ds.checkpoint.save import save_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.engine.processes import job_store, start_processes
 
-# of the writing's time, and seconds; what the issue asks for
+# the aims: the wait as a share of the time of writing, and seconds of a resume
 EXPECTED = {"wait share": 0.1, "resume s": 5.0}
 
 
 class Stack(nn.Module):
-    """`millions` of parameters in square layers, where a distiller has its student."""
+    """About `millions` of parameters in square layers, as the attribute `student`, as a distiller has it."""
 
     def __init__(self, millions: float, width: int = 2048) -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class Stack(nn.Module):
         return self.student(x).square().mean()
 
 
-def start(args: argparse.Namespace):
+def make_engine(args: argparse.Namespace) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine of the stack. Collective."""
     torch.manual_seed(0)
     module = Stack(args.parameters)
     engine, *_ = deepspeed.initialize(
@@ -59,7 +61,8 @@ def start(args: argparse.Namespace):
     return engine
 
 
-def step(engine) -> None:
+def train_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """One optimizer step on two random rows. Collective."""
     engine.backward(engine(torch.randn(2, 2048, device=engine.device)))
     engine.step()
 
@@ -68,10 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("--parameters", type=float, default=100.0, help="millions")
-    parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
-    parser.add_argument("--batch", type=int, default=1024, help="rows of a step, whose time hides the copies")
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
+    parser.add_argument("--batch", type=int, default=1024, help="rows of the step beside which the copies are made")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", help="where to write; a temporary folder without it")
+    parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args()
     device = start_processes()
@@ -79,8 +82,8 @@ def main() -> None:
     shared = [tempfile.mkdtemp(dir=args.folder) if rank == 0 else None]
     torch.distributed.broadcast_object_list(shared)
     folder = Path(shared[0])
-    engine = start(args)
-    step(engine)
+    engine = make_engine(args)
+    train_step(engine)
     saver = Saver(folder, 1, 0, job_store())
     waits, writes = [], []
     for number in range(1, args.repeats + 1):
@@ -89,20 +92,20 @@ def main() -> None:
         state = {"step": number, "world_size": dist.get_world_size(), "zero_stage": args.stage}
         path = save_checkpoint(engine, saver, state, {})
         wait = time.perf_counter() - began
-        # the next step, up to its update
+        # the forward and backward passes of the next step, beside which the copies are made
         engine.backward(engine(torch.randn(args.batch, 2048, device=device)))
-        copying = time.perf_counter()
-        saver.copied()
-        waits.append(wait + time.perf_counter() - copying)
+        copying_began = time.perf_counter()
+        saver.wait_copied()
+        waits.append(wait + time.perf_counter() - copying_began)
         engine.step()
-        if problem := saver.wait():
+        if problem := saver.wait_written():
             sys.exit(problem)
         writes.append(time.perf_counter() - began - waits[-1])
-    held = sum(p.stat().st_size for p in path.iterdir())
+    num_bytes = sum(p.stat().st_size for p in path.iterdir())
     engine.destroy()
     del engine
-    fresh = start(args)
-    step(fresh)
+    fresh = make_engine(args)
+    train_step(fresh)
     began = time.perf_counter()
     verify(path, rank, dist.get_world_size())
     load_checkpoint(fresh, path)
@@ -110,7 +113,7 @@ def main() -> None:
     resume = time.perf_counter() - began
     if rank == 0:
         wait, write = statistics.median(waits), statistics.median(writes)
-        found = {"wait s": wait, "write s": write, "wait share": wait / write, "resume s": resume, "bytes": held}
+        found = {"wait s": wait, "write s": write, "wait share": wait / write, "resume s": resume, "bytes": num_bytes}
         harness.print_table(["", "measured", "at most"], [[k, v, EXPECTED.get(k)] for k, v in found.items()])
         result = {"benchmark": "checkpoint", "machine": harness.machine(device), "settings": vars(args), **found}
         harness.write_json(harness.results_dir(args.out) / f"checkpoint-{device.type}.json", result)

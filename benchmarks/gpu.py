@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU, within eight minutes: `python benchmarks/gpu.py`.
+"""Runs everything that needs a GPU within eight minutes: `python benchmarks/gpu.py`.
 
-The kernels' tests, the kernels' benchmark, the whole step of Swin-L -> ResNet-50 at batch 128, the charts. Results go to
-$OUT, else to benchmarks/results; a short summary comes last. A part that fails does not stop the others, and makes the exit
-status 1. What does not fit into the time that is left is not started, and said so.
+These are the kernels' benchmark, the whole step of Swin-L -> ResNet-50 at batch 128, the kernels' tests, and the charts.
+Results go to $OUT, else to benchmarks/results, and a short summary is printed last. A part that fails does not stop the
+others, but makes the exit status 1. A part for which no time is left is not started, which counts as a failure.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def parts(quick: bool) -> list[tuple[str, list[str], float]]:
-    """(name, command, seconds that it may take at most) in order."""
+    """(name, command, time limit in seconds) of each part, in order.
+
+    Args:
+        quick: Take small sizes, which show that everything runs but not how fast.
+    """
     python = sys.executable
     step = [python, str(HERE / "step.py"), "--pair", "swin_large-resnet50", "--batch", "8" if quick else "128"]
     rounds = ["--repeats", "2", "--warmup", "1"] if quick else ["--repeats", "15", "--warmup", "3"]
     shapes = ["--shapes", "swin_l", "beit_l", "swin_l.s3", "swin_l.s4", "--repeats", "5"] if quick else []
     return [
-        # first, because the step runs on what this puts into the attention's table
+        # first, because it writes the attention's table, which the step uses
         ("kernels", [python, str(HERE / "kernels.py"), "--write-table", *shapes], 210),
         ("step", [*step, *rounds], 150),
         ("tests", [python, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"], 110),
@@ -38,7 +42,7 @@ def parts(quick: bool) -> list[tuple[str, list[str], float]]:
 
 
 def summarise(out: Path) -> None:
-    """The figures that decide, from the JSON that this run wrote."""
+    """Prints the most important figures, from the JSON files in `out`."""
     rows = []
     step, kernels = out / "step-swin_large-resnet50-cuda.json", out / "kernels-cuda.json"
     if step.is_file():
@@ -64,7 +68,7 @@ def summarise(out: Path) -> None:
                     faster = row["variants"][other]["library_times_faster"]["median"]
                     rows.append([f"{name}, times faster than {other}", faster, None])
             if "triton" in row["variants"]:
-                # the table that decides what the library calls may not have had this shape yet
+                # the library may not have called Triton, if its attention table did not have this shape before
                 faster = row["variants"]["sdpa"]["median"] / row["variants"]["triton"]["median"]
                 rows.append([f"{name}, triton ms", row["variants"]["triton"]["median"], expected.get("triton")])
                 rows.append([f"{name}, triton times faster than sdpa", faster, None])
@@ -74,14 +78,16 @@ def summarise(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="no part starts that could run past this")
-    parser.add_argument("--quick", action="store_true", help="small sizes: whether everything runs, not how fast")
+    parser.add_argument("--minutes", type=float, default=8.0, help="all parts end within this time")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, which show that everything runs but not how fast"
+    )
     parser.add_argument("--out", help="folder of the results; else $OUT, else benchmarks/results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device here; benchmarks/step.py and benchmarks/kernels.py also run on a CPU.")
     out = harness.results_dir(args.out)
-    # the package may be this checkout alone, not installed
+    # the package need not be installed: this checkout is enough
     path = os.pathsep.join([str(harness.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OUT": str(out), "PYTHONPATH": path}
     deadline, failed = time.monotonic() + 60 * args.minutes, []

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
+# name -> type
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -174,14 +175,19 @@ def flush_buffer(device: torch.device) -> torch.Tensor | None:
     return torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
 
-def ceilings(device: torch.device, repeats: int = 10) -> dict[str, float]:
-    """What this machine can do at most, measured now: the fastest of `repeats` runs.
+def ceilings(device: torch.device, repeats: int, dtypes: Iterable[str]) -> dict[str, float]:
+    """What this machine can do at most, measured now.
+
+    Args:
+        device: Where.
+        repeats: Runs of each, of which the fastest counts.
+        dtypes: Names in `DTYPES` whose products are asked for: a type that the device emulates would take minutes.
 
     Returns:
         `copy_bytes_per_s`: Bytes read and written of a copy far larger than the caches.
-        `matmul_flop_per_s/fp32`, `matmul_flop_per_s/bf16`: The faster of a large square product and a 3x3 convolution
-            (on some CPUs they go to different libraries, one at half the speed of the other); fp32 products as PyTorch
-            is set, which by default is without TF32.
+        `matmul_flop_per_s/DTYPE`: The faster of a large square product and a 3x3 convolution (on some CPUs they go to
+            different libraries, one at half the speed of the other); fp32 products as PyTorch is set, which by default
+            is without TF32.
     """
     cuda = device.type == "cuda"
     source = torch.randn((1 << 30 if cuda else 1 << 28) // 4, device=device)
@@ -189,7 +195,7 @@ def ceilings(device: torch.device, repeats: int = 10) -> dict[str, float]:
     times = alternate({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
     found = {"copy_bytes_per_s": 2 * source.numel() * 4 / min(times)}
     side, batch, channels = (8192, 128, 1024) if cuda else (2048, 8, 256)
-    for name in ("fp32", "bf16"):
+    for name in dtypes:
         a, b = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
         x = torch.randn(batch, channels, 28, 28, device=device).to(DTYPES[name], memory_format=torch.channels_last)
         w = torch.randn(channels, channels, 3, 3, device=device).to(DTYPES[name], memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The two kernels, forward and forward+backward, on the published recipes' shapes: `python benchmarks/kernels.py`.
+"""Measures both kernels, forward and forward+backward, on the published recipes' shapes: `python benchmarks/kernels.py`.
 
-Each is measured in turn with the published order of operations, lean eager PyTorch, torch.compile and, for attention, SDPA,
-and set against the floor: the bytes that have to move or the products that have to be made, over the ceilings that were
-measured in the same run. On a GPU every call starts with a cold cache.
+They alternate with the published order of operations, lean eager PyTorch, torch.compile and, for attention, SDPA. All are
+compared with the floor: the bytes that must move or the products that must be computed, over the ceilings that are measured
+in the same run. On a GPU every call starts with a cold cache.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from scalekd_ds import kernels
 from scalekd_ds.kernels.cross_attention import reference as attention_reference
 from scalekd_ds.kernels.cross_attention import table
 
-# ms, forward and backward, at batch 128 in bf16 on one H100 80GB: tensor passes over 3.0 TB/s (dual view 8, or 14 for two
-# stages; compiled 22, published 186), attention the same with its products; written before anything was measured
+# predicted ms of forward and backward at batch 128 in bf16 on one H100 80GB, written before anything was measured. For the dual
+# view they are passes over a tensor (8, or 14 for two stages; 22 compiled, 186 published) at 3.0 TB/s; for the attention they
+# are those passes and its products
 PREDICTIONS = {
     ("dual_view_loss", "swin_l"): {"library": 0.051, "compile": 0.14, "published": 1.19},
     ("dual_view_loss", "swin_l.both"): {"library": 0.09},
@@ -38,7 +39,16 @@ DIRECTIONS = ("forward", "forward+backward")
 
 
 def eager_dual_view(spatial: list[torch.Tensor], frequency: list[torch.Tensor], t: torch.Tensor) -> torch.Tensor:
-    """The loss as someone would write it who knows that dropping the DC term is subtracting the mean."""
+    """The loss in eager PyTorch, written with the identity that dropping the DC term is subtracting the mean.
+
+    Args:
+        spatial: (B, P, D) student tokens of the spatial view, one tensor for each stage.
+        frequency: (B, P, D) student tokens of the frequency view, one tensor for each stage.
+        t: (B, P, D) teacher tokens.
+
+    Returns:
+        (stages, 2) losses of both views.
+    """
     t = t.float()
     t_unit, v_unit = F.normalize(t, dim=-1), F.normalize(t - t.mean(1, keepdim=True), dim=-1)
     losses = []
@@ -50,13 +60,13 @@ def eager_dual_view(spatial: list[torch.Tensor], frequency: list[torch.Tensor], 
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """PyTorch's fused attention on the library's layout."""
+    """PyTorch's fused attention, with the tensors in the library's layout (B, tokens, N, d)."""
     q = attention_reference.expand_groups(q, len(k))
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
 
 
 def published_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(QK^T)V with every image's own copy of the query."""
+    """softmax(QK^T)V by separate operations, where every image has its own copy of the query."""
     return published.attention(*(x.flatten(2) for x in (q, k, v)), k.shape[2], scale)
 
 
@@ -91,7 +101,7 @@ def dual_view_calls(
 def attention_calls(
     shape: shapes.Attention, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
-    """Variant -> (forward, the tensors that get gradients); both views are stacked on the batch, so there are 2 B of it."""
+    """Variant -> (forward, the tensors that get gradients). Both views are stacked, so the batch is 2 B."""
     stacked = 2 * batch
     groups = 2 if shape.shared else stacked
     scale = 5.0 * shape.head_size**-0.5
@@ -111,7 +121,7 @@ def attention_calls(
         compile_once = torch.compile(attention_reference.cap_attention, dynamic=False)
         calls["compile"] = (lambda: compile_once(q, k, v, scale), [q, kv])
     if device.type == "cuda":
-        # beside what the table picks, so that the table can be written
+        # measured besides `library`, which may call SDPA, so that the table of the faster one can be written
         from scalekd_ds.kernels.cross_attention import ops
 
         if ops.supports(shape.head_size, shape.queries, shape.keys, dtype):
@@ -122,7 +132,7 @@ def attention_calls(
 def calls_in(
     direction: str, calls: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
 ) -> dict[str, Callable[[], Any]]:
-    """The forwards alone without a graph, or with their gradients for a random upstream one."""
+    """Variant -> a call of its forward without a graph, or of forward and backward with a random upstream gradient."""
     if direction == "forward":
         return {name: torch.no_grad()(call) for name, (call, _) in calls.items()}
     upstream = {name: torch.randn_like(call().detach()) for name, (call, _) in calls.items()}
@@ -135,7 +145,7 @@ def calls_in(
 
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call needs beside its inputs; None on a CPU."""
+    """Bytes that a call needs besides its inputs; None on a CPU."""
     peak = harness.peak_memory(call, device)
     return None if peak is None else peak - torch.cuda.memory_allocated(device)
 
@@ -146,10 +156,17 @@ def measure_shape(
     device: torch.device,
     ceilings: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """A row of results for each direction."""
+    """Measures one shape: a row of results for each direction.
+
+    Args:
+        shape: The shape.
+        args: The command line arguments.
+        device: Where to measure.
+        ceilings: What the device reaches at most, from `harness.ceilings`.
+    """
     dtype, flush = harness.DTYPES[args.dtype], harness.flush_buffer(device)
     build = dual_view_calls if isinstance(shape, shapes.DualView) else attention_calls
-    # what was compiled for other shapes counts towards a limit after which nothing is compiled
+    # torch.compile stops compiling a function after a number of shapes
     torch.compiler.reset()
     calls = build(shape, args.batch, dtype, device, shape.name in args.compile)
     rows = []
@@ -191,14 +208,14 @@ def measure_shape(
 def predicted(
     shape: shapes.DualView | shapes.Attention, direction: str, args: argparse.Namespace, device: torch.device
 ) -> dict[str, float] | None:
-    """The model's milliseconds for what it was made for: bf16 at batch 128 on a GPU."""
+    """The predicted milliseconds, or None: predictions are for forward and backward in bf16 at batch 128 on a GPU."""
     if (device.type, args.batch, args.dtype, direction) != ("cuda", 128, "bf16", "forward+backward"):
         return None
     return PREDICTIONS.get((shape.operation, shape.name))
 
 
 def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict[str, str]:
-    """Which of Triton and SDPA is the faster one, forward and backward together, in the library's own keys."""
+    """Which of `triton` and `sdpa` is faster, forward and backward together, by the keys of the library's table."""
     picks = {}
     for row in rows:
         if row["direction"] != "forward+backward" or not {"triton", "sdpa"} <= row["variants"].keys():
@@ -212,7 +229,7 @@ def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict
 
 
 def report(result: dict[str, Any]) -> None:
-    """A line for each operation, shape, direction and variant."""
+    """Prints a line for each operation, shape, direction and variant."""
     head = ["", "ms", "p20", "p80", "floor ms", "of floor", "GB/s", "TFLOP/s", "extra MiB", "library x", "predicted"]
     table = []
     for row in result["rows"]:
@@ -226,7 +243,11 @@ def report(result: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; defaults depend on the device."""
+    """Parses the command line, where defaults depend on the device.
+
+    Raises:
+        ValueError: A shape is unknown.
+    """
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -245,7 +266,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "dtype": "bf16" if gpu else "fp32",
         "shapes": [s.name for s in shapes.ALL] if gpu else ["swin_l", "swin_l.s4", "swin_l.s3"],
         "repeats": 50 if gpu else 5,
-        # every one of them takes its seconds to compile, twice
+        # not all, since each takes seconds to compile for both directions
         "compile": ["swin_l", "swin_l.both", "beit_l", "swin_l.s3", "swin_l.s4", "beit_l-vit_b.s3"] if gpu else [],
     }
     for name, value in defaults.items():
@@ -259,14 +280,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Everything of one run, ready for JSON; `save` gets it after each shape, so that a run cut short leaves its rows."""
+    """Measures all shapes.
+
+    Args:
+        args: The command line arguments.
+        save: Called with the results so far after each shape, so that a run that is interrupted leaves its rows.
+
+    Returns:
+        The results, ready for JSON.
+    """
     device = torch.device(args.device)
     torch.manual_seed(0)
     result = {
         "benchmark": "kernels",
         "machine": harness.machine(device),
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "ceilings": harness.ceilings(device, args.ceiling_repeats),
+        "ceilings": harness.ceilings(device, args.ceiling_repeats, [args.dtype]),
         "rows": [],
     }
     for shape in shapes.ALL:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Images a second of the library's loader, timm's, torchvision's, and FFCV's: `python benchmarks/loader.py`.
+"""Measures images/s of the library's loader, timm's, torchvision's, and FFCV's: `python benchmarks/loader.py`.
 
-The same JPEGs, to the same size, with as many decoding threads here as worker processes there, in turn in one process. A
-turn drops what was prepared while others ran, then times whole batches. `--soak N` reports memory over N images instead.
-FFCV takes part where it is installed (`pip install ffcv`, which needs the headers of OpenCV and libturbojpeg).
+All load the same JPEGs to the same size, with as many decoding threads in the library as worker processes in the others. They
+alternate in one process. In each turn, batches that were prepared while others ran are dropped, and then whole batches are
+timed. `--soak N` reports memory over N images instead. FFCV is measured if it is installed
+(`pip install ffcv`, which needs the headers of OpenCV and libturbojpeg).
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.data.train_loader import TrainLoader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# as the published recipes of both kinds have them
+# the augmentations of the traditional and of the advanced published recipes
 RECIPES = {
     "crop and flip": {"interpolation": "bilinear"},
     "RandAugment": {"interpolation": "bicubic", "auto_augment": "rand-m5-n2-mstd0.5-inc1", "random_erasing": 0.25},
 }
-# times faster than timm's loader; what the issue asks for, after 1.5 was seen in a draft
+# the aims: times faster than timm's loader
 EXPECTED = {"crop and flip": 1.4, "RandAugment": 1.2}
 
 
 class Endless(Dataset):
-    """A data set over and over, so that no epoch's end is timed."""
+    """A data set repeated many times, so that no end of an epoch is timed."""
 
     def __init__(self, data: Dataset, times: int = 1000) -> None:
         self.data, self.times = data, times
@@ -55,6 +56,7 @@ class Endless(Dataset):
 
     @property
     def transform(self):
+        """The transform of the data set, which timm's loader sets."""
         return self.data.transform
 
     @transform.setter
@@ -63,7 +65,7 @@ class Endless(Dataset):
 
 
 def make_images(folder: Path, count: int, size: tuple[int, int] = (500, 400)) -> Path:
-    """JPEGs with the detail of photographs: smoothed noise of several scales at quality 90."""
+    """Writes an ImageFolder of JPEGs with the detail of photographs: smoothed noise of several scales at quality 90."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / f"class{number % 10}" / f"{number:05d}.jpg"
@@ -74,7 +76,10 @@ def make_images(folder: Path, count: int, size: tuple[int, int] = (500, 400)) ->
     return folder
 
 
-def ours(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+def library_loader(
+    folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device
+) -> Iterator:
+    """Batches of the library's loader."""
     source = index_folder(folder, "folder")
     cfg = DataConfig(image_size=args.size, threads=workers, **recipe)
     return iter(
@@ -82,7 +87,8 @@ def ours(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, dev
     )
 
 
-def timms(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+def timm_loader(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+    """Batches of timm's loader."""
     loader = create_loader(
         Endless(TorchFolder(folder)),
         (3, args.size, args.size),
@@ -103,13 +109,16 @@ def timms(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, de
     return iter(loader)
 
 
-def torchvisions(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator:
+def torchvision_loader(
+    folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device
+) -> Iterator:
+    """Batches of torchvision's transforms in PyTorch's loader."""
     steps = [
         transforms.RandomResizedCrop(args.size, interpolation=transforms.InterpolationMode(recipe["interpolation"])),
         transforms.RandomHorizontalFlip(),
     ]
     if "auto_augment" in recipe:
-        # torchvision has no increasing form; its own RandAugment applies every operation that it draws
+        # torchvision has no form whose effect increases with the magnitude, and applies every operation that it draws
         steps.append(transforms.RandAugment(2, 9))
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     if "random_erasing" in recipe:
@@ -118,8 +127,10 @@ def torchvisions(folder: Path, args: argparse.Namespace, recipe: dict, workers: 
     return iter(DataLoader(data, args.batch, shuffle=True, num_workers=workers, drop_last=True))
 
 
-def ffcvs(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device) -> Iterator | None:
-    """FFCV on the same JPEG bytes in its own file; it decodes whole images and has no RandAugment."""
+def ffcv_loader(
+    folder: Path, args: argparse.Namespace, recipe: dict, workers: int, device: torch.device
+) -> Iterator | None:
+    """Batches of FFCV, from the same JPEGs in a file of its own; None without FFCV, or with RandAugment, which it lacks."""
     if "auto_augment" in recipe or importlib.util.find_spec("ffcv") is None:
         return None
     from ffcv import fields, loader, transforms, writer
@@ -143,10 +154,12 @@ def ffcvs(folder: Path, args: argparse.Namespace, recipe: dict, workers: int, de
     return itertools.chain.from_iterable(itertools.repeat(batches))
 
 
-LOADERS = {"ours": ours, "timm": timms, "torchvision": torchvisions, "FFCV": ffcvs}
+LOADERS = {"ours": library_loader, "timm": timm_loader, "torchvision": torchvision_loader, "FFCV": ffcv_loader}
 
 
-def turn(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
+def batches_to_time(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
+    """A call that takes the batches of one turn."""
+
     def run() -> None:
         for _ in range(args.batches):
             images = next(batches)[0]
@@ -155,13 +168,14 @@ def turn(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
     return run
 
 
-def settle(batches: Iterator) -> None:
-    """Drops what the workers prepared while others were timed."""
+def drop_prepared(batches: Iterator) -> None:
+    """Drops the batches that the workers prepared while other loaders were timed."""
     for _ in range(5):
         next(batches)
 
 
 def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dict:
+    """Measures all loaders with all recipes and numbers of workers: the results for JSON."""
     result = {"benchmark": "loader", "machine": harness.machine(device), "settings": vars(args), "rows": []}
     for name, recipe in RECIPES.items():
         for workers in args.workers:
@@ -171,8 +185,8 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
             for round_ in range(args.repeats):
                 names = list(running)
                 for n in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                    settle(running[n])
-                    seconds[n].append(harness.seconds_of(turn(running[n], args), device))
+                    drop_prepared(running[n])
+                    seconds[n].append(harness.seconds_of(batches_to_time(running[n], args), device))
             images = args.batch * args.batches
             row = {"recipe": name, "workers": workers, "expected": EXPECTED[name], "loaders": {}}
             for n, times in seconds.items():
@@ -184,9 +198,9 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
 
 
 def soak(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
-    """Resident memory of this process every tenth of the way, in MB."""
+    """Prints the resident memory of this process in MB, ten times over `args.soak` images."""
     process = psutil.Process()
-    batches = ours(folder, args, RECIPES["RandAugment"], args.workers[0], device)
+    batches = library_loader(folder, args, RECIPES["RandAugment"], args.workers[0], device)
     count, rows = args.soak // args.batch, []
     for number in range(count + 1):
         if number % max(1, count // 10) == 0:
@@ -198,15 +212,15 @@ def soak(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="an ImageFolder; without it, made-up JPEGs of 500x400")
-    parser.add_argument("--images", type=int, default=400, help="made-up JPEGs")
+    parser.add_argument("--folder", type=Path, help="an ImageFolder (default: generated JPEGs of 500x400)")
+    parser.add_argument("--images", type=int, default=400, help="number of generated JPEGs")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=12, help="in a turn")
+    parser.add_argument("--batches", type=int, default=12, help="batches in a turn")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="threads here, processes there")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="threads, or processes of the others")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--soak", type=int, default=0, help="images; memory over time instead of speed")
+    parser.add_argument("--soak", type=int, default=0, help="measure memory over this many images instead of speed")
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args()
     device = torch.device(args.device)

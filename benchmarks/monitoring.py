@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What watching a run costs: steps of one process, watched and logged as by default, and not, in turn.
+"""Measures what watching a run costs: steps that are watched and logged as by default alternate with steps that are not.
 
-`python benchmarks/monitoring.py --recipe fashion-scalekd --data.root DIR`, with any arguments of launch/train.py. A round is
-`--run.log_every` steps of each kind, one of this, one of that, the last watched one logged. On a CPU the processor's seconds
-are compared beside those of the clock, which other programs on a busy machine disturb.
+`python benchmarks/monitoring.py --recipe fashion-scalekd --data.root DIR`, with any arguments of launch/train.py. A round has
+`--run.log_every` steps of each kind, and its last watched step is logged. On a CPU the processor's time is compared too, since
+other programs disturb the wall time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from pathlib import Path
 
 from scalekd_ds.errors import run_cli
 
+# wall time and processor time
 Seconds = tuple[float, float]
 
 
 def measure(arguments: list[str], rounds: int) -> tuple[str, list[tuple[Seconds, Seconds]]]:
-    """The kind of device, and (watched, not watched) of each round: seconds of the clock and of the processor."""
+    """Runs the rounds.
+
+    Args:
+        arguments: Command line arguments of the run.
+        rounds: Number of rounds.
+
+    Returns:
+        The type of the device, and (seconds of watched steps, seconds of others) of each round.
+    """
     from scalekd_ds.recipes.command_line import parse_run
     from scalekd_ds.training.setup import build
     from scalekd_ds.training.step import train_step
@@ -34,37 +43,36 @@ def measure(arguments: list[str], rounds: int) -> tuple[str, list[tuple[Seconds,
     reporter = reporter_for("plain", 0, run.total_steps, 0)
     run.engine.train()
 
-    def wait() -> None:
+    def synchronise() -> None:
         if run.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()
 
-    def one(on: bool, logged: bool) -> Seconds:
-        """A step of either kind, with what follows a logged one."""
-        # a run has one watch from its start to its end
-        with watch if on else nullcontext():
-            wait()
+    def time_step(watched: bool, logged: bool) -> Seconds:
+        """Seconds of one step, with logging after it if it is a watched one."""
+        with watch if watched else nullcontext():
+            synchronise()
             begin, cpu = time.perf_counter(), time.process_time()
-            if on:
+            if watched:
                 watch.expect(logged)
             losses = train_step(run, batches)
             run.step += 1
-            if on:
+            if watched:
                 reporter.step(run.step)
-            if on and logged:
+            if watched and logged:
                 scalars = watch.scalars(losses)
                 run.monitor.log(run.step, scalars)
                 reporter.scalars(run.step, scalars)
-            wait()
+            synchronise()
             return time.perf_counter() - begin, time.process_time() - cpu
 
     def one_round() -> tuple[Seconds, Seconds]:
         sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
         for step in range(steps):
-            for on in (True, False) if step % 2 else (False, True):
-                for position, seconds in enumerate(one(on, step == steps - 1)):
-                    sums[on][position] += seconds
+            for watched in (True, False) if step % 2 else (False, True):
+                for position, seconds in enumerate(time_step(watched, step == steps - 1)):
+                    sums[watched][position] += seconds
         return tuple(sums[True]), tuple(sums[False])
 
     watch = Watch(run)

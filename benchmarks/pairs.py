@@ -1,4 +1,4 @@
-"""Teacher and student pairs by a short name: the published recipes' shapes, random weights."""
+"""Teacher and student pairs by a short name, in the shapes of the published recipes, with random weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _tiny() -> RunConfig:
     )
 
 
-# the four terms and KD on for every pair, so that pairs can be compared; the published Swin-S files leave KD out
+# every pair has all four feature terms and KD, so that pairs can be compared; the published Swin-S recipes leave KD out
 PAIRS = {
     "swin_small-resnet50": lambda: _pair(
         "swin_small_patch4_window7_224",
@@ -56,10 +56,14 @@ PAIRS = {
 
 
 def config_of(pair: str | None, recipe: str | None) -> RunConfig:
-    """The pair, or the recipe with random weights.
+    """The run of a pair, or of a recipe with random weights.
+
+    Args:
+        pair: A key of `PAIRS`, or None.
+        recipe: A name of a recipe, or None.
 
     Raises:
-        ValueError: An unknown name, a recipe without a teacher, or not exactly one of the two.
+        ValueError: The name is unknown, the recipe has no teacher that timm can build, or not exactly one of both is given.
     """
     if (pair is None) == (recipe is None):
         raise ValueError("pair and recipe: give one of the two.")

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by a pass of its own in which every part waits for the device."""
+"""Measures the parts of a step, in separate steps in which every part waits for the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from scalekd_ds.distiller import ScaleKD
 
 
 class Clock:
-    """Seconds by part; a part inside another one is taken off the outer."""
+    """Sums seconds by part; the time of a part inside another one is subtracted from the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self._open = device, {}, []
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that calls `call`, and adds its seconds to the part `name`."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             harness.synchronise(self.device)
             begin = time.perf_counter()
@@ -39,8 +41,8 @@ class Clock:
         return run
 
 
-def _places(name: str, distiller: ScaleKD) -> list[tuple[str, Any, str]]:
-    """(part, object, attribute) of everything in a forward pass that is timed."""
+def _timed_attributes(name: str, distiller: ScaleKD) -> list[tuple[str, Any, str]]:
+    """(part, object, attribute) of each function in the forward pass of a variant that is timed."""
     if name.startswith("published"):
         names = {"teacher": "run_teacher", "student": "run_student", "CAP": "run_projector", "TPP": "run_last_stage"}
         places = [(part, published, attribute) for part, attribute in names.items()]
@@ -60,17 +62,28 @@ def profile(
     device: torch.device,
     repeats: int,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds and share of each part of a step, `other` being the rest of it; empty without repeats.
+    """Milliseconds and share of each part of a step, the mean over some steps.
 
-    The mean of `repeats` steps. Waiting at every border makes the sum longer than an undisturbed step on a GPU.
+    On a GPU their sum is longer than an undisturbed step, since every part waits for the device.
+
+    Args:
+        name: The variant, such as `ours-bf16`.
+        step: Runs a step of it.
+        distiller: Its distiller.
+        optimizer: Its optimizer.
+        device: Where it runs.
+        repeats: Number of steps.
+
+    Returns:
+        Part -> `ms` and `share`, where `other` is the rest of the step; empty for 0 repeats.
     """
     if not repeats:
         return {}
     clock = Clock(device)
     with ExitStack() as stack:
-        places = _places(name, distiller)
-        places += [("backward", torch.Tensor, "backward"), ("optimizer", optimizer, "step")]
-        for part, owner, attribute in places:
+        attributes = _timed_attributes(name, distiller)
+        attributes += [("backward", torch.Tensor, "backward"), ("optimizer", optimizer, "step")]
+        for part, owner, attribute in attributes:
             stack.enter_context(mock.patch.object(owner, attribute, clock.timed(part, getattr(owner, attribute))))
         begin = time.perf_counter()
         for _ in range(repeats):

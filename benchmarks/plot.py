@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws results as PNG bar charts, the floor as a line: `python benchmarks/plot.py [FILE.json ...]`."""
+"""Draws results as bar charts in PNG files, with the floor as a line: `python benchmarks/plot.py [FILE.json ...]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# one colour a variant in every chart, told apart in grey as well
+# a variant has the same colour in every chart, and the colours differ in grey too
 COLOURS = {
     "library": "#1b6ca8",
     "ours": "#1b6ca8",
@@ -46,13 +46,13 @@ def _finish(figure: Any, axes: Any, title: str, path: Path) -> Path:
 
 
 def draw_step(result: dict[str, Any], path: Path) -> Path:
-    """Milliseconds of each variant's step by part, and its floor: the FLOP over the measured ceiling of its precision."""
+    """Draws the milliseconds of each variant's step by part, and its floor: its FLOP over the ceiling of its precision."""
     variants = result["variants"]
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(variants) + 1.4))
     labels = list(dict.fromkeys(part for v in variants.values() for part in v["parts"]))
     for y, variant in enumerate(variants.values()):
         left = 0.0
-        # shares of the profiled pass, on the length of the undisturbed one
+        # shares from the profiled steps, over the length of an undisturbed one
         for part, colour in zip(labels, plt.cm.tab10.colors, strict=False):
             width = variant["median"] * variant["parts"].get(part, {"share": 0.0})["share"]
             axes.barh(y, width, left=left, color=colour, label=part if y == 0 else None)
@@ -71,7 +71,7 @@ def draw_step(result: dict[str, Any], path: Path) -> Path:
 
 
 def draw_kernel(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Path:
-    """Milliseconds of one operation in one direction, a group of bars for each shape, and each shape's floor."""
+    """Draws the milliseconds of one operation in one direction: a group of bars and the floor for each shape."""
     names = list(dict.fromkeys(name for row in rows for name in row["variants"]))
     figure, axes = plt.subplots(figsize=(max(5.0, 1.4 * len(rows) + 2), 3.6))
     width = 0.8 / len(names)
@@ -95,10 +95,10 @@ def draw_kernel(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path)
 
 
 def draw(file: Path) -> list[Path]:
-    """The charts of one result, beside it.
+    """Draws the charts of one result into the folder of its file, and returns their paths.
 
     Raises:
-        ValueError: A file that is not a result of step.py or kernels.py.
+        ValueError: The file is not a result of step.py or kernels.py.
     """
     try:
         result = json.loads(file.read_text())
@@ -121,7 +121,9 @@ def draw(file: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="all results in $OUT or benchmarks/results")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="default: all in $OUT or benchmarks/results"
+    )
     files = parser.parse_args().files
     if not files:
         folder = harness.results_dir(None)

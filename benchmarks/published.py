@@ -1,12 +1,12 @@
 """The same distillation step in the structure of the published code, written anew from the paper's formulas.
 
-It runs on the weights of a `scalekd_ds.ScaleKD`, so that both give the same losses, and it keeps what the published code
-does step by step: one projector after the other on NCHW maps, the learned query repeated over the batch and projected for
-every image, scores that are materialised, one pass of the last stage for each view, a DCT that is built at every call of a
-loss, log(softmax). Two departures, so that the numbers can be compared at all: the teacher is in eval mode here (the
-published code has it in train mode, where its stochastic depth is live), and a view with weight 0 is left out (it
-computes the whole branch). Where the published code wastes time that a line would save, the cheaper reading is taken, and
-said so at the line.
+It runs on the weights of a `scalekd_ds.ScaleKD`, so that both give the same losses. It keeps the structure of the published
+code: one projector after the other on NCHW maps, the learned query repeated over the batch and projected for every image,
+materialised scores, one pass of the last stage for each view, a DCT that is built at every call of a loss, log(softmax). It
+departs from it in two points, without which the numbers could not be compared: the teacher is in eval mode (the published
+code has it in train mode, where its stochastic depth is active), and a view of weight 0 is left out (the published code
+computes the whole branch). Where the published code wastes time that a single line saves, that line is used, and a comment
+says so.
 
 Shape letters: B batch, C channels, H x W a grid, P teacher-grid tokens, S student tokens, N heads, D head size.
 """
@@ -28,13 +28,13 @@ from scalekd_ds.teacher import Teacher, TeacherTargets
 
 
 def published_distiller(distiller: ScaleKD) -> ScaleKD:
-    """A view of `distiller` on the same weights, run as the published code runs them: for `losses` alone.
+    """A shallow copy of `distiller` on the same weights, to be passed to `losses` and used for nothing else.
 
-    The student gets NCHW images. The teacher's attention is softmax(QK^T)V by single operations, as in the published
-    backbones, where timm would call a fused one.
+    Its student gets NCHW images. Its teacher computes softmax(QK^T)V by separate operations, as the published backbones do,
+    where timm would call a fused one.
 
     Raises:
-        ValueError: A teacher that holds its weights in 16 bits.
+        ValueError: The teacher holds its weights in 16 bits.
     """
     if distiller.teacher.precision is not None:
         raise ValueError(f"distiller has a teacher in {distiller.teacher.precision}: the published code keeps float32.")
@@ -53,6 +53,7 @@ def with_teacher(distiller: ScaleKD, teacher: Teacher) -> ScaleKD:
 
 
 def _plain_attention(teacher: Teacher) -> Teacher:
+    """A copy of the teacher on the same weights, without fused attention."""
     shared = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
     plain = copy.deepcopy(teacher, shared)
     for module in plain.modules():
@@ -70,13 +71,13 @@ def run_student(distiller: ScaleKD, images: torch.Tensor) -> StudentOutput:
 
 
 def run_teacher(distiller: ScaleKD, images: torch.Tensor) -> TeacherTargets:
-    """Tokens as the map (B, C, H, W) that the published backbones return, and logits."""
+    """The teacher's tokens, as the map (B, C, H, W) that the published backbones return, and its logits."""
     tokens_BPC, logits = distiller.teacher_targets(images)
     return TeacherTargets(_to_map(tokens_BPC, distiller.teacher.last_output.grid), logits)
 
 
 def run_last_stage(distiller: ScaleKD, tokens_BPC: torch.Tensor) -> torch.Tensor:
-    """One view through the frozen last stage."""
+    """The tokens (B, P, C) of one view after the frozen last stage."""
     return distiller.teacher.last_stage(tokens_BPC)
 
 
@@ -88,7 +89,16 @@ def _to_map(tokens_BPC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def run_projector(p: CrossAttentionProjector, x_BCHW: torch.Tensor, query_BPC: torch.Tensor | None) -> torch.Tensor:
-    """One projector on one map: (B, P, C) tokens."""
+    """Runs one projector.
+
+    Args:
+        p: The projector.
+        x_BCHW: The student's map.
+        query_BPC: Queries of a projector that has no learned one.
+
+    Returns:
+        (B, P, C) tokens.
+    """
     batch = x_BCHW.shape[0]
     f_BCHW = F.conv2d(x_BCHW, p.conv.weight, p.conv.bias, padding=1)
     f_BCHW = F.relu(p.norm(f_BCHW)) + p.pos_embed
@@ -109,7 +119,7 @@ def run_projector(p: CrossAttentionProjector, x_BCHW: torch.Tensor, query_BPC: t
 
 
 def attention(q_BPC: torch.Tensor, k_BSC: torch.Tensor, v_BSC: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
-    """softmax(scale QK^T)V over heads, with the scores in memory."""
+    """softmax(scale QK^T)V over heads, with materialised scores: (B, P, C)."""
     q_BNPD, k_BNSD, v_BNSD = (x.unflatten(-1, (heads, -1)).permute(0, 2, 1, 3) for x in (q_BPC, k_BSC, v_BSC))
     scores_BNPS = (q_BNPD @ k_BNSD.transpose(-2, -1)) * scale
     return (scores_BNPS.softmax(-1) @ v_BNSD).transpose(1, 2).flatten(2)
@@ -119,7 +129,7 @@ def attention(q_BPC: torch.Tensor, k_BSC: torch.Tensor, v_BSC: torch.Tensor, hea
 
 
 def _dct_layer(size: int, like: torch.Tensor) -> nn.Linear:
-    """One axis' DCT-II as a linear layer without bias."""
+    """The DCT-II of one axis as a linear layer without bias."""
     k = torch.arange(size, device=like.device, dtype=like.dtype)
     basis = torch.cos(math.pi * k[:, None] * (2 * k[None, :] + 1) / (2 * size)) * math.sqrt(2.0 / size)
     basis[0] /= math.sqrt(2.0)
@@ -152,11 +162,11 @@ def spatial_loss(s_BPC: torch.Tensor, t_BCHW: torch.Tensor, weight: float) -> to
 
 
 def frequency_loss(s_BPC: torch.Tensor, t_BCHW: torch.Tensor, weight: float, cut: int) -> torch.Tensor:
-    """`spatial_loss` of both maps without their lowest frequencies: DCT, cut, inverse, for the teacher's too."""
+    """`spatial_loss` of both maps without their lowest frequencies, which are removed by DCT, mask and inverse DCT."""
     h, w = t_BCHW.shape[-2:]
     wide = torch.promote_types(t_BCHW.dtype, torch.float32)
     like = torch.empty(0, device=t_BCHW.device, dtype=wide)
-    # the published code builds them for the spatial view too, and does not use them there
+    # the published code also builds them for the spatial view, which does not use them
     rows, columns = _dct_layer(h, like), _dct_layer(w, like)
     s_BCHW = _to_map(s_BPC, (h, w)).to(wide)
     s_BCHW, t_BCHW = (_without_lowest(x, cut, rows, columns) for x in (s_BCHW, t_BCHW.to(wide)))
@@ -166,7 +176,7 @@ def frequency_loss(s_BPC: torch.Tensor, t_BCHW: torch.Tensor, weight: float, cut
 def kd_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, weight: float
 ) -> torch.Tensor:
-    """-weight tau^2 mean sum softmax(t/tau) log(softmax(s/tau)), the two functions apart."""
+    """-weight tau^2 mean sum softmax(t/tau) log(softmax(s/tau)), with log and softmax as separate functions."""
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     s, t = (F.softmax(logits.to(wide) / temperature, dim=-1) for logits in (student_logits, teacher_logits))
     return -weight * temperature**2 * (t * s.log()).sum(-1).mean()
@@ -176,10 +186,10 @@ def kd_loss(
 
 
 def losses(distiller: ScaleKD, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`ScaleKD.forward`'s losses in the published structure; `distiller` is of `published_distiller`.
+    """The losses of `ScaleKD.forward` in the published structure, by the same names.
 
     Args:
-        distiller: Weights and options.
+        distiller: From `published_distiller`.
         images: (B, 3, H, W) in the student's normalisation.
         targets: (B,) class indices or (B, K) probabilities.
     """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Weak scaling to 1,024 GPUs, and the plans for a 7 B teacher, by `scalekd_ds.plan`'s model: `python benchmarks/scaling.py`.
+"""Predicts weak scaling to 1,024 GPUs, and plans for a 7 B teacher, by `scalekd_ds.plan`: `python benchmarks/scaling.py`.
 
-Nothing here is measured: bytes are counted, seconds follow from the assumptions, which are in the chart and in the JSON.
+Nothing here is measured. Bytes are counted, and seconds follow from assumptions, which are in the chart and in the JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLASSES, IMAGENET, NODE = 1000, 1_281_167, 8
 RECIPE = "swin_l-resnet50-traditional"
 RANKS = tuple(2**i for i in range(11))
 GPUS, MEMORY = (8, 16, 32), (24, 40, 80)
-# stage and teacher's place of each curve
+# ZeRO stage and teacher placement of each curve
 CURVES: dict[str, tuple[int, TeacherPlacement]] = {
     "ZeRO 0, replica": (0, "replica"),
     "ZeRO 1, replica": (1, "replica"),
@@ -46,14 +46,26 @@ CURVES: dict[str, tuple[int, TeacherPlacement]] = {
 
 
 def huge_teacher() -> RunConfig:
-    """The recipe with DINOv3-7B as teacher, on features alone: it has no classifier."""
+    """The recipe with DINOv3-7B as teacher, without KD on logits, since that has no classifier."""
     cfg = RECIPES[RECIPE]()
     distill = replace(cfg.distill, kd_weight=0.0, heads_s3=None, heads_s4=None, softmax_scale=1.0)
     return replace(cfg, teacher="vit_7b_patch16_dinov3", teacher_image_size=224, distill=distill)
 
 
 def weak_scaling(cfg: RunConfig, measured: Measured, assume: Assumptions) -> dict[str, list[dict[str, float]]]:
-    """Images/s by ranks with the recipe's micro batch on each, and one micro batch a step: the global batch grows."""
+    """Images/s by number of ranks, with the recipe's micro batch on each rank and one micro batch in a step.
+
+    The global batch grows with the number of ranks.
+
+    Args:
+        cfg: The run.
+        measured: The measurements of the run.
+        assume: The assumptions of the model.
+
+    Returns:
+        Name of a curve -> its points, with `ranks`, `images_per_s`, `seconds` of a step by part, and `efficiency`, the share
+        of perfect scaling.
+    """
     curves: dict[str, list[dict[str, float]]] = {}
     micro = cfg.micro_batch_size
     for name, (stage, placement) in CURVES.items():
@@ -63,15 +75,15 @@ def weak_scaling(cfg: RunConfig, measured: Measured, assume: Assumptions) -> dic
             sent = collectives(measured, cfg, layout, 1)
             time = step_time(measured, cfg, layout, sent, micro, 1, assume, NODE)
             points.append({"ranks": ranks, "images_per_s": ranks * micro / time.total, "seconds": asdict(time)})
-        alone = points[0]["images_per_s"]
+        single_rate = points[0]["images_per_s"]
         for point in points:
-            point["efficiency"] = point["images_per_s"] / (point["ranks"] * alone)
+            point["efficiency"] = point["images_per_s"] / (point["ranks"] * single_rate)
         curves[name] = points
     return curves
 
 
 def draw(pairs: dict[str, dict[str, Any]], assume: Assumptions, path: Path) -> None:
-    """Share of perfect scaling by ranks, one panel for each pair, the assumptions below."""
+    """Draws the share of perfect scaling by number of ranks, in a panel for each pair, with the assumptions below."""
     figure, panels = plt.subplots(1, len(pairs), figsize=(10, 4.6), sharey=True)
     for axes, (title, pair) in zip(panels, pairs.items(), strict=True):
         for (name, points), style in zip(pair["curves"].items(), ("-", "--", "-.", ":", (0, (1, 3))), strict=True):
@@ -95,7 +107,7 @@ def draw(pairs: dict[str, dict[str, Any]], assume: Assumptions, path: Path) -> N
 
 
 def plans_of(cfg: RunConfig, measured: Measured, assume: Assumptions) -> list[dict[str, Any]]:
-    """The plan for each number of GPUs and each size, or why there is none."""
+    """The best plan for each number of GPUs in `GPUS` and each memory in `MEMORY`, or why there is none."""
     rows = []
     for gpus in GPUS:
         for memory in MEMORY:
@@ -109,7 +121,7 @@ def plans_of(cfg: RunConfig, measured: Measured, assume: Assumptions) -> list[di
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The plans in Markdown."""
+    """The rows of `plans_of` as a table in Markdown."""
     names = ("parameters", "gradients", "optimizer", "teacher", "activations", "temporary", "buckets", "gathered")
     head = [
         "GPUs",

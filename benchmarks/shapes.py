@@ -1,4 +1,4 @@
-"""Sizes of the two kernels in the published recipes, and the work that no implementation can avoid."""
+"""The shapes of both kernels in the published recipes, and the bytes and FLOP that no implementation can avoid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DualView:
-    """The loss on `grid` tokens of `channels`, of one stage or of several that share the target."""
+    """A shape of the dual-view loss.
+
+    Attributes:
+        name: Its name in the results.
+        grid: (rows, columns) of tokens.
+        channels: Channels of a token.
+        stages: Stages that share the target.
+    """
 
     name: str
     grid: tuple[int, int]
@@ -17,12 +24,14 @@ class DualView:
     operation = "dual_view_loss"
 
     def sizes(self, batch: int) -> dict[str, Any]:
-        """What the JSON says about the row."""
+        """The sizes in a row of the results."""
         return {"batch": batch, "tokens": self.grid[0] * self.grid[1], "channels": self.channels, "stages": self.stages}
 
     def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
-        """Bytes: each tensor read once forward, and read once and its gradient written once backward; none for the
-        target. The arithmetic is no product of matrices."""
+        """The least `bytes` to move, and `flop` of matrix products, of which there are none.
+
+        Forward reads each tensor once. Backward reads it again, and writes the gradients of all but the target.
+        """
         reads = 2 * self.stages + 1
         tensor = batch * self.grid[0] * self.grid[1] * self.channels * itemsize
         return {"bytes": tensor * (reads if direction == "forward" else 2 * reads + 2 * self.stages), "flop": 0}
@@ -30,7 +39,16 @@ class DualView:
 
 @dataclass(frozen=True)
 class Attention:
-    """One stage's attention of both views; `shared`: one learned query for the whole batch of a view."""
+    """A shape of the attention of one stage, with both views stacked.
+
+    Attributes:
+        name: Its name in the results.
+        queries: Query tokens.
+        keys: Key tokens.
+        heads: Attention heads.
+        head_size: Channels of a head.
+        shared: Whether a view has one learned query for the whole batch.
+    """
 
     name: str
     queries: int
@@ -41,13 +59,16 @@ class Attention:
     operation = "cap_attention"
 
     def sizes(self, batch: int) -> dict[str, Any]:
-        """What the JSON says about the row; `batch` counts images, of which both views are stacked."""
+        """The sizes in a row of the results; `batch` counts images, so the kernel gets 2 `batch` samples."""
         names = ("queries", "keys", "heads", "head_size", "shared")
         return {"batch": batch, **{name: getattr(self, name) for name in names}}
 
     def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
-        """Bytes: q, k, v read and y written; backward q, k, v, y, dy read and dq, dk, dv written. FLOP: 2 products
-        forward, 5 backward (the scores are made again)."""
+        """The least `bytes` to move, and `flop` of matrix products.
+
+        Forward reads q, k, v and writes y, with 2 products. Backward reads q, k, v, y, dy and writes dq, dk, dv, with 5
+        products, since the scores are computed again.
+        """
         width = self.heads * self.head_size * itemsize
         q = (2 if self.shared else 2 * batch) * self.queries * width
         y, kv = 2 * batch * self.queries * width, 2 * 2 * batch * self.keys * width

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.cpu_precision import cpu_computes_in
 from scalekd_ds.engine.host_memory import keep_freed_memory
 from scalekd_ds.optim.optimizers import build_optimizer
 
@@ -116,7 +117,7 @@ def build_variants(args: argparse.Namespace, device: torch.device) -> tuple[dict
         else:
             used = distiller
             if dtype != torch.float32:
-                used = published.with_teacher(distiller, copy.deepcopy(distiller.teacher).lower(dtype))
+                used = published.with_teacher(distiller, copy.deepcopy(distiller.teacher).lower_precision(dtype))
             forward = forward_of(used, batch, dtype)
         variants[name] = Variant(used, forward, step_of(forward, optimizer))
     return variants, optimizer
@@ -162,7 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu" and args.keep_freed_memory:
         keep_freed_memory()
     variants, optimizer = build_variants(args, device)
-    ours = f"ours-{args.dtype}"
+    ours = f"ours-{args.dtype}" if f"ours-{args.dtype}" in args.variants else "ours-fp32"
     result: dict[str, Any] = {
         "benchmark": "step",
         "machine": harness.machine(device),
@@ -170,12 +171,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "variants")},
     }
-    before = harness.ceilings(device, args.ceiling_repeats)
+    precisions = dict.fromkeys(name.partition("-")[2] for name in args.variants)
+    before = harness.ceilings(device, args.ceiling_repeats, precisions)
     result["losses"] = losses_of(variants)
     result["losses_differ_by"] = largest_difference(result["losses"])
     steps = {name: variant.step for name, variant in variants.items()}
     seconds = harness.alternate(steps, device, args.repeats, args.warmup)
-    result["ceilings"] = harness.higher(before, harness.ceilings(device, args.ceiling_repeats))
+    result["ceilings"] = harness.higher(before, harness.ceilings(device, args.ceiling_repeats, precisions))
     flop = flop_of(steps[ours]) if ours in steps else None
     memory = memory_of(variants, device)
     result["flop_per_image"] = flop and flop / args.batch
@@ -198,7 +200,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for other in seconds
         if ours in seconds and other != ours
     }
-    if {"ours-fp32", "published-fp32"} <= seconds.keys():
+    if ours != "ours-fp32" and {"ours-fp32", "published-fp32"} <= seconds.keys():
         result["ratios"]["ours-fp32/published-fp32"] = harness.speedup(seconds["published-fp32"], seconds["ours-fp32"])
     result["predictions"] = PREDICTIONS.get((args.pair, device.type))
     return result
@@ -237,7 +239,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16", help="of autocast")
     parser.add_argument(
-        "--variants", nargs="+", metavar="NAME", help="ours-fp32 published-fp32 ours-bf16 ...; all four"
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help="ours-fp32 published-fp32 ours-bf16 ...; all four, or those in fp32 on a CPU that emulates bf16",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="rounds over all variants")
@@ -255,7 +260,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args(argv)
     both = [f"{whose}-{dtype}" for dtype in (args.dtype, "fp32") for whose in ("ours", "published")]
-    args.variants = args.variants or both
+    if args.variants is None:
+        args.variants = both
+        if torch.device(args.device).type == "cpu" and not cpu_computes_in(harness.DTYPES[args.dtype]):
+            args.variants = [name for name in both if name.endswith("fp32")]
+            print(f"{args.dtype} is left out: this CPU emulates it; --variants names what is measured", flush=True)
     if unknown := [name for name in args.variants if name not in both]:
         raise ValueError(f"variants has {unknown[0]!r}: it must be one of {', '.join(both)}.")
     return args

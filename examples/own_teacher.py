@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A teacher of a class that this package has never seen: three functions and `register_family`.
+"""A teacher of a class that this package does not know: it takes three functions and `register_family`.
 
 python examples/own_teacher.py --weights mine.safetensors
 python examples/own_teacher.py --size 64 --dim 96 --steps 2                     random weights; seconds on a CPU
@@ -17,12 +17,12 @@ from scalekd_ds.teacher import Family, Stage, register_family
 
 
 class MyViT(nn.Module):
-    """Your model, as it is. ScaleKD reads `num_classes`, `pretrained_cfg` and `forward_head` of it, and no more."""
+    """Your model, as it is. ScaleKD itself uses only its `num_classes`, `pretrained_cfg` and `forward_head`."""
 
     def __init__(self, size=224, patch=16, dim=384, depth=12, heads=6, num_classes=1000):
         super().__init__()
         self.num_classes = num_classes
-        # how it wants its pixels: ScaleKD takes the student's images to this mean, std and size
+        # what it was trained on: ScaleKD converts the student's images to this mean, std and size
         self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, size, size)}
         self.grid, self.dim, self.heads = (size // patch, size // patch), dim, heads
         self.patches = nn.Conv2d(3, dim, patch, patch)
@@ -46,13 +46,13 @@ class MyViT(nn.Module):
         return self.forward_head(tokens)
 
 
-# "The last stage" is yours to say: here the last two of twelve blocks, as for timm's ViTs. All tokens are (B, P, C),
-# row by row on the grid, without class token.
-LAST = 2
+# You choose what "the last stage" is: here the last two of twelve blocks. All tokens are (B, P, C), row by row on the
+# grid, without a class token.
+LAST_BLOCKS = 2
 
 
 def forward(model, images):
-    """Images in the teacher's own normalisation -> (target tokens, what forward_head takes)."""
+    """Images in the teacher's own normalisation -> (target tokens, features that forward_head takes)."""
     tokens = model.embed(images)
     for block in model.blocks:
         tokens = block(tokens)
@@ -60,8 +60,8 @@ def forward(model, images):
 
 
 def last_stage(model, tokens):
-    """Tokens before the last stage -> tokens after it, differentiable: the projected student's go through here (TPP)."""
-    for block in model.blocks[-LAST:]:
+    """Tokens before the last stage -> tokens after it, differentiable: the student's pass through here (TPP)."""
+    for block in model.blocks[-LAST_BLOCKS:]:
         tokens = block(tokens)
     return tokens
 
@@ -76,16 +76,16 @@ register_family(MyViT, Family(forward, last_stage, stages))
 
 
 def check(teacher, images):
-    """The teacher's own tokens through `last_stage` must give its target: do this once for a family of your own."""
+    """Checks that `last_stage` of the teacher's own tokens is its target; do this once for a family of your own."""
     tokens = teacher.model.embed(images)
-    for block in teacher.model.blocks[:-LAST]:
+    for block in teacher.model.blocks[:-LAST_BLOCKS]:
         tokens = block(tokens)
     torch.testing.assert_close(teacher.last_stage(tokens), teacher.targets(images).tokens, rtol=1e-4, atol=1e-4)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="a .safetensors of MyViT's; random ones if not given")
+    parser.add_argument("--weights", help="a .safetensors of a MyViT; random weights if not given")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--steps", type=int, default=10)

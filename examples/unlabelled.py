@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Distils without a single label: the feature terms and logit KD. CE is the one term that would need them.
+"""Distils without labels, by the feature terms and logit KD: of ScaleKD's terms, CE alone needs labels.
 
 python examples/unlabelled.py --images FOLDER                                   any images, in any subfolders
 python examples/unlabelled.py --weights none --size 64 --batch 4 --epochs 2     generated images, no download
@@ -18,7 +18,7 @@ from scalekd_ds import ScaleKD, Teacher
 
 
 class Unlabelled(Dataset):
-    """Every image below a folder, as the model wants it."""
+    """Every image below a folder, transformed for the student."""
 
     def __init__(self, folder, transform):
         suffixes = (".jpg", ".jpeg", ".png", ".webp")
@@ -36,15 +36,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="a folder; generated noise if not given")
     parser.add_argument("--teacher", default="vit_base_patch16_224.augreg2_in21k_ft_in1k")
-    parser.add_argument("--weights", default="pretrained", help="of the teacher: pretrained, none or a file")
-    parser.add_argument("--kd-weight", type=float, default=0.5, help="0 leaves the feature terms alone")
+    parser.add_argument("--weights", default="pretrained", help="weights of the teacher: pretrained, none or a file")
+    parser.add_argument("--kd-weight", type=float, default=0.5, help="0 distils by the feature terms only")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
 
     teacher = Teacher(args.teacher, image_size=args.size, weights=args.weights)
-    # the student answers in the teacher's classes; with kd_weight 0 its head learns nothing, and num_classes=0 drops it
+    # logit KD needs the teacher's classes; with --kd-weight 0 nothing trains the head, and num_classes=0 would drop it
     student = timm.create_model("resnet18", num_classes=teacher.num_classes)
     distiller = ScaleKD(student, teacher, image_size=args.size, kd_weight=args.kd_weight)
     if args.images:
@@ -57,7 +57,7 @@ def main():
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     for epoch in range(1, args.epochs + 1):
         for images in loader:
-            losses = distiller(images)  # no labels: no loss/ce, and the other terms as they are with labels
+            losses = distiller(images)  # without labels there is no loss/ce; the other terms are unchanged
             optimizer.zero_grad()
             losses["loss/total"].backward()
             optimizer.step()

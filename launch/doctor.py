@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether a job can start on these nodes: `launch/doctor.py --hostfile launch/hosts [--recipe NAME --dotted.key value ...]`."""
+"""Whether a job can start on these nodes: `launch/doctor.py --hostfile launch/hosts [--recipe NAME ...]`."""
 
 from scalekd_ds.commands.doctor import main
 from scalekd_ds.errors import run_cli

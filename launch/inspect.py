@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Contact sheet of attention, feature maps, predictions and frequencies: `launch/inspect.py CKPT IMAGES --out PNG`.
 
-Python puts the folder of a script first on its path, so for every script beside it this file is what `import inspect` finds.
-It then steps aside for the standard library's module of that name.
+Python puts the folder of a script first on its path, so `import inspect` in any script of this folder finds this file.
+It then loads the standard library's module of that name in its place.
 """
 
 if __name__ == "__main__":
@@ -16,8 +16,8 @@ elif __name__ == "inspect":
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
-    elsewhere = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-    spec = PathFinder.find_spec("inspect", elsewhere)
-    # an import returns what stands in sys.modules at its end
+    other_folders = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+    spec = PathFinder.find_spec("inspect", other_folders)
+    # an import statement returns what sys.modules has when the import ends
     sys.modules["inspect"] = module = module_from_spec(spec)
     spec.loader.exec_module(module)

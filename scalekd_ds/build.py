@@ -1,4 +1,4 @@
-"""From one run's configuration to ScaleKD: student, teacher and projectors."""
+"""Builds the `ScaleKD` module (student, teacher and projectors) that a run's configuration describes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,39 @@ from scalekd_ds.teacher import Teacher
 
 
 def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
-    """Student, teacher and projectors of a run, with the run's seed.
+    """Builds student, teacher and projectors, each initialised from the run's seed.
+
+    Args:
+        cfg: The run.
+        num_classes: Width of the student's classifier: the number of classes of the training images.
+        verbose: Prints how student and teacher are paired.
 
     Raises:
-        UserError: Names, arguments or a pair that do not fit.
+        UserError: A model that cannot be built, or a student and a teacher that do not fit each other.
     """
     seed_everything(cfg.seed)
-    size, d = cfg.data.image_size, cfg.distill
+    image_size = cfg.data.image_size
     teacher = None
     if cfg.teacher != "none":
         teacher = Teacher(
             cfg.teacher,
-            cfg.teacher_image_size or size,
+            cfg.teacher_image_size or image_size,
             cfg.teacher_weights,
-            features=d.features,
+            features=cfg.distill.features,
             input_size=cfg.teacher_image_size,
             train_mode=cfg.as_published.teacher_in_train_mode,
             **cfg.teacher_kwargs,
         )
-        # a teacher that is built must not shift the student's initialisation
+        # building the teacher drew random numbers: without this, it would change the student's initialisation
         seed_everything(cfg.seed)
-    taps = Taps(cfg.student_taps, False) if cfg.student_taps else None
-    student = Student(cfg.student, num_classes, size, cfg.student_weights, taps, **cfg.student_kwargs)
+    taps = Taps(cfg.student_taps, normed_last=False) if cfg.student_taps else None
+    student = Student(cfg.student, num_classes, image_size, cfg.student_weights, taps, **cfg.student_kwargs)
     return ScaleKD(
         student,
         teacher,
-        image_size=size,
+        image_size=image_size,
         loss=cfg.loss,
         label_smoothing=cfg.label_smoothing,
         verbose=verbose,
-        **vars(d),
+        **vars(cfg.distill),
     )

@@ -1,4 +1,4 @@
-"""ScaleKD: the one trainable module. It holds the student and the projectors; the teacher stands outside."""
+"""`ScaleKD`, the one trainable module: it holds student and projectors; the teacher stays outside the module tree."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
 
 VIEWS = ("spatial", "frequency")
 
-_NOTHING = nullcontext()
+_NO_TIMER = nullcontext()
 
 
 def untimed(name: str) -> AbstractContextManager:
-    """Stands where a timer of the step's parts may be put."""
-    return _NOTHING
+    """The default of `ScaleKD.time_part`: a context manager that measures nothing."""
+    return _NO_TIMER
 
 
 class ScaleKD(nn.Module):
@@ -40,29 +40,31 @@ class ScaleKD(nn.Module):
         image_size: (h, w) or side of the training images in pixels; None is the student's own, else the teacher's.
         num_classes: Head of a student built by name; None is the teacher's.
         kd_weight: a in (1-a) CE + a KD; 1 leaves CE out, and labels are then not needed.
-        temperature: Of logit KD.
+        temperature: Temperature of logit KD.
         features: False leaves out the projectors and the four feature terms.
         weights_s3: (spatial, frequency) weights of the stage n-1 terms (TPP).
         weights_s4: (spatial, frequency) weights of the last stage's terms.
         heads_s3: Attention heads of the stage n-1 projectors; None is the teacher's.
         heads_s4: Attention heads of the last stage's projectors; None is the teacher's.
         softmax_scale: gamma of the projectors' attention.
-        norm: `batch` or `layer`, of the projectors.
-        projector: `cap`, or `linear` to compare with.
-        tpp: False matches stage n-1 to the teacher's own stage n-1.
+        norm: Norm after the projectors' convolution, `batch` or `layer`.
+        projector: `cap` (cross attention), or `linear`, the common 1x1 convolution, for comparison.
+        tpp: False compares stage n-1 with the teacher's own stage n-1, not through the teacher's last stage.
         cut: Side of the block of lowest frequencies that the frequency view drops.
         loss: Student loss on the labels, `ce` or `bce`.
-        label_smoothing: For `ce`.
-        verbose: Prints the pairing as a table.
+        label_smoothing: Label smoothing of `ce`.
+        verbose: Prints how student and teacher are paired, as a table.
 
     Attributes:
         student: The bare timm model; its state-dict is timm's.
-        projectors: `s3` and `s4`, each a `ProjectorPair` of `spatial` and `frequency`; views with weight 0 are left out.
-        teacher: `Teacher` or None. It is no submodule: never in the state-dict, the optimizer or ZeRO; `.to()` moves it.
+        projectors: `s3` and `s4`, each a `ProjectorPair` of the views whose weight is not 0.
+        teacher: `Teacher` or None; no submodule: never in the state-dict, the optimizer or ZeRO, but moved by `.to()`.
+        time_part: Returns the context manager that a part of the step, given by name, runs in: where a timer is set.
+        on_logits: Called with the student's and the teacher's logits of each step; None, or set by what watches them.
 
     Raises:
-        UserError: A pair that does not fit: the classes with KD on, an image size, heads that do not divide the width,
-            a student grid larger than the teacher's.
+        UserError: A student and a teacher that do not fit: other numbers of classes with KD on, an image size that one
+            of them cannot take, heads that do not divide the width, a student grid far larger than the teacher's.
     """
 
     def __init__(
@@ -89,19 +91,19 @@ class ScaleKD(nn.Module):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        side = (image_size, image_size) if isinstance(image_size, int) else image_size
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         features = features and teacher is not None
         if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = Teacher(teacher, image_size=side, features=features)
-        # a tuple, so that the teacher is not registered as a submodule
+            teacher = Teacher(teacher, image_size=size, features=features)
+        # in tuples, so that neither is registered as a submodule; `self.student` is the one that counts
         self._teacher = (teacher,)
         if isinstance(student, str):
             classes = num_classes or (teacher.num_classes if teacher is not None else None)
-            student = build_model(student, classes, image_size=side)
+            student = build_model(student, classes, image_size=size)
         self._tapped_student = (student if isinstance(student, Student) else Student(student),)
         self.student = self.tapped_student.model
 
-        # a teacher without a classifier, such as DINOv2 or SigLIP, has its features to give
+        # a teacher without a classifier, such as DINOv2 or SigLIP, has no logits to distil
         self.kd_weight = kd_weight if teacher is not None and teacher.num_classes else 0.0
         self.temperature, self.cut, self.tpp = temperature, cut, tpp
         self.loss, self.label_smoothing = loss, label_smoothing
@@ -111,19 +113,18 @@ class ScaleKD(nn.Module):
             for view, weight in zip(VIEWS, weights, strict=True)
             if features and weight > 0.0
         }
-        own, theirs = self.tapped_student.preprocessing, teacher.preprocessing if teacher is not None else None
-        self.image_size = side or own.size or (theirs.size if theirs else None) or (224, 224)
+        own_size, teacher_size = self.tapped_student.preprocessing.size, teacher and teacher.preprocessing.size
+        self.image_size = size or own_size or teacher_size or (224, 224)
         self._shapes = self.tapped_student.shapes(self.image_size)
         if teacher is not None:
             self._check_classes(teacher)
-            self._register_normalisation(own, theirs)
+            self._register_normalisation(self.tapped_student.preprocessing, teacher.preprocessing)
             self._check_teacher_size(teacher)
-        # who measures a step sets these: a timer of its parts, and a taker of both models' logits
-        self.part: Callable = untimed
+        self.time_part: Callable[[str], AbstractContextManager] = untimed
         self.on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.projectors = nn.ModuleDict()
         if features:
-            self._build_projectors(teacher, heads_s3, heads_s4, softmax_scale, norm, projector)
+            self._build_projectors(teacher, {"s3": heads_s3, "s4": heads_s4}, softmax_scale, norm, projector)
         if verbose:
             print(self.pairing(), flush=True)
 
@@ -137,17 +138,21 @@ class ScaleKD(nn.Module):
                 "fine-tune the teacher on these classes, or set --distill.kd_weight 0."
             )
 
-    def _register_normalisation(self, own: Preprocessing, theirs: Preprocessing) -> None:
-        """Images come in the student's normalisation; scale and shift take them to the teacher's."""
-        same = None in (own.mean, own.std, theirs.mean, theirs.std) or (own.mean, own.std) == (theirs.mean, theirs.std)
+    def _register_normalisation(self, student: Preprocessing, teacher: Preprocessing) -> None:
+        """Registers the scale and shift that take images from the student's normalisation to the teacher's.
+
+        Both are None where the two are the same, or where one of them is not known.
+        """
+        statistics = (student.mean, student.std, teacher.mean, teacher.std)
         scale = shift = None
-        if not same:
-            mean, std, t_mean, t_std = (torch.tensor(v) for v in (own.mean, own.std, theirs.mean, theirs.std))
-            scale, shift = (std / t_std)[:, None, None], ((mean - t_mean) / t_std)[:, None, None]
+        if None not in statistics and statistics[:2] != statistics[2:]:
+            s_mean, s_std, t_mean, t_std = (torch.tensor(v) for v in statistics)
+            scale, shift = (s_std / t_std)[:, None, None], ((s_mean - t_mean) / t_std)[:, None, None]
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
 
     def _check_teacher_size(self, teacher: Teacher) -> None:
+        """Runs one image through the teacher and compares its tokens with the grid that it says it has."""
         parameter = next(teacher.parameters())
         images = torch.zeros(1, 3, *self.image_size, device=parameter.device, dtype=parameter.dtype)
         try:
@@ -169,44 +174,36 @@ class ScaleKD(nn.Module):
                 )
 
     def _build_projectors(
-        self,
-        teacher: Teacher,
-        heads_s3: int | None,
-        heads_s4: int | None,
-        softmax_scale: float,
-        norm: str,
-        projector: str,
+        self, teacher: Teacher, heads: dict[str, int | None], softmax_scale: float, norm: str, projector: str
     ) -> None:
-        places = {
-            "s3": (self._shapes.before, teacher.last_input, heads_s3),
-            "s4": (self._shapes.last, teacher.last_output, heads_s4),
-        }
-        for stage, (student_map, place, heads) in places.items():
-            grid = tuple(student_map.shape[-2:])
+        stages = {"s3": (self._shapes.before, teacher.last_input), "s4": (self._shapes.last, teacher.last_output)}
+        for stage, (student_map, teacher_stage) in stages.items():
             views = [view for view in VIEWS if f"{view}_{stage}" in self.feature_weights]
             if not views:
                 continue
-            if stage == "s3" and (grid[0] > place.grid[0] * 2 or grid[1] > place.grid[1] * 2):
+            student_dim, *grid = student_map.shape[1:]
+            dim, query_grid = teacher_stage.dim, teacher_stage.grid
+            if stage == "s3" and (grid[0] > query_grid[0] * 2 or grid[1] > query_grid[1] * 2):
                 raise UserError(
-                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the "
-                    f"teacher's {place.grid[0]}x{place.grid[1]} there: choose a student with more stages, smaller images, "
-                    "or a larger --teacher_image_size."
+                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the teacher's "
+                    f"{query_grid[0]}x{query_grid[1]} there: choose a student with more stages, smaller images, or a "
+                    "larger --teacher_image_size."
                 )
             if projector == "linear":
-                linear = {view: LinearProjector(student_map.shape[1], place.dim, place.grid) for view in views}
+                linear = {view: LinearProjector(student_dim, dim, query_grid) for view in views}
                 self.projectors[stage] = LinearPair(linear)
                 continue
             try:
                 self.projectors[stage] = ProjectorPair(
                     {
                         view: CrossAttentionProjector(
-                            student_map.shape[1],
-                            place.dim,
+                            student_dim,
+                            dim,
                             grid,
-                            place.grid,
-                            heads or place.heads,
+                            query_grid,
+                            heads[stage] or teacher_stage.heads,
                             softmax_scale,
-                            # TPP gives the last stage its queries, view by view; without it each learns its own
+                            # with TPP, a view's tokens of stage n-1 are its queries at the last stage
                             learned_query=stage == "s3" or not self.tpp or f"{view}_s3" not in self.feature_weights,
                             norm=norm,
                         )
@@ -216,16 +213,16 @@ class ScaleKD(nn.Module):
             except ValueError as error:
                 raise UserError(f"projectors of {stage}: {error}") from None
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    # -- parts and weights -----------------------------------------------------------------------------------------
 
     @property
     def tapped_student(self) -> Student:
-        """The student that gives its feature maps beside its logits; around the bare one, outside the module tree."""
+        """Wraps `student` to return its feature maps beside its logits; kept outside the module tree."""
         return self._tapped_student[0]
 
     @property
     def teacher(self) -> Teacher | None:
-        """The frozen teacher, outside the module tree."""
+        """The frozen teacher, kept outside the module tree; None for supervised training."""
         return self._teacher[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScaleKD:
@@ -234,7 +231,7 @@ class ScaleKD(nn.Module):
         return super()._apply(fn, recurse)
 
     def weights(self) -> dict[str, float]:
-        """The factor that each term of `forward` has been multiplied by; terms whose factor is 0 are none."""
+        """The factor of each term of `forward`, by its name without `loss/`; terms with a factor of 0 are left out."""
         terms = {"ce": 1.0 - self.kd_weight, "kd": self.kd_weight}
         return {name: weight for name, weight in terms.items() if weight > 0.0} | self.feature_weights
 
@@ -245,23 +242,27 @@ class ScaleKD(nn.Module):
     # -- one step ------------------------------------------------------------------------------------------------
 
     def teacher_targets(self, images: torch.Tensor) -> TeacherTargets | TargetsWithoutTPP:
-        """What the terms compare with, for images (B, 3, H, W) in the student's normalisation."""
+        """The teacher's targets for images (B, 3, H, W) in the student's normalisation and size."""
         if self.teacher_scale is not None:
             images = images * self.teacher_scale + self.teacher_shift
         size = self.teacher.preprocessing.size
         if size is not None and size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        # called as a module: a sharded teacher starts its pass there
+        # called as a module, because a sharded teacher gathers its weights in the hooks of that call
         targets = self.teacher(images)
         if self.tpp or not any(name.endswith("s3") for name in self.feature_weights):
             return targets
         return TargetsWithoutTPP(*targets, self.teacher.before_last_stage(images))
 
     def project(self, student: StudentOutput) -> dict[str, dict[str, torch.Tensor]]:
-        """Projected tokens (B, P, C) by stage and view; with TPP those of stage n-1 have passed through the teacher's
-        last stage."""
+        """Projects the student's maps onto the teacher's grid (CAP and TPP of the paper).
+
+        Returns:
+            Tokens (B, P, C) by stage, then by view. With TPP those of stage n-1 have passed through the teacher's last
+            stage, and are the queries of the last stage's projectors.
+        """
         projected: dict[str, dict[str, torch.Tensor]] = {}
-        seen: dict[str, torch.Tensor] = {}
+        queries: dict[str, torch.Tensor] = {}
         if "s3" in self.projectors:
             pair = self.projectors["s3"]
             tokens = pair(student.before)
@@ -269,15 +270,15 @@ class ScaleKD(nn.Module):
                 # both views go through the frozen last stage as one batch
                 tokens = self.teacher.last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
             projected["s3"] = dict(zip(pair.names, tokens.unbind(0), strict=True))
-            seen = projected["s3"] if self.tpp else {}
+            queries = projected["s3"] if self.tpp else {}
         if "s4" in self.projectors:
             pair = self.projectors["s4"]
-            if pair.names == tuple(seen):
+            if pair.names == tuple(queries):
                 out = pair(student.last, tokens)
-            elif not seen:
+            elif not queries:
                 out = pair(student.last)
             else:
-                out = pair.one_by_one(student.last, [seen.get(name) for name in pair.names])
+                out = pair.one_by_one(student.last, [queries.get(name) for name in pair.names])
             projected["s4"] = dict(zip(pair.names, out.unbind(0), strict=True))
         return projected
 
@@ -291,30 +292,31 @@ class ScaleKD(nn.Module):
 
         Args:
             images: (B, 3, H, W) in the student's normalisation.
-            targets: (B,) class indices or (B, K) probabilities; None for images without labels, whose step is that of
-                labelled ones without its CE: the other terms keep their weights.
-            teacher_targets: Of the same images, where the caller has them already.
+            targets: (B,) class indices or (B, K) probabilities; None for images without labels, which leaves out CE and
+                keeps the weights of the other terms.
+            teacher_targets: What `teacher_targets(images)` returns, where the caller has it already.
 
         Returns:
             `loss/ce`, `loss/kd`, `loss/spatial_s3`, `loss/frequency_s3`, `loss/spatial_s4`, `loss/frequency_s4` (those
             with a weight) and `loss/total`; scalars. `weights()` has the factors.
 
         Raises:
-            UserError: No labels, and no term that does without them.
+            UserError: There are no labels, and every term needs them.
         """
         if targets is None and not (self.kd_weight > 0.0 or self.projectors):
             raise UserError(
-                "targets is None and no term does without labels: give a teacher, and leave features on or kd_weight above 0."
+                "targets is None and no term does without labels: give a teacher, and leave features on or kd_weight "
+                "above 0."
             )
-        with self.part("student"):
+        with self.time_part("student"):
             student = self.tapped_student(images)
         teacher, projected = None, {}
         if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
             if self.projectors:
-                with self.part("projectors"):
+                with self.time_part("projectors"):
                     projected = self.project(student)
-        with self.part("losses"):
+        with self.time_part("losses"):
             losses: dict[str, torch.Tensor] = {}
             # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
             if targets is not None and self.kd_weight < 1.0:
@@ -332,11 +334,12 @@ class ScaleKD(nn.Module):
     def _feature_losses(
         self, projected: dict[str, dict[str, torch.Tensor]], teacher: TeacherTargets | TargetsWithoutTPP
     ) -> dict[str, torch.Tensor]:
+        """The weighted losses of every projected view (ScaleKD section 3.2), by name."""
         stages, weights = [], []
         for stage, views in projected.items():
-            # a view that is switched off has no projector; the other one's tokens stand in, with weight 0
-            stand_in = next(iter(views.values())).detach()
-            stages.append(tuple(views.get(view, stand_in) for view in VIEWS))
+            # a view that is switched off has no tokens: the other view's take its place, with weight 0
+            placeholder = next(iter(views.values())).detach()
+            stages.append(tuple(views.get(view, placeholder) for view in VIEWS))
             weights.append(tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS))
         values: list = []
         if not self.tpp and "s3" in projected:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Writes files that a crash cannot leave half written: to a temporary name first, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or a folder's list of names, is on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the whole new one."""
+    """Writes `value` as JSON; whoever reads `path` meanwhile sees either the old file or the whole new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     sync(partial)

@@ -1,4 +1,4 @@
-"""Loss terms: dual-view feature mimicking, logit KD, and the student's own loss on the labels."""
+"""The loss terms: dual-view feature mimicking, logit KD, and the student's own loss on the labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scalekd_ds import kernels
 
 @functools.lru_cache(maxsize=64)
 def dct_matrix(size: int) -> torch.Tensor:
-    """(size, size) orthonormal DCT-II, one frequency a row, in float64."""
+    """The orthonormal DCT-II as a matrix (size, size) in float64; row k is frequency k."""
     k = torch.arange(size, dtype=torch.float64)[:, None]
     x = torch.arange(size, dtype=torch.float64)[None, :]
     basis = torch.cos(math.pi * k * (2 * x + 1) / (2 * size)) * math.sqrt(2.0 / size)
@@ -23,10 +23,10 @@ def dct_matrix(size: int) -> torch.Tensor:
 
 
 def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
-    """(h, w) mask of the `cut` x `cut` lowest DCT frequencies, True where dropped.
+    """Mask (h, w) of the `cut` x `cut` lowest DCT frequencies, True where a frequency is dropped.
 
     Raises:
-        ValueError: A cut below 1 or one that leaves no frequency.
+        ValueError: A cut below 1, or above both sides of the grid.
     """
     h, w = grid
     if not 1 <= cut <= max(h, w):
@@ -37,19 +37,24 @@ def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _basis_of(grid: tuple[int, int], frequencies: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+def _dct_basis(
+    grid: tuple[int, int], frequencies: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """(P, R) columns of the 2D DCT for R frequencies, which are numbered row by row of the grid."""
     basis = torch.kron(dct_matrix(grid[0]), dct_matrix(grid[1]))[list(frequencies)]
     return basis.T.contiguous().to(device, dtype)
 
 
-def frequency_filter(grid: tuple[int, int], cut: int | torch.Tensor, device: torch.device, dtype: torch.dtype):
-    """(P, R) basis of the frequencies that the frequency view drops, or None for the DC term alone.
+def frequency_filter(
+    grid: tuple[int, int], cut: int | torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The orthonormal basis (P, R) of the frequencies that the frequency view drops, or None for the DC term alone.
 
     Args:
         grid: (h, w), with P = h * w tokens.
         cut: Side of the lowest block of DCT frequencies to drop, or an (h, w) bool mask, True where dropped.
-        device: Where the tokens are.
-        dtype: Of the sums; float32, or float64 for tests.
+        device: Device of the tokens.
+        dtype: Type that the losses are summed in: float32, or float64 in tests.
 
     Raises:
         ValueError: A mask of another shape, or a cut that drops nothing or everything.
@@ -62,7 +67,7 @@ def frequency_filter(grid: tuple[int, int], cut: int | torch.Tensor, device: tor
     dropped = tuple(mask.flatten().nonzero().flatten().tolist())
     if not dropped or len(dropped) == mask.numel():
         raise ValueError(f"cut drops {len(dropped)} of {mask.numel()} frequencies: it must drop some and keep some.")
-    return _basis_of(tuple(grid), dropped, device, dtype)
+    return _dct_basis(tuple(grid), dropped, device, dtype)
 
 
 def dual_view_loss(
@@ -73,7 +78,7 @@ def dual_view_loss(
     weights: tuple[float, float],
     cut: int | torch.Tensor = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dual-view feature mimicking (ScaleKD section 3.2): weighted (spatial, frequency) losses.
+    """Dual-view feature mimicking (ScaleKD section 3.2, equation 5 for each view) of one stage.
 
     Args:
         s_spatial: (B, P, C) projected student tokens of the spatial view.
@@ -83,6 +88,9 @@ def dual_view_loss(
         weights: Factor of each view.
         cut: The frequency view drops the cut x cut lowest DCT frequencies (1: the mean alone), or those where an
             (h, w) bool mask is True.
+
+    Returns:
+        The weighted spatial and frequency loss, scalars.
 
     Raises:
         ValueError: A grid that does not match P, shapes that differ, or a cut that drops nothing or everything.
@@ -97,20 +105,26 @@ def dual_view_losses(
     weights: Sequence[tuple[float, float]],
     cut: int | torch.Tensor = 1,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`dual_view_loss` of several stages with one target, whose part is computed once for all of them.
+    """`dual_view_loss` of several stages that share one target; what depends on the target alone is computed once.
 
     Args:
         stages: (s_spatial, s_frequency) of each stage, (B, P, C) each.
-        teacher_tokens: (B, P, C).
+        teacher_tokens: (B, P, C) target of all stages.
         grid: (h, w) of the tokens.
         weights: (spatial, frequency) factors of each stage.
         cut: As in `dual_view_loss`.
 
+    Returns:
+        The weighted (spatial, frequency) losses of each stage.
+
     Raises:
-        ValueError: As `dual_view_loss`.
+        ValueError: As for `dual_view_loss`.
     """
-    if grid[0] * grid[1] != teacher_tokens.shape[1]:
-        raise ValueError(f"grid is {tuple(grid)}: teacher_tokens has {teacher_tokens.shape[1]} tokens.")
+    num_tokens = teacher_tokens.shape[1]
+    if grid[0] * grid[1] != num_tokens:
+        raise ValueError(
+            f"grid is {tuple(grid)} and teacher_tokens has {num_tokens} tokens: h * w must be their number."
+        )
     wide = torch.promote_types(teacher_tokens.dtype, torch.float32)
     basis = frequency_filter(tuple(grid), cut, teacher_tokens.device, wide)
     spatial, frequency = zip(*stages, strict=True)
@@ -121,18 +135,21 @@ def dual_view_losses(
 def logit_kd(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, weight: float = 1.0
 ) -> torch.Tensor:
-    """-weight tau^2 mean_b sum_c softmax(t/tau) log_softmax(s/tau): cross-entropy to the teacher, a scalar.
+    """Logit KD, the cross-entropy to the teacher: -weight tau^2 mean_b sum_k softmax(t/tau) log_softmax(s/tau).
 
-    log_softmax keeps it finite at any gap between logits; log(softmax) overflows from a gap of 104 in float32.
+    log_softmax keeps it finite for any logits; the published log(softmax) is infinite from a difference of 104 on.
 
     Args:
         student_logits: (B, K).
-        teacher_logits: (B, K), taken as constant by the caller.
-        temperature: tau.
-        weight: The term's factor.
+        teacher_logits: (B, K), without gradient.
+        temperature: The temperature tau.
+        weight: Factor of the loss.
+
+    Returns:
+        A scalar, in float32 or wider.
 
     Raises:
-        ValueError: Different shapes.
+        ValueError: The logits have different shapes.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -154,7 +171,7 @@ def label_loss(
         logits: (B, K).
         targets: (B,) class indices or (B, K) probabilities.
         kind: `ce`, or `bce`: sigmoid cross-entropy summed over classes and averaged over the batch.
-        label_smoothing: For `ce`.
+        label_smoothing: Label smoothing of `ce`; `bce` ignores it.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "ce":

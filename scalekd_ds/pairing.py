@@ -1,4 +1,4 @@
-"""The table that says how a student and a teacher are paired."""
+"""The table that shows how a student and a teacher are paired."""
 
 from __future__ import annotations
 
@@ -20,45 +20,41 @@ def pairing_table(
     projectors: nn.ModuleDict,
     weights: Mapping[str, float],
 ) -> str:
-    """Student and teacher side by side, as plain text.
+    """Student and teacher side by side, as a table in plain text.
 
     Args:
         student: The bare student.
-        teacher: Or None for supervised training.
-        shapes: Of the student's output for one image.
-        image_size: (h, w) in pixels, of the student's images.
-        projectors: By stage; empty without feature terms.
+        teacher: The teacher, or None for supervised training.
+        shapes: The student's output for one image.
+        image_size: (h, w) of the student's images in pixels.
+        projectors: A pair of projectors for each stage; empty without feature terms.
         weights: Factor of each loss term, by name.
     """
-    s, t = shapes, teacher
-    size = f"{image_size[0]}x{image_size[1]}"
-    rows = [("", "student", "teacher")]
-    rows.append(("model", type(student).__name__, type(t.model).__name__ if t else "none"))
-    rows.append(
-        (
-            "parameters",
-            f"{num_parameters(student) / 1e6:.2f} M",
-            f"{num_parameters(t) / 1e6:.2f} M" if t else "",
-        )
-    )
-    t_size = t.preprocessing.size if t else None
-    rows.append(("image", size, (f"{t_size[0]}x{t_size[1]}" if t_size else size) if t else ""))
-    rows.append(("classes", str(s.logits.shape[-1]), str(t.num_classes) if t else ""))
 
-    def shown(grid: tuple[int, ...], dim: int) -> str:
+    def millions(model: nn.Module) -> str:
+        return f"{num_parameters(model) / 1e6:.2f} M"
+
+    def grid_and_channels(grid: tuple[int, ...], dim: int) -> str:
         return f"{grid[0]}x{grid[1]} x {dim}"
 
-    for label, tap, place in (
-        ("before last stage", s.before, t and t.last_input),
-        ("last stage", s.last, t and t.last_output),
+    t = teacher
+    rows = [("", "student", "teacher")]
+    rows.append(("model", type(student).__name__, type(t.model).__name__ if t else "none"))
+    rows.append(("parameters", millions(student), millions(t) if t else ""))
+    t_size = t and (t.preprocessing.size or image_size)
+    rows.append(("image", f"{image_size[0]}x{image_size[1]}", f"{t_size[0]}x{t_size[1]}" if t else ""))
+    rows.append(("classes", str(shapes.logits.shape[-1]), str(t.num_classes) if t else ""))
+    for label, student_map, stage in (
+        ("before last stage", shapes.before, t and t.last_input),
+        ("last stage", shapes.last, t and t.last_output),
     ):
-        theirs = f"{shown(place.grid, place.dim)}, {place.heads} heads" if place else ""
-        rows.append((label, shown(tap.shape[-2:], tap.shape[1]), theirs))
+        teacher_cell = f"{grid_and_channels(stage.grid, stage.dim)}, {stage.heads} heads" if stage else ""
+        rows.append((label, grid_and_channels(student_map.shape[-2:], student_map.shape[1]), teacher_cell))
     if projectors:
-        caps = {stage: pair for stage, pair in projectors.items() if isinstance(pair, ProjectorPair)}
-        heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in caps.items())
-        kind = f"heads {heads}" if heads else "linear"
-        rows.append(("projectors", f"{num_parameters(projectors) / 1e6:.2f} M", kind))
+        attention = {stage: pair for stage, pair in projectors.items() if isinstance(pair, ProjectorPair)}
+        heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in attention.items())
+        rows.append(("projectors", millions(projectors), f"heads {heads}" if heads else "linear"))
     rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in weights.items()), ""))
+    # the row of weights is long, and must not push the teacher's column to the right
     widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)

@@ -1,4 +1,4 @@
-"""Every generator of a process: seeded, saved, restored."""
+"""Seeds, saves and restores every random number generator of a process: Python's, NumPy's and PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator of this process, as tensors and plain values."""
+    """State of every random number generator of this process, as tensors and plain values that `torch.save` takes."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Undoes `rng_state`."""
+    """Restores what `rng_state` returned; those of GPUs only where this process sees as many GPUs as were saved."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -33,7 +33,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every generator of this process."""
+    """Seeds every random number generator of this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

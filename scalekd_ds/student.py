@@ -1,4 +1,4 @@
-"""The student: a timm model with taps before and at its last stage, and its logits, from one forward pass."""
+"""The student: a timm model that returns two feature maps and its logits from one forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from scalekd_ds.models.preprocessing import Preprocessing
 
 
 class StudentOutput(NamedTuple):
-    """before, last: (B, C, h, w) maps before and at the last stage; logits: (B, K)."""
+    """What a student returns for one batch.
+
+    Attributes:
+        before: (B, C, h, w) map before the last stage.
+        last: (B, C, h, w) map of the last stage.
+        logits: (B, K).
+    """
 
     before: torch.Tensor
     last: torch.Tensor
@@ -23,24 +29,33 @@ class StudentOutput(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """indices: of `forward_intermediates`; normed_last: the last map is the final normed tokens, not the raw block."""
+    """The two feature maps that are distilled.
+
+    Attributes:
+        indices: Their indices, as timm's `forward_intermediates` counts feature maps.
+        normed_last: The last map is what the model's final norm returns, not the last block's own output.
+    """
 
     indices: tuple[int, int]
     normed_last: bool
 
 
 def default_taps(model: nn.Module) -> Taps:
-    """Where the published code taps this kind of student.
+    """The maps that the published code distils in this kind of student.
 
     Hierarchical models: the last two stages. Plain ViTs: the block at 3/4 of the depth, and the last block's normed
     tokens. Mixers and other models of one resolution: the third block from the end and the last one, un-normed.
+
+    Raises:
+        UserError: A model with fewer than two feature maps.
     """
     info = getattr(model, "feature_info", None)
     reductions = [f["reduction"] for f in info] if isinstance(info, list) else info.reduction() if info else []
     count = len(reductions)
     if count < 2:
-        raise UserError(f"{type(model).__name__} has {count} feature maps: a student needs two. Another --student?")
-    # a dilated last stage has the resolution of the one before: it is a stage all the same
+        name = type(model).__name__
+        raise UserError(f"{name} has {count} feature maps: a student needs two; choose another --student.")
+    # first against last: a dilated last stage has the resolution of the stage before it, and is a stage all the same
     if reductions[-1] != reductions[0]:
         return Taps((count - 2, count - 1), False)
     if isinstance(model, MlpMixer) or not isinstance(model, VisionTransformer):
@@ -49,10 +64,10 @@ def default_taps(model: nn.Module) -> Taps:
 
 
 def best_memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels-last, in which convolutions and BatchNorm are faster and a map becomes tokens by a view.
+    """Channels-last, in which convolutions and BatchNorm are faster and a map becomes tokens without a copy.
 
-    Not for a model with a strided 1x1 convolution of fewer than 16 channels: on CPUs, oneDNN's gradient of its weight
-    writes past its workspace there (oneDNN issue 6035), and the process dies.
+    The default format for a model with a strided 1x1 convolution of fewer than 16 channels: on CPUs, oneDNN's gradient
+    of its weight writes past its workspace there (oneDNN issue 6035), and the process dies.
     """
     strided = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1)
     unsafe = any(m.in_channels // m.groups < 16 for m in strided)
@@ -66,12 +81,12 @@ class Student(nn.Module):
         model: timm name or a built model.
         num_classes: Width of the head, for a model built by name.
         image_size: Side or (h, w) of the images in pixels, for a model built by name whose constructor takes a size.
-        weights: `none`, `pretrained` or a .safetensors file, for a model built by name.
-        taps: Where to tap; None is `default_taps`.
+        weights: `none`, `pretrained` or a file of weights, for a model built by name.
+        taps: The two maps that are distilled; None takes `default_taps`.
         **kwargs: Further constructor arguments, for a model built by name.
 
     Raises:
-        UserError: A model without `forward_intermediates`, or with fewer than two maps.
+        UserError: A model without `forward_intermediates` or `forward_head`, or with fewer than two maps.
     """
 
     def __init__(
@@ -101,14 +116,14 @@ class Student(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         features, (before, last) = self.model.forward_intermediates(images, indices=list(self.taps.indices))
         if self.taps.normed_last:
-            # forward_intermediates has normed the final tokens once already: only its prefix tokens have to go
+            # `features` are the final normed tokens; a class or register token in front of them is cut off
             patches = features[:, features.shape[1] - last.shape[-2] * last.shape[-1] :]
             last = patches.transpose(1, 2).unflatten(2, last.shape[-2:])
         return StudentOutput(before, last, self.model.forward_head(features))
 
     @torch.no_grad()
     def shapes(self, image_size: tuple[int, int]) -> StudentOutput:
-        """The output's shapes for one image of `image_size`, by a dry pass in eval mode.
+        """The output for one blank image of `image_size`, (h, w) in pixels, in eval mode: its shapes are what counts.
 
         Raises:
             UserError: The model does not take that size, or does not give two maps.
@@ -127,7 +142,10 @@ class Student(nn.Module):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        for tap, value in zip(("before", "last"), out, strict=False):
-            if value.dim() != 4:
-                raise UserError(f"the student's {tap} map has shape {tuple(value.shape)}: it must be (B, C, h, w).")
+        for name, feature_map in (("before", out.before), ("last", out.last)):
+            if feature_map.dim() != 4:
+                raise UserError(
+                    f"the student's {name} map has shape {tuple(feature_map.shape)}: it must be (B, C, h, w); choose "
+                    "another --student or --student_taps."
+                )
         return out

@@ -1,11 +1,11 @@
-"""The frozen teacher: targets without gradient, and its last stage, differentiable in its input (TPP).
+"""The frozen teacher: its targets, without gradient, and its last stage, differentiable in its input (TPP).
 
-What "the last stage" of each family is: `scalekd_ds.teacher_families`.
+`scalekd_ds.teacher_families` says what "the last stage" of each kind of model is.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,14 +38,25 @@ __all__ = [
 
 
 class TeacherTargets(NamedTuple):
-    """tokens: (B, P, C) of the last stage; logits: (B, K), or None for a teacher without a head."""
+    """What the teacher says about one batch.
+
+    Attributes:
+        tokens: (B, P, C) output of the last stage; empty for a teacher that is used for its logits only.
+        logits: (B, K), or None for a teacher without a classifier.
+    """
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
 
 
 class TargetsWithoutTPP(NamedTuple):
-    """`TeacherTargets`, and before: (B, P_in, C_in), what the teacher's last stage is given."""
+    """The targets where stage n-1 is compared with the teacher's own stage n-1 instead of passing through TPP.
+
+    Attributes:
+        tokens: As in `TeacherTargets`.
+        logits: As in `TeacherTargets`.
+        before: (B, P_in, C_in) input of the teacher's last stage.
+    """
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
@@ -58,22 +69,24 @@ class Teacher(nn.Module):
     Args:
         model: timm name, path of a consolidated .safetensors, or a built model.
         image_size: Side or (h, w) of the images in pixels, for a model built by name whose constructor takes a size.
-        weights: `pretrained`, `none` or a .safetensors file, for a model built by name.
-        features: False needs logits only, and takes any model.
-        input_size: Side or (h, w) that its images are resized to; None is the size that it was built for, or that of its
-            pretrained weights. Any size for convolutional models, that of the grid for the others.
-        train_mode: Lets its stochastic depth run, as the published code does without meaning to.
+        weights: `pretrained`, `none` or a file of weights, for a model built by name.
+        features: False takes any model, and uses its logits only.
+        input_size: Side or (h, w) in pixels that its images are resized to; None is the size that it was built for, or
+            that of its pretrained weights. Convolutional models take any size, the others only that of their grid.
+        train_mode: Keeps it in train mode, with stochastic depth, as the published code does without meaning to.
         **kwargs: Further constructor arguments, for a model built by name.
 
     Attributes:
-        last_input, last_output: `Stage` before and after the last stage; None without features.
+        num_classes: Width of its classifier; 0 where it has none.
+        family: The functions that run it and its last stage; None without features.
+        last_input, last_output: `Stage` of the tokens that enter and leave the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
-        precision: Autocast's dtype after `lower`, else None: that of the caller.
-        engine: The DeepSpeed engine that shards the weights (`engine.teacher_placement`), in a tuple, so that it is no
-            submodule; empty where they are whole.
+        precision: The dtype of its own autocast, set by `lower_precision`; None leaves autocast to the caller.
+        engine: The DeepSpeed engine that shards the weights (set by `engine.teacher_placement`), in a tuple, so that it
+            is no submodule; an empty tuple where the weights are whole.
 
     Raises:
-        UserError: A model that has no last stage we know, or that cannot be built.
+        UserError: A model that cannot be built, or whose last stage is not known.
     """
 
     def __init__(
@@ -104,19 +117,20 @@ class Teacher(nn.Module):
         self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
 
     def _resize(self, size: int | tuple[int, int]) -> None:
+        """Makes `size` the size of its images, where the model takes any."""
         size = (size, size) if isinstance(size, int) else tuple(size)
-        built = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        if built is not None and tuple(built) != size:
+        own = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        if own is not None and tuple(own) != size:
             raise UserError(
-                f"the teacher ({type(self.model).__name__}) was built for {built[0]}x{built[1]} images and cannot take "
+                f"the teacher ({type(self.model).__name__}) was built for {own[0]}x{own[1]} images and cannot take "
                 f"{size[0]}x{size[1]}: build it with img_size, or leave out --teacher_image_size."
             )
         self.model.pretrained_cfg = dict(getattr(self.model, "pretrained_cfg", None) or {}, input_size=(3, *size))
 
     def _check_patches(self) -> None:
-        """timm would cut the right and lower border off without a word."""
+        """Refuses images that patches do not divide: timm would silently cut off their right and lower border."""
         embed, size = getattr(self.model, "patch_embed", None), self.preprocessing.size
-        # PVT's patches overlap and have no grid
+        # PVT-v2's patches overlap, have no grid and take any size
         patch = getattr(embed, "patch_size", None) if hasattr(embed, "grid_size") else None
         if patch is not None and size is not None and (size[0] % patch[0] or size[1] % patch[1]):
             raise UserError(
@@ -125,14 +139,14 @@ class Teacher(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in its mode whatever a parent asks: stochastic depth in a target is noise."""
+        """Ignores `mode`, so that a parent's `train()` cannot turn on stochastic depth, which is noise in a target."""
         return super().train(self._train_mode)
 
-    def lower(self, dtype: torch.dtype) -> Teacher:
+    def lower_precision(self, dtype: torch.dtype) -> Teacher:
         """Holds the weights of linear layers and convolutions in `dtype`, and runs under autocast to it from then on.
 
-        The numbers are autocast's own, bit for bit: norms, softmax and the residual stream stay as they are. What goes
-        is autocast's copy of every frozen weight at every step, and half of the memory.
+        The numbers are those of autocast alone, bit for bit: norms, softmax and the residual stream keep their type.
+        It saves autocast's copy of every frozen weight at every step, and half of the memory of the weights.
         """
         self.precision = dtype
         for module in self.modules():
@@ -141,10 +155,10 @@ class Teacher(nn.Module):
         return self
 
     def compile(self, **kwargs: Any) -> Teacher:
-        """Compiles `targets` and `last_stage` with torch.compile: frozen and of one shape, they are compiled once.
+        """Compiles `targets` and `last_stage` with torch.compile; `kwargs` are its arguments.
 
         Raises:
-            UserError: Its weights are sharded: they come and go with hooks that a compiled graph does not call.
+            UserError: Its weights are sharded: hooks gather and release them, which a compiled graph does not call.
         """
         if self.engine:
             raise UserError(
@@ -158,32 +172,33 @@ class Teacher(nn.Module):
             self.model.compile(**kwargs)
         return self
 
-    def _autocast(self, x: torch.Tensor) -> Any:
+    def _autocast(self, x: torch.Tensor) -> AbstractContextManager:
         return torch.autocast(x.device.type, self.precision) if self.precision else nullcontext()
 
     @torch.no_grad()
     def targets(self, images: torch.Tensor) -> TeacherTargets:
-        """Last-stage tokens (B, P, C) and logits (B, K) of images (B, 3, H, W) in the teacher's own normalisation."""
+        """Targets for images (B, 3, H, W) in the teacher's own normalisation and size."""
         with self._autocast(images):
             if self.family is None:
                 return TeacherTargets(images.new_empty(0), self.model(images))
             tokens, features = self.family.forward(self.model, images)
-            # the losses' kernels read whole rows of channels; convolutional teachers and ViTs without a prefix have none
+            # the losses' kernels need contiguous channels, which the maps of convolutional teachers do not have
             tokens = tokens.contiguous()
             return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
 
     @torch.no_grad()
     def before_last_stage(self, images: torch.Tensor) -> torch.Tensor:
-        """The patch tokens (B, P_in, C_in) that its own last stage gets for images in its normalisation: no target of
-        ScaleKD's, but of the feature mimicking that TPP is compared with.
+        """The patch tokens (B, P_in, C_in) that enter its last stage, for images in its own normalisation and size.
+
+        ScaleKD does without them: they are the target of plain feature mimicking, which TPP is compared with.
 
         Raises:
-            UserError: A registered family whose last stage is not one that timm's `forward_intermediates` can stop before.
+            UserError: A model that timm's `forward_intermediates` cannot stop right before its last stage.
         """
         blocks = getattr(self.model, "blocks", None)
-        plain = blocks is not None and not hasattr(self.model, "layers")
-        # counted from the end, which is known for any number of stages
-        index = -1 - (last_block_count(len(blocks)) if plain else 1)
+        is_plain_vit = blocks is not None and not hasattr(self.model, "layers")
+        # an index from the end is right for any number of stages
+        index = -1 - (last_block_count(len(blocks)) if is_plain_vit else 1)
         (h, w), dim = self.last_input.grid, self.last_input.dim
         maps_BCHW = None
         if hasattr(self.model, "forward_intermediates"):
@@ -193,13 +208,13 @@ class Teacher(nn.Module):
                 )
         if maps_BCHW is None or maps_BCHW.shape[1:] != (dim, h, w):
             raise UserError(
-                f"the teacher ({type(self.model).__name__}) does not give its tokens before the last stage, {h}x{w} of {dim} "
-                "channels, which distilling without TPP needs: leave out --distill.tpp false."
+                f"the teacher ({type(self.model).__name__}) does not give its tokens before the last stage, {h}x{w} of "
+                f"{dim} channels, which distilling without TPP needs: leave out --distill.tpp false."
             )
         return maps_BCHW.flatten(2).transpose(1, 2).contiguous()
 
     def last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The frozen last stage, with gradients to its input (TPP).
+        """Runs the frozen last stage; gradients flow through it to its input (TPP).
 
         Args:
             tokens: (B, P_in, C_in) on `last_input.grid`, row by row.
@@ -208,7 +223,7 @@ class Teacher(nn.Module):
             (B, P, C) on `last_output.grid`.
 
         Raises:
-            ValueError: Another number of tokens or channels.
+            ValueError: The tokens do not have the number or the channels of `last_input`.
         """
         h, w = self.last_input.grid
         if tokens.shape[1:] != (h * w, self.last_input.dim):

@@ -1,12 +1,13 @@
-"""What "the last stage" is, by family of teachers, and the geometry that the projectors get from it.
+"""What "the last stage" of a teacher is, by family of models, and the grid, channels and heads around it.
 
 Swin, Swin-v2                   layers[-1] with its down-sampling, then the final norm; the target is normed.
 ConvNeXt, PVT-v2                stages[-1] with its down-sampling, on maps of any size; no norm after it.
 ViT, DeiT, DINOv2, CLIP,        the last 2 of 24 blocks, in proportion for other depths, on patch tokens alone: no class
 SigLIP, BEiT, EVA, DINOv3       token, no final norm; the target is the un-normed patch tokens of the last block.
 
-In the first two, the teacher's own map before the last stage gives its target exactly. In the third it does so where the
-blocks have no prefix tokens (SigLIP), and up to what the patches take from them where they do.
+In the first two, the teacher's own tokens before the last stage, sent through `last_stage`, give its target exactly. In
+the third they do so where the model has no prefix tokens (class or register tokens; SigLIP has none); elsewhere the two
+differ by what patches gather from prefix tokens by attention.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ from scalekd_ds.models.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Stage:
-    """Tokens at one place of the teacher: grid (h, w), channels, and the heads of the attention there."""
+    """The tokens before or after the teacher's last stage.
+
+    Attributes:
+        grid: (h, w) of the tokens.
+        dim: Channels.
+        heads: Heads of the attention there, which the projectors take unless told otherwise.
+    """
 
     grid: tuple[int, int]
     dim: int
@@ -42,12 +49,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Family:
-    """How to read one kind of teacher.
+    """How ScaleKD runs one kind of teacher.
 
     Attributes:
-        forward: (model, images) -> (tokens (B, P, C), features that `forward_head` takes).
-        last_stage: (model, tokens (B, P_in, C_in)) -> (B, P, C).
-        stages: model -> (input of the last stage, its output).
+        forward: (model, images) -> (target tokens (B, P, C), features that the model's `forward_head` takes).
+        last_stage: (model, tokens (B, P_in, C_in)) -> (B, P, C), differentiable in the tokens.
+        stages: model -> (`Stage` before the last stage, `Stage` after it).
     """
 
     forward: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -76,21 +83,21 @@ def _swin_stages(model: nn.Module) -> tuple[Stage, Stage]:
 
 
 def default_heads(dim: int) -> int:
-    """Projector heads for a teacher without attention: 32 channels a head as in Swin, or the next number that divides."""
+    """Projector heads for a teacher without attention: 32 channels a head as in Swin, or the next fewer that divide."""
     return next(heads for heads in range(max(1, dim // 32), 0, -1) if dim % heads == 0)
 
 
-def _tokens(x_BCHW: torch.Tensor) -> torch.Tensor:
+def _tokens_of(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.flatten(2).transpose(1, 2)
 
 
 def _map_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features, maps_BCHW = model.forward_intermediates(images, indices=1, norm=False)
-    return _tokens(maps_BCHW[0]), features
+    return _tokens_of(maps_BCHW[0]), features
 
 
 def _map_last_stage(model: nn.Module, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    return _tokens(model.stages[-1](tokens.transpose(1, 2).unflatten(2, grid)))
+    return _tokens_of(model.stages[-1](tokens.transpose(1, 2).unflatten(2, grid)))
 
 
 def _heads_of(stage: nn.Module, dim: int) -> int:
@@ -99,7 +106,7 @@ def _heads_of(stage: nn.Module, dim: int) -> int:
 
 @torch.no_grad()
 def _map_family(model: nn.Module) -> Family:
-    """Models of any image size keep no grid: that of their own size is read from a dry pass."""
+    """The family of a convolutional model, which keeps no grid: one forward pass at its own image size tells it."""
     name = type(model).__name__
     if len(model.stages) < 2:
         raise UserError("the teacher has one stage: ScaleKD needs a stage before the last one.")
@@ -117,28 +124,29 @@ def _map_family(model: nn.Module) -> Family:
         raise UserError(f"the teacher ({name}) cannot take {size[0]}x{size[1]} images: {error}") from None
     finally:
         handle.remove()
-    places = [
+    before_and_after = [
         Stage(tuple(shape[2:]), shape[1], _heads_of(stage, shape[1]))
         for shape, stage in zip(shapes, list(model.stages)[-2:], strict=True)
     ]
-    return Family(_map_forward, partial(_map_last_stage, grid=places[0].grid), lambda _: tuple(places))
+    last_stage = partial(_map_last_stage, grid=before_and_after[0].grid)
+    return Family(_map_forward, last_stage, lambda _: tuple(before_and_after))
 
 
 def last_block_count(depth: int) -> int:
-    """Blocks in a plain ViT's last stage: 2 of 24, in proportion for other depths, at least one."""
+    """Number of blocks in a plain ViT's last stage: 2 of 24, in proportion for other depths, at least one."""
     return max(1, round(2 * depth / 24))
 
 
 def _vit_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    features, taps = model.forward_intermediates(images, indices=1, norm=False, output_fmt="NLC")
-    return taps[0], features
+    features, (tokens,) = model.forward_intermediates(images, indices=1, norm=False, output_fmt="NLC")
+    return tokens, features
 
 
 def _patch_only(block: nn.Module) -> nn.Module:
     """A shallow copy of a transformer block that attends among patch tokens alone.
 
-    Parameters and hooks are shared with the original; only what counts prefix tokens is replaced: rotary embeddings
-    skip `num_prefix_tokens`, and BEiT's bias table has a row for the class token.
+    Parameters and hooks are shared with the original. Only what depends on the number of prefix tokens is replaced:
+    rotary embeddings skip `num_prefix_tokens`, and BEiT's bias table has a row and a column for the class token.
     """
     attn = block.attn
     has_bias = getattr(attn, "relative_position_bias_table", None) is not None
@@ -156,10 +164,10 @@ def _patch_only(block: nn.Module) -> nn.Module:
 
 
 def _block_arguments(model: nn.Module, first: int) -> list[dict[str, Any]]:
-    """What each block of the last stage takes beside its tokens: rotary embeddings, or BEiT's shared bias."""
+    """Arguments of each block from `first` on beside its tokens: rotary embeddings, or BEiT's shared position bias."""
     count = len(model.blocks) - first
     if getattr(model, "rope", None) is not None:
-        # DINOv3 and other any-size models keep no grid of their own in the rotary module
+        # the rotary module of models of any size, such as DINOv3, keeps no grid of its own
         has_grid = getattr(model.rope, "feat_shape", None) is not None
         rope = model.rope.get_embed() if has_grid else model.rope.get_embed(shape=model.patch_embed.grid_size)
         if getattr(model, "rope_mixed", False):
@@ -181,8 +189,8 @@ def _vit_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def _vit_stages(model: nn.Module) -> tuple[Stage, Stage]:
     if not hasattr(model.blocks[-1], "attn"):
         raise UserError(
-            f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention, and it cannot be "
-            "a ScaleKD teacher; --distill.features false distils from logits alone."
+            f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention, and it "
+            "cannot be a ScaleKD teacher; --distill.features false distils from logits alone."
         )
     if len(model.blocks) < 2:
         raise UserError("the teacher has one block: ScaleKD needs a block before the last stage.")
@@ -193,7 +201,7 @@ def _vit_stages(model: nn.Module) -> tuple[Stage, Stage]:
 _SWIN = Family(_swin_forward, _swin_last_stage, _swin_stages)
 _VIT = Family(_vit_forward, _vit_last_stage, _vit_stages)
 
-# a family, or the function that makes one for a built model
+# class of model -> its family, or a function that makes the family of a built model
 FAMILIES: dict[type[nn.Module], Family | Callable[[nn.Module], Family]] = {
     SwinTransformer: _SWIN,
     SwinTransformerV2: _SWIN,
@@ -206,18 +214,21 @@ FAMILIES: dict[type[nn.Module], Family | Callable[[nn.Module], Family]] = {
 
 
 def register_family(model_class: type[nn.Module], family: Family | Callable[[nn.Module], Family]) -> None:
-    """Lets models of `model_class` be teachers; see `Family` for the three functions it needs.
+    """Lets models of `model_class` and its subclasses be teachers.
 
-    A function is given the built model, in eval mode, and returns its family: for models that keep no grid of their own.
+    Args:
+        model_class: Class of the teacher.
+        family: Its `Family`; or, for a model that keeps no grid of its own, a function that takes the built model, in
+            eval mode, and returns the `Family`.
     """
     FAMILIES[model_class] = family
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """The family of a built model, by its class or the nearest base class that is registered.
 
     Raises:
-        UserError: No last stage is known for its class.
+        UserError: No class of it is registered, or its family refuses it.
     """
     for model_class in type(model).__mro__:
         if model_class in FAMILIES:

@@ -1,8 +1,8 @@
 """The projector's attention as PyTorch operators: launchers, fake kernels and autograd.
 
-`scalekd_ds::cap_attention` runs Triton on CUDA tensors of 16 bits and under the interpreter, and the same arithmetic in
-PyTorch on others, so that `opcheck` and `torch.compile` can be tested without a GPU. Gradients of k and v are views of
-one buffer (B, S, 2, N, D), as the fused projection that made them takes its own.
+`scalekd_ds::cap_attention` runs the Triton kernels on CUDA tensors of 16 bits and under the interpreter, and the same
+arithmetic in PyTorch on others, so that `opcheck` and `torch.compile` can be tested without a GPU. The gradients of k
+and v share one buffer (B, S, 2, N, D), which is the layout of the fused projection that k and v come from.
 """
 
 from __future__ import annotations
@@ -14,25 +14,34 @@ import torch
 import triton
 
 from scalekd_ds.kernels.cross_attention import triton_kernels as kernels
-from scalekd_ds.kernels.cross_attention.arguments import check
+from scalekd_ds.kernels.cross_attention.arguments import check_arguments
 from scalekd_ds.kernels.cross_attention.reference import expand_groups
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
+# largest head size, and largest number of queries or of keys, that the kernels take
 MAX_HEAD_SIZE, MAX_TOKENS = 256, 1024
-# Q and S up to which one launch does the whole backward
-SMALL = 64
+# largest number of queries or of keys for which one launch does the whole backward
+MAX_SMALL_TOKENS = 64
 # samples of a group whose dq one program sums in registers
-CHUNK = 4
+MAX_CHUNK = 4
 
 
 def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """True where the kernels take these sizes. float32 is not theirs: its backward in three tf32 products spills."""
-    sizes = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
-    return sizes and dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernels take these sizes. They do not take float32, whose backward in three tf32 products spills."""
+    fits = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
+    return fits and dtype in (torch.bfloat16, torch.float16)
 
 
 class Tile(NamedTuple):
-    """Padded head size, queries and keys of a program, warps, pipeline stages."""
+    """The part of the work that one program of a launch does.
+
+    Attributes:
+        head: Head size, padded to a power of two.
+        queries: Queries of a program.
+        keys: Keys of a program, or of each turn of its loop.
+        warps: Warps of a program.
+        stages: Stages of Triton's software pipeline.
+    """
 
     head: int
     queries: int
@@ -42,22 +51,25 @@ class Tile(NamedTuple):
 
 
 def tiles(head_size: int) -> tuple[Tile, Tile]:
-    """Tiles of the forward and of the backward by queries; that by keys swaps the two. tests/kernels: no spills on sm_90."""
+    """The tiles of the forward and of the backward for dq; that for dk and dv swaps queries and keys.
+
+    Chosen so that no kernel spills registers on sm_90, which tests/kernels checks.
+    """
     padded = max(16, triton.next_power_of_2(head_size))
     if padded > 128:
-        # rows that are not aligned to 16 elements take more registers
+        # rows that are not aligned to 16 elements need more registers
         return Tile(padded, 64 if head_size % 16 == 0 else 32, 32, 8, 1), Tile(padded, 32, 32, 8)
     tile = Tile(padded, 64, 64, 4 if padded <= 64 else 8)
     return tile, tile
 
 
 def is_small(head_size: int, queries: int, keys: int) -> bool:
-    """True where one launch does the whole backward: a wider head spills, or one whose rows are not aligned."""
-    return max(queries, keys) <= SMALL and (head_size <= 64 or (head_size <= 128 and head_size % 16 == 0))
+    """Whether one launch does the whole backward; it spills for wider heads, and for unaligned ones above 64."""
+    return max(queries, keys) <= MAX_SMALL_TOKENS and (head_size <= 64 or (head_size <= 128 and head_size % 16 == 0))
 
 
-def _common(q, k, v, scale):
-    """Strides, samples of a group, the scale of powers of two, and the sizes, which every kernel takes."""
+def _shared_arguments(q, k, v, scale):
+    """What every kernel takes: strides, samples of a group, scale for powers of two, and sizes by name."""
     G, Q, N, D = q.shape
     B, S = k.shape[:2]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -65,7 +77,8 @@ def _common(q, k, v, scale):
     return strides, B // G, scale * math.log2(math.e), sizes
 
 
-def _options(tile: Tile, by_keys: bool = False) -> dict:
+def _launch_options(tile: Tile, by_keys: bool = False) -> dict:
+    """Constants and options of a launch; `by_keys` where a program has a tile of keys and loops over queries."""
     queries, keys = (tile.keys, tile.queries) if by_keys else (tile.queries, tile.keys)
     blocks = {"BD": tile.head, "BQ": queries, "BS": keys, "PRECISION": "ieee"}
     return blocks | {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
@@ -73,23 +86,23 @@ def _options(tile: Tile, by_keys: bool = False) -> dict:
 
 def _triton_forward(q, k, v, scale):
     (_, Q, N, D), B = q.shape, k.shape[0]
-    strides, per_group, log2_scale, sizes = _common(q, k, v, scale)
+    strides, per_group, log2_scale, sizes = _shared_arguments(q, k, v, scale)
     tile = tiles(D)[0]
     out = torch.empty(B, Q, N, D, device=k.device, dtype=k.dtype)
     lse = torch.empty(B, N, Q, device=k.device, dtype=torch.float32)
     grid = (triton.cdiv(Q, tile.queries), N, B)
     kernels.cap_forward_kernel[grid](
-        q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_options(tile)
+        q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_launch_options(tile)
     )  # fmt: skip
     return out, lse
 
 
 def _triton_backward(dout, q, k, v, out, lse, scale):
     (G, Q, N, D), (B, S) = q.shape, k.shape[:2]
-    strides, per_group, log2_scale, sizes = _common(q, k, v, scale)
+    strides, per_group, log2_scale, sizes = _shared_arguments(q, k, v, scale)
     tile = tiles(D)[1]
     dout = dout.contiguous()
-    chunk = next(c for c in range(min(CHUNK, per_group), 0, -1) if per_group % c == 0)
+    chunk = next(c for c in range(min(MAX_CHUNK, per_group), 0, -1) if per_group % c == 0)
     chunks = per_group // chunk
     dq = torch.empty(G * chunks, Q, N, D, device=q.device, dtype=q.dtype if chunks == 1 else torch.float32)
     dkv = torch.empty(B, S, 2, N, D, device=k.device, dtype=k.dtype)
@@ -97,17 +110,17 @@ def _triton_backward(dout, q, k, v, out, lse, scale):
     if is_small(D, Q, S):
         kernels.cap_backward_small_kernel[(N, G * chunks)](
             q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_options(tile),
+            H=chunk, **sizes, **_launch_options(tile),
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
         kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
             q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_options(tile),
+            H=chunk, **sizes, **_launch_options(tile),
         )  # fmt: skip
         kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
             q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
-            **sizes, **_options(tile, by_keys=True),
+            **sizes, **_launch_options(tile, by_keys=True),
         )  # fmt: skip
     if chunks > 1:
         dq = dq.unflatten(0, (G, chunks)).sum(1).to(q.dtype)
@@ -115,7 +128,7 @@ def _triton_backward(dout, q, k, v, out, lse, scale):
 
 
 def _scores(q, k, scale):
-    """(B, N, Q, S) in float32."""
+    """scale q k^T, (B, N, Q, S) in float32."""
     return scale * torch.einsum("bqnd,bsnd->bnqs", expand_groups(q.float(), k.shape[0]), k.float())
 
 
@@ -136,20 +149,29 @@ def _torch_backward(dout, q, k, v, out, lse, scale):
     return dq.to(q.dtype).contiguous(), torch.stack([dk, dv], 2).to(k.dtype)
 
 
-def _on_triton(q: torch.Tensor) -> bool:
+def _runs_triton(q: torch.Tensor) -> bool:
+    """Whether the operators run the Triton kernels, and not the same arithmetic in PyTorch."""
     return INTERPRETED.value or (q.is_cuda and q.dtype != torch.float32)
 
 
 @torch.library.custom_op("scalekd_ds::cap_attention", mutates_args=())
 def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, Q, N, D), contiguous, and the scores' log-sum-exp (B, N, Q) in powers of two, float32."""
-    check(q, k, v)
+    """The attention of the kernels; see `api.cap_attention` for its arguments.
+
+    Returns:
+        The output (B, Q, N, D), contiguous; and the base-2 logarithm of the sum of exp(scores), (B, N, Q) in float32,
+        which the backward needs.
+
+    Raises:
+        ValueError: Arguments that do not fit, or sizes that the kernels do not take.
+    """
+    check_arguments(q, k, v)
     D, tokens = q.shape[3], max(q.shape[1], k.shape[1])
     if D % 8 or not 8 <= D <= MAX_HEAD_SIZE:
         raise ValueError(f"q has head size {D}: the kernels take multiples of 8 from 8 to {MAX_HEAD_SIZE}.")
     if tokens > MAX_TOKENS:
         raise ValueError(f"q has {q.shape[1]} queries and k {k.shape[1]} keys: the kernels take at most {MAX_TOKENS}.")
-    return (_triton_forward if _on_triton(q) else _torch_forward)(q, k, v, scale)
+    return (_triton_forward if _runs_triton(q) else _torch_forward)(q, k, v, scale)
 
 
 @cap_attention.register_fake
@@ -168,8 +190,8 @@ def cap_attention_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
-    return (_triton_backward if _on_triton(q) else _torch_backward)(dout, q, k, v, out, lse, scale)
+    """Gradients of `cap_attention`: dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
+    return (_triton_backward if _runs_triton(q) else _torch_backward)(dout, q, k, v, out, lse, scale)
 
 
 @cap_attention_backward.register_fake

@@ -1,7 +1,6 @@
-"""Attention of the cross attention projector in plain PyTorch: the specification.
+"""The projector's attention in plain PyTorch: its specification.
 
-Shape letters: G query groups (1 <= G <= B, each serves B/G samples in a row), B batch, Q queries, S keys, N heads,
-D head size.
+Shape letters: B batch, G query groups (each serves B/G consecutive samples), Q queries, S keys, N heads, D head size.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 
 
 def expand_groups(q_GQND: torch.Tensor, batch: int) -> torch.Tensor:
-    """(batch, Q, N, D): each group's query for the samples that it serves; no copy where G is 1 or `batch`."""
+    """(batch, Q, N, D): repeats each group's queries for its samples; no copy where G is 1 or `batch`."""
     groups = q_GQND.shape[0]
     if groups in (1, batch):
         return q_GQND.expand(batch, -1, -1, -1)
@@ -18,7 +17,7 @@ def expand_groups(q_GQND: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def cap_attention(q_GQND: torch.Tensor, k_BSND: torch.Tensor, v_BSND: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, Q, N, D): softmax(scale q k^T) v for each head, with the sample's group of queries."""
+    """(B, Q, N, D): softmax(scale q k^T) v for each head, with the queries of the sample's group."""
     q_BNQD = expand_groups(q_GQND, k_BSND.shape[0]).transpose(1, 2)
     scores_BNQS = scale * (q_BNQD @ k_BSND.permute(0, 2, 3, 1))
     return (scores_BNQS.softmax(-1) @ v_BSND.transpose(1, 2)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Which implementation of the attention is the faster one, where it was measured."""
+"""The table of measurements: which implementation of the attention is the faster one for a shape."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from pathlib import Path
 
 import torch
 
-# written by benchmarks/kernels.py on a GPU: key -> "triton" or "sdpa"
+# written by benchmarks/kernels.py on a GPU: `key_of` a shape -> "triton" or "sdpa"
 PATH = Path(__file__).with_name("table.json")
 
 
 def key_of(architecture: int, head_size: int, queries: int, keys: int, shared: bool, dtype: torch.dtype) -> str:
-    """A shape's name in the table, as `sm_90/d32/q49/k49/shared/bfloat16`; `shared`: fewer queries than samples."""
+    """A shape's name in the table, such as `sm_90/d32/q49/k49/shared/bfloat16`.
+
+    Args:
+        architecture: Compute capability of the GPU, 90 for sm_90.
+        head_size: D.
+        queries: Q.
+        keys: S.
+        shared: Whether a query serves more than one sample.
+        dtype: Type of q, k and v.
+    """
     kind = "shared" if shared else "per_sample"
     return f"sm_{architecture}/d{head_size}/q{queries}/k{keys}/{kind}/{str(dtype).removeprefix('torch.')}"
 
@@ -22,7 +31,7 @@ _MEASURED = json.loads(PATH.read_text())
 
 
 def measured() -> dict[str, str]:
-    """The shipped table."""
+    """The table that is shipped: `key_of` a shape -> the faster implementation."""
     return _MEASURED
 
 

@@ -12,23 +12,30 @@ Tokens = torch.Tensor | Sequence[torch.Tensor]
 
 
 def implementation(device: str, dtypes: set[torch.dtype], tokens: int, rank: int | None) -> str:
-    """`triton` or `reference` for a device type, the tensors' dtypes, P tokens, and a filter's rank (None: the mean)."""
+    """`triton` where the kernels take the tensors, else `reference`.
+
+    Args:
+        device: Device type, such as `cuda`.
+        dtypes: Types of all tensors.
+        tokens: P.
+        rank: Rank of the filter; None for the mean alone.
+    """
     if device != "cuda" or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return "reference"
-    # Triton is imported where there is a GPU to use it
+    # imported here, so that Triton is not imported where there is no GPU to use it
     from scalekd_ds.kernels.dual_view.ops import kind_of
 
     return "reference" if kind_of(tokens, rank) is None else "triton"
 
 
-def _check(name: str, s: torch.Tensor, t: torch.Tensor) -> None:
+def _check_matches_target(name: str, s: torch.Tensor, t: torch.Tensor) -> None:
     if s.shape != t.shape:
         raise ValueError(f"{name} has shape {tuple(s.shape)}: it must equal t's, {tuple(t.shape)}.")
     if s.device != t.device:
         raise ValueError(f"{name} is on {s.device}: it must be on t's device, {t.device}.")
 
 
-def _check_tensor(name: str, x: torch.Tensor) -> None:
+def _check_dtype_and_strides(name: str, x: torch.Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"{name} has dtype {x.dtype}: it must be a floating point type.")
     if x.shape[2] > 1 and x.stride(2) != 1:
@@ -44,25 +51,26 @@ def dual_view_loss(
 ) -> torch.Tensor:
     """Both views of feature mimicking (ScaleKD section 3.2), for one stage or for several that share the target.
 
-    A filtered token below 1e-6 of its sample's largest token counts as zero and passes no gradient: what is left of a map
-    that is constant over tokens is rounding noise. Zero tokens have F.normalize's gradient; in float16 it saturates.
+    In the frequency view, a token whose norm after the filter is below 1e-6 of its sample's largest token counts as
+    zero and passes no gradient: it is rounding noise, as of a map that is constant over tokens. A token of zeros has
+    the gradient of F.normalize, about 1e12, which saturates in float16.
 
     Args:
-        s_spatial: (B, P, C) projected student tokens of the spatial view, or L of them, one for each stage.
-        s_frequency: The same of the frequency view.
-        t: (B, P, C) teacher tokens, the target of all, read once; the kernels hold for a constant one, which it is.
+        s_spatial: (B, P, C) projected student tokens of the spatial view; or L such tensors, one for each stage.
+        s_frequency: (B, P, C) projected student tokens of the frequency view; or L such tensors.
+        t: (B, P, C) teacher tokens, the target of all. Where they require a gradient, the reference runs.
         filter: (P, R) orthonormal basis of what the frequency view drops; None drops the mean over tokens alone.
-        weights: Factor of each view; L such pairs with L stages.
+        weights: (spatial, frequency) factors; or L such pairs, one for each stage.
 
     Returns:
-        (2,) weighted spatial and frequency loss, or (L, 2); float32 or wider.
+        The weighted spatial and frequency loss (2,), or (L, 2) of L stages; in float32 or wider.
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit, channels that are not contiguous, or a filter that cuts
             everything, naming the argument.
     """
-    one = isinstance(s_spatial, torch.Tensor)
-    spatial, frequency, pairs = ([s_spatial], [s_frequency], [weights]) if one else (s_spatial, s_frequency, weights)
+    single = isinstance(s_spatial, torch.Tensor)
+    spatial, frequency, pairs = ([s_spatial], [s_frequency], [weights]) if single else (s_spatial, s_frequency, weights)
     if t.dim() != 3:
         raise ValueError(f"t has shape {tuple(t.shape)}: it must be (batch, tokens, channels).")
     if not len(spatial) == len(frequency) == len(pairs) or not len(spatial):
@@ -73,17 +81,17 @@ def dual_view_loss(
     for pair in pairs:
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"weights is {weights}: it must be (spatial, frequency), a pair for each stage.")
-    _check_tensor("t", t)
+    _check_dtype_and_strides("t", t)
     for name, group in (("s_spatial", spatial), ("s_frequency", frequency)):
         for s in group:
-            _check(name, s, t)
-            _check_tensor(name, s)
+            _check_matches_target(name, s, t)
+            _check_dtype_and_strides(name, s)
     if filter is not None:
         if filter.dim() != 2 or filter.shape[0] != t.shape[1]:
             raise ValueError(f"filter has shape {tuple(filter.shape)}: it must be ({t.shape[1]}, rank).")
         if not 0 < filter.shape[1] < t.shape[1]:
-            why = "everything" if filter.shape[1] else "nothing"
-            raise ValueError(f"filter has rank {filter.shape[1]}: it cuts {why}; it must be 1 to {t.shape[1] - 1}.")
+            dropped = "everything" if filter.shape[1] else "nothing"
+            raise ValueError(f"filter has rank {filter.shape[1]}: it cuts {dropped}; it must be 1 to {t.shape[1] - 1}.")
         if filter.device != t.device:
             raise ValueError(f"filter is on {filter.device}: it must be on t's device, {t.device}.")
 
@@ -96,4 +104,4 @@ def dual_view_loss(
         from scalekd_ds.kernels.dual_view.ops import dual_view_stages
 
         losses = dual_view_stages(spatial, frequency, t, filter, pairs)
-    return losses[0] if one else losses
+    return losses[0] if single else losses

@@ -1,7 +1,7 @@
 """The dual-view loss as PyTorch operators: launchers, fake kernels and autograd.
 
-`scalekd_ds::dual_view` runs on what it is given: Triton on CUDA tensors and under the interpreter, the same arithmetic in
-PyTorch on other CPU tensors, so that `opcheck` and `torch.compile` can be tested without a GPU.
+`scalekd_ds::dual_view` runs the Triton kernels on CUDA tensors and under the interpreter, and the same arithmetic in
+PyTorch on other tensors, so that `opcheck` and `torch.compile` can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ from scalekd_ds.kernels.dual_view import triton_kernels as kernels
 from scalekd_ds.kernels.dual_view.reference import EPS, NOISE, high_pass
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
+# largest P, and largest rank of a filter that is applied column by column, that the kernels take
 MAX_TOKENS, MAX_RANK = 1024, 64
-# P up to which a filter is a dot: beyond, its operands spill
-MAX_DOT = 128
+# largest padded P for which a filter is a matrix product: the operands of a larger one spill
+MAX_DOT_TOKENS = 128
 
 
 class Tile(NamedTuple):
-    """Padded P, channels of a program, warps, and the stages that a launch takes at once."""
+    """The part of the work that one program of a launch does.
+
+    Attributes:
+        tokens: P, padded to a power of two: a program has all tokens of its channels.
+        channels: Channels that a program holds at once.
+        warps: Warps of a program.
+        stages: Stages of the student that one launch takes.
+    """
 
     tokens: int
     channels: int
@@ -30,13 +38,13 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# (filter's kind, padded P) -> channels, warps, stages; no spills on sm_90 and fewest elsewhere, tests/kernels asserts it
+# (kind of filter, padded P) -> the other fields of `Tile`: none spills on sm_90, which tests/kernels checks
 _TILES = {
     (kernels.MEAN, 64): (64, 8, 2),
     (kernels.MEAN, 128): (32, 8, 2),
     (kernels.MEAN, 256): (16, 8, 2),
     (kernels.MEAN, 512): (16, 16, 1),
-    # rows of 16 bytes in 16 bits use half of each sector read; a wider tile spills
+    # 8 channels in 16 bits use half of each 32-byte sector that is read, but a wider tile spills
     (kernels.MEAN, 1024): (8, 16, 1),
     (kernels.LOW_RANK, 64): (32, 8, 2),
     (kernels.LOW_RANK, 128): (16, 8, 2),
@@ -49,7 +57,14 @@ _TILES = {
 
 
 class Filter(NamedTuple):
-    """How a launch applies F: `kind` as in triton_kernels, `matrix` (P, R) or (P, P), its width, whether the mean goes."""
+    """How a launch applies the filter of the frequency view.
+
+    Attributes:
+        kind: `MEAN`, `LOW_RANK`, `DENSE` or `SWEEP` of triton_kernels.
+        matrix: The basis (P, R), or for `DENSE` the projection (P, P); None for `MEAN`.
+        width: Columns of `matrix`; 1 without one.
+        drops_mean: Whether the filter removes the mean over tokens.
+    """
 
     kind: int
     matrix: torch.Tensor | None
@@ -58,24 +73,30 @@ class Filter(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """The next power of two that a tile's dot accepts."""
+    """The next power of two, at least 16, the smallest side of a matrix product in Triton."""
     return max(16, triton.next_power_of_2(size))
 
 
 def kind_of(tokens: int, rank: int | None) -> int | None:
-    """How a filter of rank R over P tokens is applied (R None: the mean alone); None where no kernel takes it."""
+    """The kind of a filter of rank R (None: the mean alone) over P tokens; None where the kernels do not take it."""
     if tokens > MAX_TOKENS:
         return None
     if rank is None:
         return kernels.MEAN
-    if padded(tokens) <= MAX_DOT:
-        # the cheaper of two dots of rank R and one with a (P, P) matrix
+    if padded(tokens) <= MAX_DOT_TOKENS:
+        # the cheaper of two products with (P, R) and one with (P, P)
         return kernels.LOW_RANK if 2 * rank <= tokens else kernels.DENSE
     return kernels.SWEEP if rank <= MAX_RANK else None
 
 
 def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
-    """The tile of a launch that `kind_of` has a kernel for; `itemsize` of the widest tensor, in bytes."""
+    """The tile of a launch, for arguments that `kind_of` has a kind for.
+
+    Args:
+        tokens: P.
+        rank: Rank of the filter; None for the mean alone.
+        itemsize: Bytes of one number of the widest tensor.
+    """
     kind, size = kind_of(tokens, rank), max(64, padded(tokens))
     if (kind, size) == (kernels.MEAN, 256) and itemsize == 2:
         return Tile(size, 32, 16)
@@ -87,69 +108,73 @@ def _tile_for(tensors: Sequence[torch.Tensor], basis: torch.Tensor | None) -> Ti
     return tile_of(tensors[0].shape[1], rank, max(x.element_size() for x in tensors))
 
 
-# by identity: a run uses one or two bases, and reading one back waits for the device
-_filters: dict[int, tuple[torch.Tensor, Filter]] = {}
+# filters by the identity of their basis, because making one waits for the device; a run has one or two
+_filter_cache: dict[int, tuple[torch.Tensor, Filter]] = {}
 
 
 def _drops_mean(basis: torch.Tensor) -> bool:
-    """True where the constant map lies in the span of `basis` (P, R)."""
-    inside = basis.double().sum(0).square().sum().item()
-    return abs(inside - basis.shape[0]) < 1e-3 * basis.shape[0]
+    """Whether the constant map lies in the span of `basis` (P, R)."""
+    # squared norm of the projection of a map of ones, which itself has P
+    projected = basis.double().sum(0).square().sum().item()
+    return abs(projected - basis.shape[0]) < 1e-3 * basis.shape[0]
 
 
 def filter_of(basis: torch.Tensor | None) -> Filter:
-    """What a launch needs to apply the projection that drops `basis` (P, R)."""
+    """How a launch removes the span of `basis` (P, R), or the mean where that is None."""
     if basis is None:
         return Filter(kernels.MEAN, None, 1, True)
-    if id(basis) not in _filters:
+    if id(basis) not in _filter_cache:
         tokens, rank = basis.shape
         matrix, kind, width = basis.float().contiguous(), kind_of(tokens, rank), rank
         if kind == kernels.DENSE:
             matrix, width = (torch.eye(tokens, device=basis.device) - matrix @ matrix.T).contiguous(), tokens
-        if len(_filters) >= 16:
-            _filters.clear()
-        # the basis is kept with its answer, so that the id stays its own
-        _filters[id(basis)] = (basis, Filter(kind, matrix, width, _drops_mean(basis)))
-    return _filters[id(basis)][1]
+        if len(_filter_cache) >= 16:
+            _filter_cache.clear()
+        # the basis is kept with its filter, so that no other tensor can get its id
+        _filter_cache[id(basis)] = (basis, Filter(kind, matrix, width, _drops_mean(basis)))
+    return _filter_cache[id(basis)][1]
 
 
-def _launch(
+def _launch_arguments(
     s_spatial: Sequence[torch.Tensor], s_frequency: Sequence[torch.Tensor], t: torch.Tensor, basis: torch.Tensor | None
 ) -> tuple[list, list, dict, dict]:
-    """Pointers, strides, constants and options that forward and backward share; one stage stands in for a missing second."""
-    both = [x for pair in zip(s_spatial, s_frequency, strict=True) for x in pair]
-    both = both if len(both) == 4 else both * 2
-    f = filter_of(basis)
-    tile = _tile_for([*both, t], basis)
+    """Pointers, strides, constants and options that forward and backward share.
+
+    The kernels have arguments for two stages: a single stage is passed twice, and L = 1 ignores the second.
+    """
+    students = [x for pair in zip(s_spatial, s_frequency, strict=True) for x in pair]
+    students = students if len(students) == 4 else students * 2
+    filter_ = filter_of(basis)
+    tile = _tile_for([*students, t], basis)
     constants = {
         "C": t.shape[2],
         "L": len(s_spatial),
         "BP": tile.tokens,
         "BC": tile.channels,
-        "R": f.width,
-        "BR": padded(f.width),
-        "KIND": f.kind,
-        "DROPS_MEAN": f.drops_mean,
-        # the interpreter knows no tf32; on a GPU tf32x3 spills
+        "R": filter_.width,
+        "BR": padded(filter_.width),
+        "KIND": filter_.kind,
+        "DROPS_MEAN": filter_.drops_mean,
+        # tf32 on a GPU, because the more exact tf32x3 spills; the interpreter has float32 only
         "PRECISION": "ieee" if INTERPRETED.value else "tf32",
     }
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
-    strides = [stride for x in (*both, t) for stride in x.stride()[:2]]
-    return [*both, t, t if f.matrix is None else f.matrix], strides, constants, options
+    strides = [stride for x in (*students, t) for stride in x.stride()[:2]]
+    return [*students, t, t if filter_.matrix is None else filter_.matrix], strides, constants, options
 
 
 def _triton_forward(s_spatial, s_frequency, t, basis, weights):
     B, P, C = t.shape
     L = len(s_spatial)
-    pointers, strides, constants, options = _launch(s_spatial, s_frequency, t, basis)
+    pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     splits = 4 if 4 * constants["BC"] <= C else 1
     sums = t.new_empty(B, splits, 2 + 5 * L, P, dtype=torch.float32)
     coef = t.new_empty(L, B, 4, P, dtype=torch.float32)
     loss = t.new_empty(B, L, 2, dtype=torch.float32)
-    scaled = torch.tensor([w / B for w in weights], device=t.device, dtype=torch.float32)
+    weights_over_batch = torch.tensor([w / B for w in weights], device=t.device, dtype=torch.float32)
     kernels.dual_view_sums_kernel[(B, splits)](*pointers, sums, *strides, P, K=splits, **constants, **options)
     kernels.dual_view_finish_kernel[(B,)](
-        sums, coef, loss, scaled, P, K=splits, L=L, BP=constants["BP"], EPS=EPS, NOISE=NOISE**2,
+        sums, coef, loss, weights_over_batch, P, K=splits, L=L, BP=constants["BP"], EPS=EPS, NOISE=NOISE**2,
         num_warps=1 if P <= 256 else 4, enable_fp_fusion=True,
     )  # fmt: skip
     return loss.sum(0), coef
@@ -157,7 +182,7 @@ def _triton_forward(s_spatial, s_frequency, t, basis, weights):
 
 def _triton_backward(upstream, s_spatial, s_frequency, t, basis, coef):
     B, P, C = t.shape
-    pointers, strides, constants, options = _launch(s_spatial, s_frequency, t, basis)
+    pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     gradients = [
         torch.empty(t.shape, device=t.device, dtype=x.dtype)
         for pair in zip(s_spatial, s_frequency, strict=True)
@@ -170,15 +195,17 @@ def _triton_backward(upstream, s_spatial, s_frequency, t, basis, coef):
     return gradients[0::2] + gradients[1::2]
 
 
-def _coefficients(a_BP, b_BP, c_BP):
-    """Loss, A and B of a view's tokens; see triton_kernels."""
-    rs, rt = 1 / a_BP.sqrt().clamp_min(EPS), 1 / b_BP.sqrt().clamp_min(EPS)
-    cos = c_BP * rs * rt
-    slope = torch.where(a_BP.sqrt() < EPS, 2 * rs, 2 * cos * rs) * rs
-    return a_BP * rs * rs + b_BP * rt * rt - 2 * cos, slope, -2 * rs * rt
+def _coefficients(ss_BP, tt_BP, st_BP):
+    """Loss of each token and alpha and beta of its gradient, from |s|^2, |t|^2 and <s,t>; see triton_kernels."""
+    s_rnorm, t_rnorm = 1 / ss_BP.sqrt().clamp_min(EPS), 1 / tt_BP.sqrt().clamp_min(EPS)
+    cos = st_BP * s_rnorm * t_rnorm
+    alpha = torch.where(ss_BP.sqrt() < EPS, 2 * s_rnorm, 2 * cos * s_rnorm) * s_rnorm
+    loss = ss_BP * s_rnorm * s_rnorm + tt_BP * t_rnorm * t_rnorm - 2 * cos
+    return loss, alpha, -2 * s_rnorm * t_rnorm
 
 
-def _silent(filtered_BP, whole_BP):
+def _is_noise(filtered_BP, whole_BP):
+    """Where the squared norm of a filtered token is that of rounding noise."""
     return filtered_BP <= NOISE**2 * whole_BP.amax(1, keepdim=True)
 
 
@@ -187,25 +214,25 @@ def _torch_forward(s_spatial, s_frequency, t, basis, weights):
     t = t.float()
     v = high_pass(t, basis)
     tt, vv = t.square().sum(-1), v.square().sum(-1)
-    t_silent = _silent(vv, tt)
-    vv = vv.masked_fill(t_silent, 0)
+    v_noise = _is_noise(vv, tt)
+    vv = vv.masked_fill(v_noise, 0)
     losses, coefs = [], []
     for index, (s, f) in enumerate(zip(s_spatial, s_frequency, strict=True)):
         s, f = s.float(), f.float()
         u = high_pass(f, basis)
-        loss_s, a_s, b_s = _coefficients(s.square().sum(-1), tt, (s * t).sum(-1))
+        loss_s, alpha_s, beta_s = _coefficients(s.square().sum(-1), tt, (s * t).sum(-1))
         uu = u.square().sum(-1)
-        silent = _silent(uu, f.square().sum(-1))
-        uv = (u * v).sum(-1).masked_fill(silent | t_silent, 0)
-        loss_f, a_f, b_f = _coefficients(uu.masked_fill(silent, 0), vv, uv)
-        a_f, b_f = a_f.masked_fill(silent, 0), b_f.masked_fill(silent | t_silent, 0)
+        u_noise = _is_noise(uu, f.square().sum(-1))
+        uv = (u * v).sum(-1).masked_fill(u_noise | v_noise, 0)
+        loss_f, alpha_f, beta_f = _coefficients(uu.masked_fill(u_noise, 0), vv, uv)
+        alpha_f, beta_f = alpha_f.masked_fill(u_noise, 0), beta_f.masked_fill(u_noise | v_noise, 0)
         w_s, w_f = weights[2 * index] / B, weights[2 * index + 1] / B
         losses.append(torch.stack([loss_s.sum() * w_s, loss_f.sum() * w_f]))
-        coefs.append(torch.stack([a_s * w_s, b_s * w_s, a_f * w_f, b_f * w_f], 1))
+        coefs.append(torch.stack([alpha_s * w_s, beta_s * w_s, alpha_f * w_f, beta_f * w_f], 1))
     return torch.stack(losses), torch.stack(coefs)
 
 
-def _stored_as(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _saturating_cast(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     limit = torch.finfo(dtype).max
     return gradient.clamp(-limit, limit).to(dtype)
 
@@ -215,13 +242,14 @@ def _torch_backward(upstream, s_spatial, s_frequency, t, basis, coef):
     v = high_pass(t, basis)
     spatial, frequency = [], []
     for g, s, f, c in zip(upstream.float(), s_spatial, s_frequency, coef.unsqueeze(-1), strict=True):
-        spatial.append(_stored_as(g[0] * (c[:, 0] * s.float() + c[:, 1] * t), s.dtype))
+        spatial.append(_saturating_cast(g[0] * (c[:, 0] * s.float() + c[:, 1] * t), s.dtype))
         u = high_pass(f.float(), basis)
-        frequency.append(_stored_as(high_pass(g[1] * (c[:, 2] * u + c[:, 3] * v), basis), f.dtype))
+        frequency.append(_saturating_cast(high_pass(g[1] * (c[:, 2] * u + c[:, 3] * v), basis), f.dtype))
     return spatial + frequency
 
 
-def _on_triton(t: torch.Tensor) -> bool:
+def _runs_triton(t: torch.Tensor) -> bool:
+    """Whether the operators run the Triton kernels, and not the same arithmetic in PyTorch."""
     return t.is_cuda or INTERPRETED.value
 
 
@@ -233,8 +261,20 @@ def dual_view(
     basis: torch.Tensor | None,
     weights: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted losses (L, 2) and the coefficients (L, B, 4, P) of their gradients, both float32; L is 1 or 2."""
-    forward = _triton_forward if _on_triton(t) else _torch_forward
+    """The dual-view loss of L = 1 or 2 stages.
+
+    Args:
+        s_spatial: L tensors (B, P, C), student tokens of the spatial view.
+        s_frequency: L tensors (B, P, C), student tokens of the frequency view.
+        t: (B, P, C) teacher tokens, which get no gradient.
+        basis: (P, R) orthonormal basis of what the frequency view drops; None drops the mean.
+        weights: 2 L factors, spatial and frequency of each stage in turn.
+
+    Returns:
+        The weighted losses (L, 2), and the coefficients (L, B, 4, P) of their gradients: alpha and beta of the spatial
+        view, then of the frequency view; both in float32.
+    """
+    forward = _triton_forward if _runs_triton(t) else _torch_forward
     return forward(s_spatial, s_frequency, t, basis, weights)
 
 
@@ -253,8 +293,12 @@ def dual_view_backward(
     basis: torch.Tensor | None,
     coef: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Gradients of the L spatial, then of the L frequency tensors, contiguous, each in its tensor's dtype."""
-    backward = _triton_backward if _on_triton(t) else _torch_backward
+    """Gradients of `dual_view`, given that of its losses, `upstream` (L, 2), and the coefficients that it returned.
+
+    Returns:
+        2 L contiguous tensors, first of the spatial and then of the frequency view, each in the dtype of its input.
+    """
+    backward = _triton_backward if _runs_triton(t) else _torch_backward
     return backward(upstream, s_spatial, s_frequency, t, basis, coef)
 
 
@@ -286,10 +330,11 @@ def dual_view_stages(
     basis: torch.Tensor | None,
     weights: Sequence[Sequence[float]],
 ) -> torch.Tensor:
-    """(L, 2) weighted losses of any number of stages, as many in a launch as its tile takes."""
-    step = _tile_for([*s_spatial, *s_frequency, t], basis).stages
+    """Weighted losses (L, 2) of any number of stages, in as many launches as their tile needs."""
+    per_launch = _tile_for([*s_spatial, *s_frequency, t], basis).stages
     losses = []
-    for i in range(0, len(s_spatial), step):
-        flat = [float(w) for pair in weights[i : i + step] for w in pair]
-        losses.append(dual_view(list(s_spatial[i : i + step]), list(s_frequency[i : i + step]), t, basis, flat)[0])
+    for start in range(0, len(s_spatial), per_launch):
+        part = slice(start, start + per_launch)
+        factors = [float(w) for pair in weights[part] for w in pair]
+        losses.append(dual_view(list(s_spatial[part]), list(s_frequency[part]), t, basis, factors)[0])
     return torch.cat(losses)

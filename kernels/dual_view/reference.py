@@ -1,4 +1,4 @@
-"""Dual-view feature mimicking in plain PyTorch: the specification, and what runs on CPU.
+"""The dual-view loss in plain PyTorch: its specification, which also runs on CPUs.
 
 Shape letters: B batch, P tokens of the teacher's grid, C channels, R rank of a filter, L stages that share one target.
 """
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# F.normalize's clamp, which the published loss uses; it defines the loss for zero tokens
+# smallest norm that F.normalize divides by in the published loss; it defines the loss of tokens of zeros
 EPS = 1e-12
-# a filtered token below this share of its sample's largest token is rounding noise: the map is constant there
+# a filtered token whose norm is at most this share of its sample's largest token is rounding noise
 NOISE = 1e-6
 
 
-class _Widen(torch.autograd.Function):
-    """float16 to float32, with a gradient that saturates: a token of zeros has one of 1e12 by definition."""
+class _WidenFloat16(torch.autograd.Function):
+    """float16 to float32 with a gradient that saturates, because that of a token of zeros is about 1e12."""
 
     @staticmethod
     def forward(ctx, x):
@@ -30,14 +30,14 @@ class _Widen(torch.autograd.Function):
 
 
 def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (_Widen.apply(x) if x.dtype == torch.float16 else x).to(dtype)
+    return (_WidenFloat16.apply(x) if x.dtype == torch.float16 else x).to(dtype)
 
 
 def high_pass(x_BPC: torch.Tensor, low_PR: torch.Tensor | None) -> torch.Tensor:
-    """Removes the span of `low_PR` over the tokens of each channel; None removes the mean, which is the DC term.
+    """Removes the span of the orthonormal columns of `low_PR` from each channel; None removes each channel's mean.
 
-    Zeroing DCT(0,0) and inverting equals subtracting each channel's mean over the grid, so the paper's loss needs no
-    DCT. Any other band is one projection: `low_PR` holds the orthonormal DCT basis of what is dropped.
+    The paper sets DCT(0,0) to zero and inverts the DCT, which equals subtracting each channel's mean over the grid. To
+    drop other frequencies, `low_PR` holds their columns of the orthonormal DCT.
     """
     if low_PR is None:
         return x_BPC - x_BPC.mean(dim=1, keepdim=True)
@@ -46,10 +46,10 @@ def high_pass(x_BPC: torch.Tensor, low_PR: torch.Tensor | None) -> torch.Tensor:
 
 
 def filtered_unit(x_BPC: torch.Tensor, low_PR: torch.Tensor | None) -> torch.Tensor:
-    """Unit tokens of the filtered map; zero, without gradient, where nothing but rounding noise is left.
+    """The tokens (B, P, C) after the filter, each divided by its norm; zero, without gradient, where it is noise.
 
-    A map that is constant over tokens filters to noise of 1e-7 of its size, which normalising would blow up to a loss
-    and a gradient of no meaning: a student's 1x1 map, or a dead channel block.
+    The filter leaves of a map that is constant over tokens, such as a student's 1x1 map, rounding noise of 1e-7 of its
+    size. Dividing by its norm would turn that into a loss and a gradient of no meaning.
     """
     filtered = high_pass(x_BPC, low_PR)
     with torch.no_grad():
@@ -66,14 +66,19 @@ def dual_view_loss(
     low_PR: torch.Tensor | None,
     weights: Sequence[tuple[float, float]],
 ) -> torch.Tensor:
-    """(L, 2) weighted losses of each stage, (1/B) sum over tokens of ||s/|s| - t/|t|||^2 (ScaleKD, equation 5 per view).
+    """Weighted losses (L, 2) of each stage and view (ScaleKD, equation 5): (1/B) sum over tokens of |s/|s| - t/|t||^2.
 
-    The target's part is computed once for all stages. Sums in float32 or wider.
+    Args:
+        s_spatial: (B, P, C) student tokens of the spatial view, for each of L stages.
+        s_frequency: (B, P, C) student tokens of the frequency view, for each of L stages.
+        t_BPC: Teacher tokens.
+        low_PR: Filter of the frequency view, as in `high_pass`.
+        weights: (spatial, frequency) factors of each stage.
     """
     wide = torch.promote_types(t_BPC.dtype, torch.float32)
     for s in (*s_spatial, *s_frequency):
         wide = torch.promote_types(wide, s.dtype)
-    # autocast would run the projection's matmul in bf16 and spoil the cancellation in `high_pass`
+    # autocast would run the products of `high_pass` in 16 bits, where they cancel
     with torch.autocast(t_BPC.device.type, enabled=False):
         t_BPC = t_BPC.to(wide)
         t_unit, v_unit = F.normalize(t_BPC, dim=-1, eps=EPS), filtered_unit(t_BPC, low_PR)

@@ -1,15 +1,19 @@
-"""Dual-view loss in Triton: two launches forward, one backward.
+"""The dual-view loss in Triton: two launches forward, one backward.
 
-Shape letters: B batch, P tokens (BP: padded to a power of two), C channels (BC a program's), L stages that share one
-target (1 or 2), R rank of a filter (BR padded), K column splits of a sample.
+Shape letters: B batch, P tokens (BP padded to a power of two), C channels (BC channels of a tile), L stages that share
+one target (1 or 2), R columns of a filter's matrix (BR padded), K splits of the channels of a sample.
 
-A program holds all P tokens of its channels, so a filter over tokens is exact in one read of each tensor. Per token, with
-a=|s|^2, b=|t|^2, c=<s,t>, n=max(sqrt, EPS), cos=c/(n_s n_t):
+A program holds all P tokens of its channels, so one read of each tensor is enough to filter over tokens. Of the spatial
+view, with n_s = max(|s|, EPS), n_t = max(|t|, EPS) and cos = <s,t> / (n_s n_t), each token has
 
-    loss = a/n_s^2 + b/n_t^2 - 2 cos      dloss/ds = A s + B t,  A = 2 cos/n_s^2 (2/EPS^2 if |s|<EPS),  B = -2/(n_s n_t)
+    loss = |s|^2 / n_s^2 + |t|^2 / n_t^2 - 2 cos
+    dloss/ds = alpha s + beta t,  alpha = 2 cos / n_s^2 (2 / EPS^2 where |s| < EPS),  beta = -2 / (n_s n_t)
 
-for the spatial view; for the frequency view of u = F s, v = F t the gradient is F (A u + B v), F being symmetric.
-A and B are all that backward needs beside the inputs: 16 bytes a token.
+The frequency view filters its student tokens f and the target: u = F f, v = F t. The gradient is F (alpha u + beta v),
+as F is symmetric. The backward needs alpha and beta of both views beside the inputs: 16 bytes for each token. Sums over
+the channels of a token are named by their factors: `ss` is |s|^2, `st` is <s,t>, `uv` is <u,v>.
+
+Arguments such as `s0_b` and `s0_p` are strides: of the first stage's s, from one sample (b) or token (p) to the next.
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalekd_ds.kernels.interpreted import dot, store_as
+from scalekd_ds.kernels.interpreted import dot, saturating_cast
 
-# what F is beside the mean: nothing; x - Q Q^T x with Q (P, R), by two dots or column by column; a dense (P, P) matrix
+# what the filter F does, where it drops the mean beside that: MEAN nothing more; LOW_RANK x - Q Q^T x with Q (P, R), by
+# two matrix products; SWEEP the same, by one column of Q after the other; DENSE one product with a matrix (P, P)
 MEAN, LOW_RANK, DENSE, SWEEP = 0, 1, 2, 3
 
 
 @triton.jit
 def _load_filter(q_ptr, tokens, P, R: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr):
+    """The filter's matrix [BP, BR], where its kind multiplies by the whole of it."""
     if KIND == 0 or KIND == 3:
         q = tl.zeros([1, 1], tl.float32)
     else:
@@ -47,9 +53,9 @@ def _high_pass(
     DROPS_MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """F x of a [BP, BC] tile whose rows from P on are zero, and stay zero."""
+    """F x of a tile [BP, BC], whose rows from P on are zero and stay zero."""
     if DROPS_MEAN:
-        # exact, so that the mean, which dwarfs the rest in real features, does not round through a tf32 dot
+        # in float32: the mean of real features is far larger than the rest, which rounding it to tf32 would spoil
         mean = tl.sum(x, axis=0) / P
         x = tl.where(valid[:, None], x - mean[None, :], 0.0)
     if KIND == 1:
@@ -66,6 +72,7 @@ def _high_pass(
 
 @triton.jit
 def _load_tile(ptr, b, stride_b, stride_p, tokens, channels, inside):
+    """The tile [BP, BC] of sample b in float32, zero outside of the tensor."""
     offsets = b * stride_b + tokens[:, None].to(tl.int64) * stride_p + channels[None, :]
     return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
@@ -77,7 +84,7 @@ def dual_view_sums_kernel(
     P, C: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, K, 2 + 5 L, P): |t|^2, |v|^2, then per stage |s|^2, <s,t>, |f|^2, |u|^2, <u,v>, over a split's channels."""
+    """sums (B, K, 2 + 5 L, P) over the channels of a split: tt, vv, then ss, st, ff, uu, uv of each stage."""
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     tokens = tl.arange(0, BP)
@@ -139,7 +146,8 @@ def dual_view_sums_kernel(
 
 
 @triton.jit
-def _sum_of(sums_ptr, row, tokens, valid, P, ROWS: tl.constexpr, K: tl.constexpr, BP: tl.constexpr):
+def _sum_over_splits(sums_ptr, row, tokens, valid, P, ROWS: tl.constexpr, K: tl.constexpr, BP: tl.constexpr):
+    """One of the sums of each token, over all channels."""
     total = tl.zeros([BP], tl.float32)
     for k in tl.static_range(K):
         total += tl.load(sums_ptr + (k * ROWS + row) * P + tokens, mask=valid, other=0.0)
@@ -147,14 +155,14 @@ def _sum_of(sums_ptr, row, tokens, valid, P, ROWS: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def _coefficients(a, b, c, EPS: tl.constexpr):
-    """Loss of each token, and A and B of its gradient."""
-    rs = 1.0 / tl.maximum(tl.sqrt(a), EPS)
-    rt = 1.0 / tl.maximum(tl.sqrt(b), EPS)
-    cos = (c * rs) * rt
-    loss = (a * rs) * rs + (b * rt) * rt - 2.0 * cos
-    clamped = tl.sqrt(a) < EPS
-    return loss, tl.where(clamped, 2.0 * rs, 2.0 * cos * rs) * rs, -2.0 * rs * rt
+def _coefficients(ss, tt, st, EPS: tl.constexpr):
+    """Loss of each token, and alpha and beta of its gradient."""
+    s_rnorm = 1.0 / tl.maximum(tl.sqrt(ss), EPS)
+    t_rnorm = 1.0 / tl.maximum(tl.sqrt(tt), EPS)
+    cos = (st * s_rnorm) * t_rnorm
+    loss = (ss * s_rnorm) * s_rnorm + (tt * t_rnorm) * t_rnorm - 2.0 * cos
+    clamped = tl.sqrt(ss) < EPS
+    return loss, tl.where(clamped, 2.0 * s_rnorm, 2.0 * cos * s_rnorm) * s_rnorm, -2.0 * s_rnorm * t_rnorm
 
 
 @triton.jit
@@ -162,39 +170,42 @@ def dual_view_finish_kernel(
     sums_ptr, coef_ptr, loss_ptr, weights_ptr, P,
     K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """coef (L, B, 4, P): A and B of both views, weighted; loss (B, L, 2). weights (L, 2) hold 1/B."""
+    """coef (L, B, 4, P): weighted alpha and beta of the spatial, then of the frequency view; loss (B, L, 2).
+
+    weights (L, 2) are already divided by B, and NOISE is the square of the reference's.
+    """
     b = tl.program_id(0).to(tl.int64)
     batch = tl.num_programs(0)
     tokens = tl.arange(0, BP)
     valid = tokens < P
     ROWS: tl.constexpr = 2 + 5 * L
     sums = sums_ptr + b * K * ROWS * P
-    tt = _sum_of(sums, 0, tokens, valid, P, ROWS, K, BP)
-    vv = _sum_of(sums, 1, tokens, valid, P, ROWS, K, BP)
-    # rounding noise of a map that is constant over tokens counts as zero, and passes no gradient
-    t_silent = vv <= NOISE * tl.max(tt, 0)
-    vv = tl.where(t_silent, 0.0, vv)
+    tt = _sum_over_splits(sums, 0, tokens, valid, P, ROWS, K, BP)
+    vv = _sum_over_splits(sums, 1, tokens, valid, P, ROWS, K, BP)
+    # rounding noise of a map that is constant over tokens counts as zero and passes no gradient
+    v_noise = vv <= NOISE * tl.max(tt, 0)
+    vv = tl.where(v_noise, 0.0, vv)
     for stage in tl.static_range(L):
-        ss = _sum_of(sums, 2 + 5 * stage, tokens, valid, P, ROWS, K, BP)
-        st = _sum_of(sums, 3 + 5 * stage, tokens, valid, P, ROWS, K, BP)
-        ff = _sum_of(sums, 4 + 5 * stage, tokens, valid, P, ROWS, K, BP)
-        uu = _sum_of(sums, 5 + 5 * stage, tokens, valid, P, ROWS, K, BP)
-        uv = _sum_of(sums, 6 + 5 * stage, tokens, valid, P, ROWS, K, BP)
-        silent = uu <= NOISE * tl.max(ff, 0)
-        uu = tl.where(silent, 0.0, uu)
-        uv = tl.where(silent | t_silent, 0.0, uv)
+        ss = _sum_over_splits(sums, 2 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        st = _sum_over_splits(sums, 3 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        ff = _sum_over_splits(sums, 4 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        uu = _sum_over_splits(sums, 5 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        uv = _sum_over_splits(sums, 6 + 5 * stage, tokens, valid, P, ROWS, K, BP)
+        u_noise = uu <= NOISE * tl.max(ff, 0)
+        uu = tl.where(u_noise, 0.0, uu)
+        uv = tl.where(u_noise | v_noise, 0.0, uv)
         w_spatial = tl.load(weights_ptr + 2 * stage)
         w_frequency = tl.load(weights_ptr + 2 * stage + 1)
-        loss, a, bb = _coefficients(ss, tt, st, EPS)
+        loss, alpha, beta = _coefficients(ss, tt, st, EPS)
         coef = coef_ptr + (stage * batch + b) * 4 * P + tokens
-        tl.store(coef, a * w_spatial, mask=valid)
-        tl.store(coef + P, bb * w_spatial, mask=valid)
+        tl.store(coef, alpha * w_spatial, mask=valid)
+        tl.store(coef + P, beta * w_spatial, mask=valid)
         tl.store(loss_ptr + (b * L + stage) * 2, tl.sum(tl.where(valid, loss, 0.0), 0) * w_spatial)
-        loss, a, bb = _coefficients(uu, vv, uv, EPS)
-        a = tl.where(silent, 0.0, a)
-        bb = tl.where(silent | t_silent, 0.0, bb)
-        tl.store(coef + 2 * P, a * w_frequency, mask=valid)
-        tl.store(coef + 3 * P, bb * w_frequency, mask=valid)
+        loss, alpha, beta = _coefficients(uu, vv, uv, EPS)
+        alpha = tl.where(u_noise, 0.0, alpha)
+        beta = tl.where(u_noise | v_noise, 0.0, beta)
+        tl.store(coef + 2 * P, alpha * w_frequency, mask=valid)
+        tl.store(coef + 3 * P, beta * w_frequency, mask=valid)
         tl.store(loss_ptr + (b * L + stage) * 2 + 1, tl.sum(tl.where(valid, loss, 0.0), 0) * w_frequency)
 
 
@@ -204,20 +215,22 @@ def _gradients(
     tokens, channels, inside, valid, P, C: tl.constexpr, R: tl.constexpr,
     KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    g_spatial = tl.load(upstream)
-    g_frequency = tl.load(upstream + 1)
+    """ds and df of one stage and tile; `coef` and `upstream` point to what this stage has of them."""
+    dloss_spatial = tl.load(upstream)
+    dloss_frequency = tl.load(upstream + 1)
     out = b * P * C + tokens[:, None].to(tl.int64) * C + channels[None, :]
-    a = tl.load(coef, mask=valid, other=0.0) * g_spatial
-    bb = tl.load(coef + P, mask=valid, other=0.0) * g_spatial
+    alpha = tl.load(coef, mask=valid, other=0.0) * dloss_spatial
+    beta = tl.load(coef + P, mask=valid, other=0.0) * dloss_spatial
     s = _load_tile(s_ptr, b, s_b, s_p, tokens, channels, inside)
-    ds = a[:, None] * s + bb[:, None] * t
-    tl.store(ds_ptr + out, store_as(ds, ds_ptr.dtype.element_ty), mask=inside)
-    a = tl.load(coef + 2 * P, mask=valid, other=0.0) * g_frequency
-    bb = tl.load(coef + 3 * P, mask=valid, other=0.0) * g_frequency
+    ds = alpha[:, None] * s + beta[:, None] * t
+    tl.store(ds_ptr + out, saturating_cast(ds, ds_ptr.dtype.element_ty), mask=inside)
+    alpha = tl.load(coef + 2 * P, mask=valid, other=0.0) * dloss_frequency
+    beta = tl.load(coef + 3 * P, mask=valid, other=0.0) * dloss_frequency
     f = _load_tile(f_ptr, b, f_b, f_p, tokens, channels, inside)
     f = _high_pass(f, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
-    df = _high_pass(a[:, None] * f + bb[:, None] * v, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
-    tl.store(df_ptr + out, store_as(df, df_ptr.dtype.element_ty), mask=inside)
+    df = alpha[:, None] * f + beta[:, None] * v
+    df = _high_pass(df, q, q_ptr, tokens, valid, P, R, KIND, DROPS_MEAN, PRECISION)
+    tl.store(df_ptr + out, saturating_cast(df, df_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -227,7 +240,7 @@ def dual_view_backward_kernel(
     P, C: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients (B, P, C) of every stage and view from coef (L, B, 4, P) and the upstream (L, 2)."""
+    """Gradients (B, P, C) of every stage and view, from coef (L, B, 4, P) and the gradient of the losses (L, 2)."""
     b = tl.program_id(0).to(tl.int64)
     batch = tl.num_programs(0)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)

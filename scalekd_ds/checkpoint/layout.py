@@ -1,17 +1,17 @@
-"""The files of a checkpoint, and which checkpoints a run has.
+"""The files of a checkpoint, and the checkpoints of a run.
 
 run_dir/checkpoints/step00000500/
-    shards_rank0.safetensors ...    parameters and optimizer, each rank its part, by the layers' names
-    engine.json                     counters and schedule
+    shards_rank0.safetensors ...    master weights and optimizer states of each rank's shards, by the layers' names
+    engine.json                     counters, schedule, scalars of the optimizer
     buffers.safetensors             what is not trained: statistics, frozen parameters
-    rng_rank0.pt ...                generators of every rank
-    student.safetensors             the bare student, BatchNorm statistics averaged over ranks
+    rng_rank0.pt ...                random generators of each rank
+    student.safetensors             the student alone, BatchNorm statistics averaged over ranks
     student.json                    its card
-    student_ema.*                   the same for its moving average, where the run keeps one
+    student_ema.*                   the same two for its moving average, where the run keeps one
     state.json                      step, samples seen, world size, ZeRO stage
     manifest.json                   size and SHA-256 of every file above, written last
 
-Any number of ranks and any ZeRO stage reads it. There is no pickle in it but torch's own of the generators, which is read
+Any number of ranks can read it, at any ZeRO stage. Its only pickles are torch's files of the generators, which are read
 with `weights_only`.
 """
 
@@ -25,16 +25,16 @@ from typing import Any
 from scalekd_ds.checkpoint.manifest import MANIFEST
 from scalekd_ds.errors import UserError
 
-# names the newest checkpoint, so that a vanished one is an error and not a silent fresh start
+# names the newest checkpoint, so that a run whose newest checkpoint is missing fails instead of starting afresh
 LATEST = "latest.json"
-# what a checkpoint exports, by the name that consolidate() takes
+# files of plain weights in a checkpoint, by the name that consolidate() takes
 WEIGHTS = {"student": "student.safetensors", "ema": "student_ema.safetensors"}
 BUFFERS = "buffers.safetensors"
 _STEP = re.compile(r"step(\d{8})")
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """The folders of a run's finished checkpoints, oldest first."""
     found = (run_dir / "checkpoints").glob("step*")
     return sorted(p for p in found if _STEP.fullmatch(p.name) and p.is_dir())
 
@@ -44,11 +44,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def resolve(path: Path) -> Path:
-    """A checkpoint's folder from itself, or the newest of its run or of the run's checkpoints/.
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the newest in `path`, a run's folder or its checkpoints/.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     if (path / MANIFEST).is_file() or _STEP.fullmatch(path.name):
         return path

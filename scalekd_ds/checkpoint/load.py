@@ -1,4 +1,4 @@
-"""Goes on from a checkpoint: which one, and what it restores."""
+"""Resumes a run: chooses the checkpoint, and restores engine and random generators from it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from safetensors.torch import load_file
 
 from scalekd_ds.checkpoint.layout import BUFFERS, LATEST, checkpoints_of, read_state
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.checkpoint.shard_files import ENGINE, restore
+from scalekd_ds.engine.gather import overwrite
 from scalekd_ds.errors import UserError
 from scalekd_ds.rng import set_rng_state
 
 
 def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, verified; None for a fresh start.
+    """The verified checkpoint to resume from; None for a new run. Each rank of a job verifies a share of the files.
 
     Args:
         run_dir: The run's folder.
-        resume: `auto`, `never`, or a checkpoint's folder.
+        resume: `run.resume`: `auto`, `never`, or the folder of a checkpoint.
 
     Raises:
-        UserError: A missing or damaged checkpoint, or a used folder without `resume`.
+        UserError: The checkpoint is missing or damaged, or `resume` is `never` and the run has checkpoints already.
     """
     found = checkpoints_of(run_dir)
     if resume == "never":
         if found:
             raise UserError(
-                f"{run_dir} already holds {len(found)} checkpoint(s), the last {found[-1].name}: add --run.resume auto to "
-                "go on from it, or choose another --run.dir."
+                f"{run_dir} already holds {len(found)} checkpoint(s), the last {found[-1].name}: add --run.resume auto "
+                "to go on from it, or choose another --run.dir."
             )
         return None
-    # each rank of a job reads its share of the files
+    # from the environment, because the process group does not exist yet
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if resume != "auto":
         verify(Path(resume), rank, world_size)
         return Path(resume)
-    newest = _named_by(run_dir / LATEST)
+    newest = _read_latest(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
         raise UserError(
             f"{run_dir / 'checkpoints' / newest} is missing, though {run_dir / LATEST} names it as the newest: restore "
@@ -52,7 +54,8 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return found[-1]
 
 
-def _named_by(latest: Path) -> str | None:
+def _read_latest(latest: Path) -> str | None:
+    """The checkpoint that `latest` names; None where there is no such file."""
     if not latest.exists():
         return None
     try:
@@ -62,32 +65,33 @@ def _named_by(latest: Path) -> str | None:
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Restores engine and generators from a verified checkpoint of any world size and ZeRO stage; collective.
+    """Restores engine and random generators from a verified checkpoint of any world size and ZeRO stage; collective.
+
+    Generators are restored where the world size is the same; on another they keep the state that they have.
 
     Returns:
-        Its state.
+        The checkpoint's `state.json`.
 
     Raises:
-        UserError: It was written by a release before 0.2, or is of another model or optimizer.
+        UserError: A release before 0.2 wrote the checkpoint, or it is that of another model or optimizer.
     """
-    from deepspeed import comm as dist
-
-    from scalekd_ds.engine.gather import overwrite
-
     state = read_state(checkpoint)
     if not (checkpoint / ENGINE).is_file():
         raise UserError(
-            f"{checkpoint} has no {ENGINE}: an older release wrote it. Start a new run from its student.safetensors with "
-            "--student_weights."
+            f"{checkpoint} has no {ENGINE}: an older release wrote it. Start a new run from its student.safetensors "
+            "with --student_weights."
         )
     restore(engine, checkpoint, state["world_size"])
     own = engine.module.state_dict(keep_vars=True)
     for name, saved in load_file(checkpoint / BUFFERS).items():
         if name not in own or getattr(own[name], "ds_shape", own[name].shape) != saved.shape:
-            raise UserError(f"{checkpoint} has {name}, which this model has not: start it as it was started.")
+            raise UserError(
+                f"{checkpoint} has {name}, which this model does not have: resume the run with the settings that it "
+                "was started with."
+            )
         overwrite(own[name], saved)
     rank = dist.get_rank()
-    # ranks that were not there draw from the run's seed
+    # on another number of ranks the generators keep their state, which comes from the run's seed
     if state["world_size"] == dist.get_world_size():
         set_rng_state(torch.load(checkpoint / f"rng_rank{rank}.pt", weights_only=True))
     return state

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced, renamed, and listed with size and SHA-256."""
+"""The manifest of a checkpoint, a list of its files with size and SHA-256, by which damage is found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Syncs every file of a folder to the disk and lists them with size and SHA-256."""
+    """Syncs every file of a folder to the disk, and writes the manifest that lists them."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {}
     for path in files:
@@ -30,35 +30,40 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Checks every file of a checkpoint against its manifest; of several ranks each reads its share of the files.
+    """Checks every file of a checkpoint against its manifest.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        rank: This rank. Each rank computes the SHA-256 of its share of the files, and checks the sizes of all.
+        world_size: Number of ranks that share the work.
 
     Raises:
-        UserError: Naming the first file that is missing or damaged, and what to do.
+        UserError: A file is missing or damaged; the message names the first one and what to do.
     """
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {str(checkpoint)!r} does not exist.")
-    cure = f"move {checkpoint} away to go on from the one before it"
-    for number, (name, (size, sha256)) in enumerate(sorted(_entries(checkpoint / MANIFEST, cure).items())):
+    advice = f"move {checkpoint} away to go on from the one before it"
+    for number, (name, (size, sha256)) in enumerate(sorted(_read_manifest(checkpoint / MANIFEST, advice).items())):
         path = checkpoint / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; {cure}.")
+            raise UserError(f"{path} is missing; {advice}.")
         if path.stat().st_size != size:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, {size} were written; {cure}.")
+            raise UserError(f"{path} has {path.stat().st_size} bytes, {size} were written; {advice}.")
         if number % world_size == rank and _sha256(path) != sha256:
-            raise UserError(f"{path} is damaged: its SHA-256 differs from the manifest's; {cure}.")
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the manifest's; {advice}.")
 
 
-def _entries(manifest: Path, cure: str) -> dict[str, tuple[int, str]]:
-    """File -> (bytes, SHA-256) of a manifest, whatever it holds."""
+def _read_manifest(manifest: Path, advice: str) -> dict[str, tuple[int, str]]:
+    """File -> (bytes, SHA-256) of a manifest; raises UserError, with `advice`, where it is missing or damaged."""
     try:
         files = json.loads(manifest.read_text())["files"]
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
-        raise UserError(f"{manifest} is missing: this is no finished checkpoint; {cure}.") from None
+        raise UserError(f"{manifest} is missing: this is no finished checkpoint; {advice}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{manifest} is damaged ({type(error).__name__}: {error}); {cure}.") from None
+        raise UserError(f"{manifest} is damaged ({type(error).__name__}: {error}); {advice}.") from None
     for name in entries:
-        # a file of the checkpoint itself, and nothing else on this machine
+        # a damaged or forged manifest must not lead to files outside of the checkpoint
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise UserError(f"{manifest} is damaged: it names {name!r}, outside of the checkpoint; {cure}.")
+            raise UserError(f"{manifest} is damaged: it names {name!r}, outside of the checkpoint; {advice}.")
     return entries

@@ -1,4 +1,4 @@
-"""Plain weights: the student of a checkpoint as timm names it, and the file that holds it."""
+"""Plain weights: the student alone as a state dict with timm's names, written to and read from checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve
+from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.errors import UserError
 
 
 def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
-    """Writes plain weights and their card beside them; the weights appear last."""
+    """Writes plain weights and their JSON card beside them; the file of the weights appears last, and complete."""
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_json(weights.with_suffix(".json"), card)
     partial = weights.with_name(f".{weights.name}.partial")
@@ -27,23 +27,24 @@ def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str,
 
 
 def consolidate(checkpoint_dir: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
-    """The plain student of a checkpoint from any ZeRO stage: timm's names, float32, BatchNorm buffers included.
+    """Reads the student of a checkpoint of any ZeRO stage: a state dict with timm's names, float32, with buffers.
 
     Args:
-        checkpoint_dir: A checkpoint's folder, a run's folder, or its checkpoints/ (the newest is taken).
-        weights: `student` for its own weights, `ema` for their moving average; None takes what the run ships.
+        checkpoint_dir: Folder of a checkpoint, or of a run or its checkpoints/, of which the newest is taken.
+        weights: `student` for the student's own weights, `ema` for their moving average; None takes the ones that the
+            run ships.
 
     Raises:
-        UserError: No checkpoint there, a damaged one, or one without an average.
+        UserError: There is no checkpoint, it is damaged, or it has no moving average.
     """
-    return read_weights(weights_file(resolve(Path(checkpoint_dir)), weights))
+    return read_weights(weights_file(resolve_checkpoint(Path(checkpoint_dir)), weights))
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """A .safetensors file of a verified checkpoint.
+    """Reads plain weights from the .safetensors file of a verified checkpoint.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         return load_file(file)
@@ -52,10 +53,14 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def weights_file(checkpoint: Path, weights: str | None = None) -> Path:
-    """The plain weights in a checkpoint, which is verified, by the name that `consolidate` takes.
+    """Verifies a checkpoint, and returns the path of its plain weights.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        weights: As for `consolidate`.
 
     Raises:
-        UserError: A damaged checkpoint, another name, or an average that is not there.
+        UserError: The checkpoint is damaged, `weights` is another name, or the checkpoint has no moving average.
     """
     verify(checkpoint)
     if weights is None:
@@ -66,7 +71,7 @@ def weights_file(checkpoint: Path, weights: str | None = None) -> Path:
     file = checkpoint / WEIGHTS[weights]
     if not file.is_file():
         raise UserError(
-            f"{checkpoint} holds no {weights} weights: its run kept no average. Take `student`, or train with --ema.decay "
-            "0.9999."
+            f"{checkpoint} holds no {weights} weights: its run kept no average. Take `student`, or train with "
+            "--ema.decay 0.9999."
         )
     return file

@@ -1,4 +1,4 @@
-"""Begins a checkpoint: what every rank copies, and what each writes."""
+"""Begins a checkpoint: copies what is to be saved on every rank, and writes it to this rank's files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from safetensors.torch import save_file
 
 from scalekd_ds.checkpoint.layout import BUFFERS, WEIGHTS
@@ -15,6 +16,7 @@ from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
 from scalekd_ds.durable_files import sync, write_json
+from scalekd_ds.engine.gather import gather_to_cpu, student_state, synchronise_buffers
 from scalekd_ds.rng import rng_state
 
 
@@ -25,43 +27,40 @@ def save_checkpoint(
     card: dict[str, Any],
     average: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
 ) -> Path:
-    """Begins a checkpoint, which `saver` finishes beside the training; collective.
+    """Begins a checkpoint, which `saver` writes while training goes on; collective.
 
-    Call `saver.copied()` before the weights are updated again.
+    Call `saver.wait_copied()` before the weights are updated again.
 
     Args:
         engine: The engine.
-        saver: Of this run.
-        state: At least `step`, `world_size` and `zero_stage`; `top1` where it was measured.
-        card: Of the student.
-        average: State-dict and card of the student's moving average, where there is one.
+        saver: The run's saver.
+        state: Contents of `state.json`: at least `step`, `world_size` and `zero_stage`, and `top1` where it was
+            measured.
+        card: The student's card.
+        average: State dict and card of the student's moving average, where the run keeps one.
 
     Returns:
-        Where the finished checkpoint will be.
+        The folder of the checkpoint, which exists once it is finished.
     """
-    from deepspeed import comm as dist
-
-    from scalekd_ds.engine.gather import gathered, student_state, synchronise_buffers
-
     rank = dist.get_rank()
     synchronise_buffers(engine.module)
-    # the copies' memory is the last checkpoint's, until that is written
-    saver.wait()
+    # the last checkpoint is written from the memory that the copies go to
+    saver.wait_written()
     generators, counters = rng_state(), engine_state(engine)
-    # ZeRO-3 gathers them from all ranks, all at the same time; at the other stages they only change in the next update
+    # ZeRO-3 gathers the weights with collectives, so they are copied here; at other stages they do not change before
+    # the next update, and are copied in `capture`
     whole = student_state(engine.module, saver.copies) if engine.zero_optimization_stage() == 3 else None
     state_dict = engine.module.state_dict(keep_vars=True)
     untrained = {
-        name: gathered(tensor, saver.copies, f"untrained {name}")
+        name: gather_to_cpu(tensor, saver.copies, f"untrained {name}")
         for name, tensor in state_dict.items()
         if not tensor.requires_grad
     }
-
-    # BatchNorm's change in the next forward pass
+    # the statistics of BatchNorm change in the next forward pass, so the student gets those of the copy
     prefix = "student."
     statistics = {name.removeprefix(prefix): t for name, t in untrained.items() if name.startswith(prefix)}
 
-    def take() -> Callable[[Path], None]:
+    def capture() -> Callable[[Path], None]:
         shards = snapshot(engine, saver.copies)
         weights = student_state(engine.module, saver.copies) if whole is None else whole
         return functools.partial(write, shards, weights | statistics)
@@ -79,4 +78,4 @@ def save_checkpoint(
         for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
             sync(path)
 
-    return saver.start(state["step"], take)
+    return saver.start(state["step"], capture)

@@ -1,4 +1,7 @@
-"""Checkpoints written beside the training: copies have until the next update of the weights, the disk until the next one."""
+"""Writes checkpoints in a thread while training goes on.
+
+The state is copied before the next update of the weights, and written to the disk before the next checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,24 @@ from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.errors import UserError
 
-# of the slowest rank's writing; a rank that died ends the others long before
-_PATIENCE = timedelta(hours=2)
+# limit on the time that the slowest rank writes; the heartbeat notices a rank that died long before
+_WRITE_TIMEOUT = timedelta(hours=2)
 
 
 class Saver:
-    """Finishes one checkpoint at a time in a thread of each rank: all ranks write, rank 0 then makes it count.
+    """Writes one checkpoint at a time in a thread of each rank: all write their files, then rank 0 publishes them.
 
-    What cannot be written, for want of space or by a fault, leaves the checkpoints before it as they are: rank 0 says so, and
-    training goes on to the next one.
+    A checkpoint that cannot be written, because the disk is full or fails, leaves the earlier ones as they are: rank 0
+    prints a warning, and training goes on.
 
     Args:
         run_dir: The run's folder.
-        keep_last: Newest checkpoints that are kept.
-        keep_best: Checkpoints with the best `top1` in their state that are kept besides.
-        store: torch's store of the job, or None on one rank.
+        keep_last: Number of newest checkpoints to keep.
+        keep_best: Number of further checkpoints to keep, those with the best `top1` in their state.
+        store: torch's key-value store of the job, or None where the job has one rank.
 
     Attributes:
-        copies: Where a checkpoint's tensors are kept until they are written; `wait` first.
+        copies: Host memory for the tensors of the checkpoint; call `wait_written` before using it.
     """
 
     def __init__(self, run_dir: Path, keep_last: int, keep_best: int, store: Any = None) -> None:
@@ -52,18 +55,18 @@ class Saver:
         self._copied.set()
         self._count = 0
 
-    def start(self, step: int, take: Callable[[], Callable[[Path], None]]) -> Path:
-        """Begins checkpoint `step`, once the one before it is done; collective.
+    def start(self, step: int, capture: Callable[[], Callable[[Path], None]]) -> Path:
+        """Begins a checkpoint once the one before it is written; collective.
 
         Args:
             step: Optimizer step.
-            take: Copies what is to be saved, beside the next forward and backward pass, and returns what writes this rank's
-                files from the copies into the folder that it is given.
+            capture: Function that the thread calls during the next forward and backward pass. It copies what is to be
+                saved, and returns a function that writes this rank's files from the copies into a given folder.
 
         Returns:
-            Where the finished checkpoint will be.
+            The folder of the checkpoint, which exists once it is finished.
         """
-        self.wait()
+        self.wait_written()
         final = self.folder / f"step{step:08d}"
         partial = final.with_name(f".partial-{final.name}")
         if dist.get_rank() == 0:
@@ -71,80 +74,88 @@ class Saver:
         dist.barrier()
         self._count += 1
         self._copied.clear()
-        self._pending = final, self._pool.submit(self._run, self._count, partial, final, take)
+        self._pending = final, self._pool.submit(self._save, self._count, partial, final, capture)
         return final
 
-    def copied(self) -> None:
-        """Until all that is to be saved has been copied: weights and optimizer may change from then on."""
+    def wait_copied(self) -> None:
+        """Waits until the state is copied; weights and optimizer may change from then on."""
         self._copied.wait()
 
-    def wait(self) -> str | None:
-        """Until the checkpoint that is being written is done; returns why it could not be, the same on every rank."""
+    def wait_written(self) -> str | None:
+        """Waits until the pending checkpoint is written.
+
+        Returns:
+            Why it could not be written, or None; the same on every rank.
+        """
         if self._pending is None:
             return None
         final, future = self._pending
         self._pending = None
         problem = future.result()
         if problem and dist.get_rank() == 0:
-            kept = _newest(self.folder)
+            kept = _newest_name(self.folder)
             before = f"{kept} is kept" if kept else "there is none before it"
             message = f"checkpoint {final.name} could not be written ({problem}); {before}, and training goes on."
             print(f"warning: {message} Free the disk of {self.folder}.", file=sys.stderr, flush=True)
         return problem
 
     def finish(self) -> None:
-        """At the end of training.
+        """Waits for the last checkpoint, and ends the thread.
 
         Raises:
             UserError: The last checkpoint could not be written.
         """
-        problem = self.wait()
+        problem = self.wait_written()
         self._pool.shutdown()
         if problem:
-            kept = _newest(self.folder)
+            kept = _newest_name(self.folder)
             raise UserError(
                 f"the last checkpoint could not be written ({problem}): free the disk of {self.folder}, then go on "
                 f"{f'from {kept} with --run.resume auto' if kept else 'with a new run'}."
             )
 
-    # -- the thread ----------------------------------------------------------------------------------------------
-
-    def _run(self, number: int, partial: Path, final: Path, take: Callable[[], Callable[[Path], None]]) -> str | None:
-        problem = _problem_of(lambda: self._write(partial, take))
+    def _save(
+        self, number: int, partial: Path, final: Path, capture: Callable[[], Callable[[Path], None]]
+    ) -> str | None:
+        """Runs in the thread: writes this rank's files, and agrees on the outcome with the other ranks."""
+        problem = _error_of(lambda: self._write(partial, capture))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if self._store is None:
-            return self._finished(partial, final, problem)
+            return self._publish_or_discard(partial, final, problem)
         prefix = f"scalekd/save/{number}"
         if rank == 0:
-            problems = [problem] + [self._told(f"{prefix}/{r}") for r in range(1, world_size)]
-            result = self._finished(partial, final, next((p for p in problems if p), None))
+            problems = [problem] + [self._wait_for(f"{prefix}/{r}") for r in range(1, world_size)]
+            result = self._publish_or_discard(partial, final, next((p for p in problems if p), None))
             self._store.set(prefix, json.dumps(result))
             return result
         self._store.set(f"{prefix}/{rank}", json.dumps(problem))
-        return self._told(prefix)
+        return self._wait_for(prefix)
 
-    def _write(self, partial: Path, take: Callable[[], Callable[[Path], None]]) -> None:
+    def _write(self, partial: Path, capture: Callable[[], Callable[[Path], None]]) -> None:
         try:
-            write = take()
+            write = capture()
         finally:
             self._copied.set()
         partial.mkdir(parents=True, exist_ok=True)
         write(partial)
 
-    def _told(self, key: str) -> str | None:
-        self._store.wait([key], _PATIENCE)
+    def _wait_for(self, key: str) -> str | None:
+        """The problem, or None, that another rank sets under `key` in the store."""
+        self._store.wait([key], _WRITE_TIMEOUT)
         return json.loads(self._store.get(key))
 
-    def _finished(self, partial: Path, final: Path, problem: str | None) -> str | None:
-        problem = problem or _problem_of(lambda: self._make_it_count(partial, final))
+    def _publish_or_discard(self, partial: Path, final: Path, problem: str | None) -> str | None:
+        """Publishes the checkpoint, or deletes its files where a rank had a problem; returns the problem, or None."""
+        problem = problem or _error_of(lambda: self._publish(partial, final))
         if problem:
             shutil.rmtree(partial, ignore_errors=True)
         return problem
 
-    def _make_it_count(self, partial: Path, final: Path) -> None:
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Gives a complete checkpoint its final name, and deletes the ones that are no longer kept."""
         write_manifest(partial)
         if final.exists():
-            # the same step saved again, by a resumed run that ended at once
+            # a resumed run that ends without a step saves the same step again
             _remove(final)
         partial.rename(final)
         sync(final.parent)
@@ -156,7 +167,8 @@ class Saver:
                 _remove(old)
 
 
-def _problem_of(work: Callable[[], None]) -> str | None:
+def _error_of(work: Callable[[], None]) -> str | None:
+    """Runs `work`, and returns the message of its error in one line, or None."""
     try:
         work()
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -165,7 +177,8 @@ def _problem_of(work: Callable[[], None]) -> str | None:
 
 
 def _remove(folder: Path) -> None:
-    # renamed first, so that a kill in the middle leaves no half checkpoint under a good name
+    """Deletes a checkpoint."""
+    # renamed first, so that a kill meanwhile leaves no incomplete checkpoint under a valid name
     doomed = folder.with_name(f".partial-old-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -173,12 +186,13 @@ def _remove(folder: Path) -> None:
 
 
 def _top1(checkpoint: Path) -> float:
-    """Of the checkpoint's last evaluation, -1 where there was none."""
+    """The top-1 accuracy in percent of the checkpoint's last evaluation, -1 where there was none."""
     try:
         return float(json.loads((checkpoint / "state.json").read_text())["top1"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1.0
 
 
-def _newest(folder: Path) -> str | None:
+def _newest_name(folder: Path) -> str | None:
+    """The name of the newest checkpoint in `folder`, or None."""
     return max((p.name for p in folder.glob("step*")), default=None)

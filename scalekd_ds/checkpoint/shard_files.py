@@ -1,10 +1,12 @@
-"""A rank's shards in a file, by the layers' names: saved on any number of ranks and any ZeRO stage, read on any other.
+"""Files of master weights and optimizer states that any number of ranks reads at any ZeRO stage.
 
-shards_rank0.safetensors ...    for each part of a layer that the rank updates: `OFFSET/KEY/NAME`, float32, KEY being
-                                `weight` or one of the optimizer's states (`exp_avg`, `momentum_buffer`, ...)
-engine.json                     counters, the schedule, and the optimizer's scalars; the same on every rank
+shards_rank0.safetensors ...    a float32 tensor `OFFSET/KEY/NAME` for each part of a layer that the rank updates;
+                                OFFSET is its first element in the flattened layer, NAME the layer, and KEY `weight` or
+                                one of the optimizer's states (`exp_avg`, `momentum_buffer`, ...)
+engine.json                     counters, the schedule, and the optimizer's scalars, which are the same on every rank
 
-DeepSpeed's own files are pickles that only the same number of ranks reads. These hold tensors and numbers alone.
+DeepSpeed's own files are pickles, and only the same number of ranks can read them. These hold nothing but tensors and
+numbers.
 """
 
 from __future__ import annotations
@@ -27,19 +29,22 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def shard_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes its shards."""
+    """The path of the file in which a rank writes its shards."""
     return folder / f"shards_rank{rank}.safetensors"
 
 
-def _names(engine: Any) -> dict[int, str]:
+def _parameter_names(engine: Any) -> dict[int, str]:
+    """id -> name of every parameter."""
     return {id(p): name for name, p in engine.module.named_parameters()}
 
 
 def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer, which ZeRO wraps in its own."""
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
 def _check_in_memory(shard: Shard) -> None:
+    """Raises UserError where the master weights are on NVMe, and the tensor that should hold them is empty."""
     last = max((s.start + s.count for s in shard.segments), default=0)
     if shard.flat.numel() < last:
         raise UserError(
@@ -50,16 +55,27 @@ def _check_in_memory(shard: Shard) -> None:
 
 @torch.no_grad()
 def snapshot(engine: Any, copies: HostCopies) -> dict[str, torch.Tensor]:
-    """Copies of this rank's shards on the CPU, by their keys in its file: training may go on while they are written."""
-    names, state, found = _names(engine), _base_optimizer(engine).state, {}
+    """Copies this rank's shards to the CPU, so that training can go on while they are written.
+
+    Args:
+        engine: The engine.
+        copies: Host memory for the copies.
+
+    Returns:
+        The tensors of the rank's file by their keys.
+
+    Raises:
+        UserError: The weights are on NVMe.
+    """
+    names, state, found = _parameter_names(engine), _base_optimizer(engine).state, {}
     for shard in shards_of(engine):
         _check_in_memory(shard)
-        kept = {"weight": shard.flat} | {
+        states = {"weight": shard.flat} | {
             key: value
             for key, value in state.get(shard.flat, {}).items()
             if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim() > 0
         }
-        for key, flat in kept.items():
+        for key, flat in states.items():
             flat = flat.detach().reshape(-1)
             for part in shard.segments:
                 name = f"{part.offset}/{key}/{names[id(shard.parameters[part.layer])]}"
@@ -68,17 +84,17 @@ def snapshot(engine: Any, copies: HostCopies) -> dict[str, torch.Tensor]:
 
 
 def engine_state(engine: Any) -> dict[str, Any]:
-    """Everything beside the shards that the engine goes on from, as plain values."""
+    """What the engine needs to resume besides the shards, as values that JSON can hold."""
     scalars: dict[str, float] = {}
     for values in _base_optimizer(engine).state.values():
         for key, value in values.items():
             if not torch.is_tensor(value) or value.dim() == 0:
                 scalars[key] = float(value)
-        # every layer has made as many steps
+        # the scalars, such as the number of steps, are the same for every layer
         if scalars:
             break
     scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else {}
-    # functions of the step are the run's, not the checkpoint's
+    # the functions of the step come from the run's configuration
     scheduler = {k: v for k, v in scheduler.items() if k != "lr_lambdas"}
     return {
         "counters": {name: int(getattr(engine, name)) for name in _COUNTERS},
@@ -89,31 +105,34 @@ def engine_state(engine: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _SavedPiece:
+    """One tensor in a file of shards: `count` elements of a layer from `offset` on."""
+
     offset: int
     count: int
     file: Any
     key: str
 
 
-class _Shelf:
-    """All saved pieces of all ranks, by (key, layer)."""
+class _SavedShards:
+    """The pieces in the files of all ranks, by (key, layer)."""
 
     def __init__(self, folder: Path, world_size: int) -> None:
-        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+        self._pieces: dict[tuple[str, str], list[_SavedPiece]] = {}
         for rank in range(world_size):
             path = shard_file(folder, rank)
             file = safe_open(path, "pt")
             for entry in file.keys():  # noqa: SIM118
                 offset, key, name = entry.split("/", 2)
                 count = file.get_slice(entry).get_shape()[0]
-                self._pieces.setdefault((key, name), []).append(_Piece(int(offset), count, file, entry))
+                self._pieces.setdefault((key, name), []).append(_SavedPiece(int(offset), count, file, entry))
 
     def keys(self) -> set[str]:
+        """`weight`, and the optimizer's states."""
         return {key for key, _ in self._pieces}
 
     def layers(self, key: str, prefix: str) -> dict[str, int]:
-        """Elements of each layer whose name starts with `prefix`."""
+        """Name -> number of elements of each layer whose name starts with `prefix`."""
         return {
             name: max(piece.offset + piece.count for piece in pieces)
             for (found, name), pieces in self._pieces.items()
@@ -121,7 +140,11 @@ class _Shelf:
         }
 
     def read(self, key: str, name: str, part: Segment) -> Iterator[tuple[int, torch.Tensor]]:
-        """(place in the part, values) of all saved values of a layer's elements `part.offset` and on."""
+        """Yields (first element within `part`, values) for every piece that overlaps `part` of a layer.
+
+        Raises:
+            UserError: The pieces do not cover the part.
+        """
         end, seen = part.offset + part.count, 0
         for piece in self._pieces.get((key, name), []):
             first, last = max(piece.offset, part.offset), min(piece.offset + piece.count, end)
@@ -130,26 +153,30 @@ class _Shelf:
                 yield first - part.offset, piece.file.get_slice(piece.key)[first - piece.offset : last - piece.offset]
         if seen != part.count:
             raise UserError(
-                f"the checkpoint has {seen} of {part.count} values of {key} of {name}: is the model another?"
+                f"the checkpoint has {seen} of {part.count} values of {key} of {name}: it is of another model or "
+                "optimizer; resume the run with the settings that it was started with."
             )
 
 
 def saved_weights(folder: Path, world_size: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Trained layers of a verified checkpoint by name, whole and flat in float32, without an engine.
+    """Reads trained layers of a verified checkpoint without an engine.
 
     Args:
-        folder: The checkpoint.
-        world_size: Of the ranks that wrote it.
-        prefix: Of the layers' names that are wanted.
+        folder: Folder of the checkpoint.
+        world_size: Number of ranks that wrote it.
+        prefix: Beginning of the names of the layers to read.
+
+    Returns:
+        Name -> whole layer, flattened, float32.
 
     Raises:
         UserError: Values of a layer are missing.
     """
-    shelf = _Shelf(folder, world_size)
+    saved_shards = _SavedShards(folder, world_size)
     found = {}
-    for name, numel in shelf.layers("weight", prefix).items():
+    for name, numel in saved_shards.layers("weight", prefix).items():
         flat = torch.empty(numel)
-        for place, values in shelf.read("weight", name, Segment(0, 0, numel, 0)):
+        for place, values in saved_shards.read("weight", name, Segment(0, 0, numel, 0)):
             flat.narrow(0, place, len(values)).copy_(values)
         found[name] = flat
     return found
@@ -157,24 +184,29 @@ def saved_weights(folder: Path, world_size: int, prefix: str = "") -> dict[str, 
 
 @torch.no_grad()
 def restore(engine: Any, folder: Path, world_size: int) -> None:
-    """Undoes `snapshot` and `engine_state` of a checkpoint that `world_size` ranks wrote; collective.
+    """Loads what `snapshot` and `engine_state` saved into the engine; collective.
+
+    Args:
+        engine: The engine, with any number of ranks and any ZeRO stage.
+        folder: Folder of the checkpoint.
+        world_size: Number of ranks that wrote it.
 
     Raises:
-        UserError: It is of another model or optimizer.
+        UserError: The checkpoint is that of another model or optimizer, or the weights are on NVMe.
     """
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         zero.checkpoint_event_prologue()
-    shelf, names = _Shelf(folder, world_size), _names(engine)
+    saved_shards, names = _SavedShards(folder, world_size), _parameter_names(engine)
     saved = json.loads((folder / ENGINE).read_text())
     state = _base_optimizer(engine).state
     for shard in shards_of(engine):
         _check_in_memory(shard)
         parts = shard.segments
         if stage == 0:
-            # every rank updates the whole layer
+            # without ZeRO every rank updates the whole layer
             parts = [Segment(0, 0, shard.flat.numel(), 0)]
-        for key in sorted(shelf.keys()):
+        for key in sorted(saved_shards.keys()):
             if key == "weight":
                 target = shard.flat.detach()
             else:
@@ -182,11 +214,11 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
             flat = target.view(-1)
             for part in parts:
                 name = names[id(shard.parameters[part.layer])]
-                for place, values in shelf.read(key, name, part):
+                for place, values in saved_shards.read(key, name, part):
                     flat.narrow(0, part.start + place, len(values)).copy_(values)
         for key, value in saved["scalars"].items():
             state[shard.flat][key] = torch.tensor(value)
-    _refresh(engine)
+    _update_model_weights(engine)
     for name, value in saved["counters"].items():
         setattr(engine, name, value)
     if engine.lr_scheduler is not None:
@@ -198,8 +230,8 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
         zero.loss_scaler.cur_scale = saved["loss_scale"]
 
 
-def _refresh(engine: Any) -> None:
-    """Weights that the model computes with, from the master weights."""
+def _update_model_weights(engine: Any) -> None:
+    """Copies the master weights to the weights that the model computes with."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         zero.update_lp_params()

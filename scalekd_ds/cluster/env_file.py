@@ -1,7 +1,7 @@
 """`.deepspeed_env`: the values that DeepSpeed's launcher exports on every node, one `NAME=value` a line.
 
-The launcher puts each into the command that the nodes' shells run, in double quotes where it sees a character that it
-does not know and without any escapes: what a shell would read in such a value never gets into the file.
+The launcher pastes each value into the command that the nodes' shells run. It quotes a value that has unusual characters
+with double quotes, and escapes nothing, so values with characters that a shell interprets are refused here.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from pathlib import Path
 from scalekd_ds.durable_files import sync
 from scalekd_ds.errors import UserError
 
-# DeepSpeed's own choice, and its CUDA accelerator's
-EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+# prefixes of the variables that DeepSpeed's launcher exports by itself, with those of its CUDA accelerator
+EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*", re.ASCII)
-# what a shell reads inside of double quotes, the quotes themselves, and pdsh's %h, %n and %u
-_REFUSED = "\"'`$\\!%"
+# what a shell interprets inside double quotes, the quotes themselves, and the % of pdsh's %h, %n and %u
+_REFUSED_CHARACTERS = "\"'`$\\!%"
 
 
 def env_paths(folder: Path) -> list[Path]:
-    """The files that the launcher reads when it is started in `folder`, in its order: later ones win."""
+    """The files that the launcher reads when it is started in `folder`, in that order; a later one overrides an earlier."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    # an absolute name is the same file twice
+    # an absolute $DS_ENV_FILE gives the same path twice
     return list(dict.fromkeys([Path.home() / name, folder / name]))
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """What the launcher exports on the nodes when it is started in `folder`: variables by their names, then the files.
+    """Name -> value of what the launcher exports on the nodes when it is started in `folder`.
+
+    These are the environment variables with the prefixes of `EXPORTED_PREFIXES`, overridden by the files of `env_paths`.
 
     Raises:
-        UserError: Naming the first that it would not hand on as it stands.
+        UserError: The launcher would change or break a value; the message names the first such variable.
     """
-    values = {name: value for name, value in sorted(os.environ.items()) if name.startswith(EXPORTED)}
+    values = {name: value for name, value in sorted(os.environ.items()) if name.startswith(EXPORTED_PREFIXES)}
     for name, value in values.items():
         check_value(name, value, f"environment variable {name}")
     for path in env_paths(folder):
@@ -44,10 +46,15 @@ def exported(folder: Path) -> dict[str, str]:
 
 
 def check_value(name: str, value: str, where: str) -> None:
-    """Refuses what DeepSpeed would not hand on as it stands.
+    """Refuses a variable that would not reach the nodes unchanged.
+
+    Args:
+        name: The variable's name.
+        value: Its value.
+        where: Start of the error message, such as the file and the line.
 
     Raises:
-        UserError: Starting with `where`, one line.
+        UserError: The name is not in capitals, or the value is too long or has characters that a shell interprets.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -57,7 +64,7 @@ def check_value(name: str, value: str, where: str) -> None:
         raise UserError(
             f"{where}: {name[:60]} is longer than 4096 characters, which a node's command line may not take."
         )
-    bad = next((c for c in value if c in _REFUSED or not " " <= c <= "~"), None)
+    bad = next((c for c in value if c in _REFUSED_CHARACTERS or not " " <= c <= "~"), None)
     if bad is not None:
         raise UserError(
             f"{where}: the value of {name} has the character {bad!a}, which the nodes' shells would read: leave it out."
@@ -67,7 +74,11 @@ def check_value(name: str, value: str, where: str) -> None:
 
 
 def parse_assignments(assignments: Iterable[str], where: str) -> dict[str, str]:
-    """Name -> value of `NAME=value` words. Raises UserError for the first that is refused."""
+    """Name -> value of `NAME=value` words.
+
+    Raises:
+        UserError: One of them is not of that form, or `check_value` refuses it; the message starts with `where`.
+    """
     values = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -79,11 +90,15 @@ def parse_assignments(assignments: Iterable[str], where: str) -> dict[str, str]:
 
 
 def parse_env(data: bytes, source: str) -> dict[str, str]:
-    """Name -> value of a file's content.
+    """Name -> value of the content of an environment file.
+
+    Args:
+        data: The file's bytes.
+        source: The file's name, for error messages.
 
     Raises:
-        UserError: Naming `source` and the first line that the launcher would end with a traceback on, or that a node's
-            shell would read as more than a value.
+        UserError: A line would make the launcher fail, or a node's shell would interpret its value; the message names
+            `source` and the line.
     """
     try:
         lines = re.split(r"\r\n|\r|\n", data.decode())
@@ -100,14 +115,18 @@ def parse_env(data: bytes, source: str) -> dict[str, str]:
                 f"{where}: {ascii(line)[:60]} is no NAME=value, and the launcher knows neither comments nor empty lines: "
                 "remove it."
             )
-        # the launcher strips both
+        # the launcher strips blanks around both
         check_value(name.strip(), value.strip(), where)
         values[name.strip()] = value.strip()
     return values
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """Name -> value of a file, nothing where there is none. Raises UserError as `parse_env` does."""
+    """Name -> value of an environment file; empty if the file does not exist.
+
+    Raises:
+        UserError: The file cannot be read, or `parse_env` refuses it.
+    """
     try:
         return parse_env(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -117,28 +136,30 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def write_env(path: Path, values: dict[str, str]) -> dict[str, str]:
-    """Sets values in a file for the launcher, keeping its other lines; whole or not at all, and for the owner's eyes.
+    """Sets values in an environment file and keeps its other lines.
+
+    The file is replaced atomically, and only its owner can read it.
 
     Returns:
-        Everything that the file holds now.
+        Name -> value of everything that the file holds afterwards.
 
     Raises:
-        UserError: A value or a line of the file that is refused, or a file that cannot be written.
+        UserError: A new value or a line of the file is refused, or the file cannot be written.
     """
     for name, value in values.items():
         check_value(name, value, str(path))
-    held = read_env(path) | values
-    aside = None
+    merged = read_env(path) | values
+    temporary = None
     try:
-        # mkstemp's file is nobody else's from its first moment
-        handle, aside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+        # mkstemp makes a file that only its owner can read from the start
+        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w") as file:
-            file.write("".join(f"{name}={value}\n" for name, value in held.items()))
-        sync(Path(aside))
-        os.replace(aside, path)
+            file.write("".join(f"{name}={value}\n" for name, value in merged.items()))
+        sync(Path(temporary))
+        os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    return held
+    return merged

@@ -1,7 +1,8 @@
-"""Who is still there: every rank tells the job's store that it lives and how far it is, and ends, naming the lost one.
+"""Detects ranks that died or hang: every rank writes heartbeats to the job's TCPStore, and reads those of the others.
 
-A collective whose peer is gone behind a cut link hangs for ever, whatever time-out the process group was given; nobody
-then says which rank it was. Here two threads of each rank do: one speaks to the store, one watches what it heard.
+A collective whose peer has disappeared behind a cut link hangs for ever, whatever time-out the process group was given, and
+does not say which rank is gone. Two threads of each rank find out: one exchanges heartbeats through the store, and the other
+ends the process, naming the lost rank, when a heartbeat is overdue.
 """
 
 from __future__ import annotations
@@ -20,18 +21,29 @@ from typing import Any, NamedTuple
 
 from scalekd_ds.errors import UserError
 
+# exit status of a rank that ends because another one is lost
 EXIT_LOST = 70
-_EVERY = 1.0
+# seconds between two heartbeats
+_INTERVAL_S = 1.0
 _HINT = "The last checkpoint is intact: start again with --run.resume auto."
 
 
 class Beat(NamedTuple):
-    """What a rank says: where it runs, how far it is, the beat's number, and how it ended if it has."""
+    """One heartbeat of a rank, as it is written to the store.
+
+    Attributes:
+        host: Name of the rank's machine.
+        pid: Number of the rank's process.
+        step: The rank's optimizer step.
+        progress: How often the rank has called `Heartbeat.progress`.
+        number: Number of the heartbeat, counted from 0.
+        end: `done` or the exception with which the rank ended, or None while it runs.
+    """
 
     host: str
     pid: int
     step: int
-    ticks: int
+    progress: int
     number: int
     end: str | None
 
@@ -40,40 +52,43 @@ class Beat(NamedTuple):
 
 
 class RankLostError(UserError):
-    """Another rank failed, died or cannot be reached: the job can be started again as it is."""
+    """Another rank failed, died or cannot be reached; the job can be started again without a change."""
 
     status = EXIT_LOST
 
 
 class Heartbeat:
-    """Watches over the ranks of a job from each of them; use as a context manager around training.
+    """Monitors all ranks of a job from each of them; use as a context manager around training.
 
     Args:
-        store: torch's TCPStore of the job, or None on one rank: then only a hang is watched for.
+        store: torch's TCPStore of the job, or None for a single rank, where only hangs are detected.
         rank: This rank.
-        world_size: All ranks.
-        folder: Where the stacks of a hang are written.
-        silence: Seconds without a word from another rank after which this one ends.
-        hang: Seconds in which no rank gets on, though all of them live, after which all write their stacks and end;
-            0 waits for ever.
+        world_size: Number of ranks.
+        folder: Where a hanging rank writes the stacks of its threads.
+        rank_timeout: Seconds without a heartbeat from another rank after which this one exits.
+        hang_timeout: Seconds without progress on any rank, though all of them send heartbeats, after which each writes
+            its stacks and exits; 0 waits for ever.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, folder: Path, silence: float, hang: float) -> None:
+    def __init__(
+        self, store: Any, rank: int, world_size: int, folder: Path, rank_timeout: float, hang_timeout: float
+    ) -> None:
         self.rank, self.world_size, self.folder = rank, world_size, folder
-        self.silence, self.hang = silence, hang
+        self.rank_timeout, self.hang_timeout = rank_timeout, hang_timeout
         self.step = 0
-        self._ticks, self._end = 0, None
-        self._heard: dict[int, tuple[Beat, float]] = {}
-        self._answered = self._got_on = time.monotonic()
-        self._seen = (-1, -1)
+        self._progress, self._end = 0, None
+        # the last new heartbeat of each other rank, and when it came
+        self._received: dict[int, tuple[Beat, float]] = {}
+        self._store_answered_at = self._progress_at = time.monotonic()
+        self._last_progress = (-1, -1)
         self._stopped = threading.Event()
-        # a connection of its own: another thread's wait on the store must not hold up a beat
+        # a connection of its own, so that a heartbeat never waits for another thread's request to the store
         self._store = store.clone() if store is not None else None
         if self._store is not None:
-            self._store.set_timeout(timedelta(seconds=max(1.0, silence / 3)))
+            self._store.set_timeout(timedelta(seconds=max(1.0, rank_timeout / 3)))
 
     def __enter__(self) -> Heartbeat:
-        targets = [self._watch] + ([self._speak] if self._store is not None else [])
+        targets = [self._monitor] + ([self._exchange] if self._store is not None else [])
         self._threads = [threading.Thread(target=t, name=f"heartbeat-{t.__name__}", daemon=True) for t in targets]
         for thread in self._threads:
             thread.start()
@@ -84,31 +99,39 @@ class Heartbeat:
         self._end = "done" if kind is None else f"{kind.__name__}: {first}"
         self._stopped.set()
         for thread in self._threads:
-            thread.join(2 * _EVERY)
+            thread.join(2 * _INTERVAL_S)
 
     def progress(self, step: int | None = None) -> None:
-        """This rank got on: a step, a batch of an evaluation, a part of a checkpoint."""
-        self.step = self.step if step is None else step
-        self._ticks += 1
+        """Records that this rank has done a step, a batch of an evaluation, or a part of a checkpoint.
 
-    def hurry(self) -> None:
-        """The job is being ended: waits for no rank longer than 5 s."""
-        self.silence = min(self.silence, 5.0)
+        Args:
+            step: The optimizer step that is done; None keeps the last one.
+        """
+        self.step = self.step if step is None else step
+        self._progress += 1
+
+    def shorten_timeout(self) -> None:
+        """Lowers the rank timeout to 5 s, since other ranks end soon after a signal to stop."""
+        self.rank_timeout = min(self.rank_timeout, 5.0)
 
     def raise_if_lost(self, error: BaseException) -> None:
-        """Where `error` came of a rank that has gone, says so in its place.
+        """Replaces `error` with the reason, if it was caused by another rank that failed or disappeared.
 
         Raises:
-            RankLostError: Naming the ranks.
+            RankLostError: Other ranks are lost; the message names them.
         """
-        if found := self.lost(wait=8.0):
+        if found := self.lost_ranks(wait=8.0):
             raise RankLostError(f"{found}. {_HINT}") from error
 
-    def lost(self, wait: float = 0.0) -> str | None:
-        """The ranks that failed or have been silent for 3 s, after at most `wait` seconds; None where all are there."""
+    def lost_ranks(self, wait: float = 0.0) -> str | None:
+        """Describes the ranks that failed or have sent no heartbeat for 3 s; None if there are none.
+
+        Args:
+            wait: Seconds to keep looking until there is one.
+        """
         end = time.monotonic() + wait
         while self._store is not None:
-            found = self._silent(3.0 * _EVERY, failed=True)
+            found = self._find_lost(3.0 * _INTERVAL_S, include_failed=True)
             if found or time.monotonic() >= end:
                 return "; ".join(found) or None
             time.sleep(0.2)
@@ -119,13 +142,14 @@ class Heartbeat:
     def _key(self, rank: int) -> str:
         return f"scalekd/beat/{rank}"
 
-    def _speak(self) -> None:
+    def _exchange(self) -> None:
+        """Body of the thread that writes this rank's heartbeats and reads those of the others."""
         host, pid, store = socket.gethostname(), os.getpid(), self._store
         others = [r for r in range(self.world_size) if r != self.rank]
         stopping = False
         for number in itertools.count():
             try:
-                store.set(self._key(self.rank), json.dumps([host, pid, self.step, self._ticks, number, self._end]))
+                store.set(self._key(self.rank), json.dumps([host, pid, self.step, self._progress, number, self._end]))
                 if stopping:
                     return
                 present = [r for r in others if store.check([self._key(r)])]
@@ -133,47 +157,49 @@ class Heartbeat:
                 now = time.monotonic()
                 for r, value in zip(present, values, strict=True):
                     beat = Beat(*json.loads(value))
-                    if r not in self._heard or self._heard[r][0] != beat:
-                        self._heard[r] = (beat, now)
-                self._answered = now
+                    if r not in self._received or self._received[r][0] != beat:
+                        self._received[r] = (beat, now)
+                self._store_answered_at = now
             except RuntimeError:
-                # the store went away with rank 0, or does not answer: the watcher counts the seconds
+                # the store ended with rank 0, or does not answer: the monitor thread notices after the timeout
                 if stopping:
                     return
-            stopping = self._stopped.wait(_EVERY)
+            stopping = self._stopped.wait(_INTERVAL_S)
 
-    def _silent(self, after: float, failed: bool) -> list[str]:
+    def _find_lost(self, timeout: float, include_failed: bool) -> list[str]:
+        """A description of each rank without a heartbeat for `timeout` seconds, or that failed if those are included."""
         now = time.monotonic()
-        if now - self._answered > after and self.rank != 0:
+        if now - self._store_answered_at > timeout and self.rank != 0:
             return [f"rank 0's store at {os.environ.get('MASTER_ADDR', '?')} does not answer"]
         found = []
-        for rank, (beat, heard) in sorted(self._heard.items()):
-            if beat.end not in (None, "done") and failed:
+        for rank, (beat, received_at) in sorted(self._received.items()):
+            if beat.end not in (None, "done") and include_failed:
                 found.append(f"rank {rank} {beat} failed: {beat.end}")
-            elif beat.end is None and now - heard > after:
+            elif beat.end is None and now - received_at > timeout:
                 found.append(f"rank {rank} {beat} is dead or cannot be reached")
         return found
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(_EVERY):
-            if self._store is not None and (found := self._silent(self.silence, failed=False)):
-                self._leave(f"{'; '.join(found)}: no word for {self.silence:.0f} s.")
-            ticks = (self._ticks, sum(beat.ticks for beat, _ in self._heard.values()))
-            if ticks != self._seen:
-                self._seen, self._got_on = ticks, time.monotonic()
-            elif self.hang and time.monotonic() - self._got_on > self.hang:
-                steps = {self.rank: self.step} | {r: beat.step for r, (beat, _) in self._heard.items()}
-                behind = ", ".join(f"rank {r} at step {s}" for r, s in sorted(steps.items()))
-                self._leave(f"no rank got on for {self.hang:.0f} s ({behind}); stacks: {self._dump()}.")
+    def _monitor(self) -> None:
+        """Body of the thread that ends this process when another rank is lost or all ranks hang."""
+        while not self._stopped.wait(_INTERVAL_S):
+            if self._store is not None and (found := self._find_lost(self.rank_timeout, include_failed=False)):
+                self._exit(f"{'; '.join(found)}: no word for {self.rank_timeout:.0f} s.")
+            progress = (self._progress, sum(beat.progress for beat, _ in self._received.values()))
+            if progress != self._last_progress:
+                self._last_progress, self._progress_at = progress, time.monotonic()
+            elif self.hang_timeout and time.monotonic() - self._progress_at > self.hang_timeout:
+                steps = {self.rank: self.step} | {r: beat.step for r, (beat, _) in self._received.items()}
+                listed = ", ".join(f"rank {r} at step {s}" for r, s in sorted(steps.items()))
+                self._exit(f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {self._dump_stacks()}.")
 
-    def _dump(self) -> Path:
+    def _dump_stacks(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank{self.rank}.txt"
         with path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         return path
 
-    def _leave(self, why: str) -> None:
-        print(f"error (rank {self.rank} on {socket.gethostname()}): {why} {_HINT}", file=sys.stderr, flush=True)
-        # the main thread hangs in a collective: no exception would reach it
+    def _exit(self, reason: str) -> None:
+        print(f"error (rank {self.rank} on {socket.gethostname()}): {reason} {_HINT}", file=sys.stderr, flush=True)
+        # the main thread hangs in a collective, where no exception can reach it
         os._exit(EXIT_LOST)

@@ -1,4 +1,7 @@
-"""Hosts files: `NAME slots=GPUS`, one node a line, read strictly because DeepSpeed hands the names to shells as they are."""
+"""Hosts files: one node a line, as `NAME slots=GPUS`.
+
+They are read strictly, because DeepSpeed passes the names to shells unescaped.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ from pathlib import Path
 
 from scalekd_ds.errors import UserError
 
-# the launcher makes a list of this length for each node; no machine has as many accelerators
+# the launcher makes a list of this length for each node; no machine has more accelerators than this
 MOST_SLOTS = 1024
 _LARGEST_FILE = 1 << 20
-# a word of `pdsh -w` and of `ssh` that is neither an option, a range, a user, a file, nor anything to a shell
+# names that pdsh and ssh take for a host and nothing else: no option, range, user or file, and nothing that a shell expands
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _SLOTS = re.compile(r"slots=([0-9]{1,9})", re.ASCII)
 
 
 def read_hosts(path: str | Path) -> dict[str, int]:
-    """The nodes of a hosts file in its order, and how many ranks each takes.
+    """Node -> number of ranks, in the order of a hosts file.
 
-    Stricter than DeepSpeed's own parser, which passes over whatever follows the number of slots and takes any name:
-    what is accepted here it reads the same.
+    This is stricter than DeepSpeed's own parser, which takes any name and ignores whatever follows the number of slots.
+    DeepSpeed reads every file that is accepted here in the same way.
 
     Raises:
-        UserError: The file cannot be read, or the first line that is wrong, by its number.
+        UserError: The file cannot be read, or a line is wrong; the message has the number of the first such line.
     """
     try:
         with open(path, "rb") as file:
@@ -39,15 +42,23 @@ def read_hosts(path: str | Path) -> dict[str, int]:
 
 
 def parse_hosts(data: bytes, source: str) -> dict[str, int]:
-    """The nodes of a hosts file's content. Raises UserError as `read_hosts` does, naming `source`."""
+    """Node -> number of ranks of the content of a hosts file.
+
+    Args:
+        data: The file's bytes.
+        source: The file's name, for error messages.
+
+    Raises:
+        UserError: A line is wrong, or there is none; the message names `source`.
+    """
     hosts: dict[str, int] = {}
-    lines: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         number = len(_LINE_END.split(data[: error.start].decode()))
         raise UserError(f"hosts file {source!r}, line {number}: it is not text: write `NAME slots=GPUS`.") from None
-    # the line ends of Python's text files, which are those that DeepSpeed's reader knows
+    # DeepSpeed reads the file in Python's text mode, which ends lines in the same places
     for number, line in enumerate(_LINE_END.split(text), 1):
         where = f"hosts file {source!r}, line {number}"
         words = line.split("#", 1)[0].split()
@@ -55,10 +66,10 @@ def parse_hosts(data: bytes, source: str) -> dict[str, int]:
             continue
         name, slots = words[0], _slots(words, where)
         check_name(name, where)
-        # names of hosts have no case
-        known = lines.setdefault(name.lower(), number)
-        if known != number:
-            raise UserError(f"{where}: {name!r} is on line {known} already: give its slots once.")
+        # host names are the same in upper and lower case
+        first = line_of.setdefault(name.lower(), number)
+        if first != number:
+            raise UserError(f"{where}: {name!r} is on line {first} already: give its slots once.")
         hosts[name] = slots
     if not hosts:
         raise UserError(f"hosts file {source!r} names no node: write one `NAME slots=GPUS` a line.")
@@ -66,7 +77,11 @@ def parse_hosts(data: bytes, source: str) -> dict[str, int]:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raises a UserError that starts with `where`, unless `name` is a plain host name or IPv4 address."""
+    """Refuses a name that is not a plain host name or IPv4 address.
+
+    Raises:
+        UserError: It is not; the message starts with `where`.
+    """
     if len(name) <= 253 and _NAME.fullmatch(name):
         return
     hint = "letters, digits, '.', '-' and '_' alone"
@@ -80,6 +95,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def _slots(words: list[str], where: str) -> int:
+    """The number of slots of a line that is split into words."""
     if len(words) == 1:
         raise UserError(f"{where}: {_shown(words[0])} has no slots: write `NAME slots=GPUS`.")
     if len(words) > 2:
@@ -96,6 +112,6 @@ def _slots(words: list[str], where: str) -> int:
 
 
 def _shown(text: str) -> str:
-    """`text` for a message: printable, and no longer than a line."""
+    """`text` as it is quoted in an error message: printable ASCII of at most 60 characters."""
     shown = ascii(text)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

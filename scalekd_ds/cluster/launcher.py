@@ -1,4 +1,4 @@
-"""What the deepspeed launcher was told, read off its command line."""
+"""Checks the hosts file of the deepspeed launcher that started this process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import psutil
 from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.errors import UserError
 
-# how the launcher is called, as a command, a script or a module
+# what the launcher's command line contains when it is started as a command, a script or a module
 _LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
 
 
 def check_hostfile() -> None:
-    """Refuses a hosts file that does not exist, or that says more than DeepSpeed reads in it.
+    """Refuses a hosts file of the launcher that does not exist, or that `read_hosts` refuses.
 
-    Without the file DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a 32-GPU
-    job into an 8-GPU one. The launcher's command line is the only place where the name can still be read.
+    If the file is missing, DeepSpeed's launcher only warns and then trains on this node alone, so a typing error turns a
+    32-GPU job into an 8-GPU one. The file's name is passed to no rank: it is read from the command line of the launcher,
+    which is a parent of this process. Nothing is checked if no parent is a launcher.
+
+    Raises:
+        UserError: The file does not exist, or is not a valid hosts file.
     """
     for process in psutil.Process().parents():
         try:
@@ -37,6 +41,6 @@ def check_hostfile() -> None:
                         "path to --hostfile, or leave it out for one machine."
                     )
                 read_hosts(path)
-            # what follows the script's name belongs to the script
+            # arguments after the script's name are the script's own
             if part.endswith(".py") and os.path.basename(part) != "runner.py":
                 break

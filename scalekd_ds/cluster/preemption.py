@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM or SIGUSR1 on any rank, and all ranks stop at the same step, in time to save."""
+"""Preemption: after SIGTERM or SIGUSR1 on any rank, all ranks stop after the same step, in time to save a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Asks all ranks at each step whether one was told to stop; use as a context manager around training.
+    """Agrees between all ranks whether to stop after a step; use as a context manager around training.
 
-    The question is a reduction of one number over gloo that runs beside the step and is read a step later: no
-    accelerator waits for it, and every rank reads the same answer at the same step.
+    At each step a flag is reduced over gloo, asynchronously, and the result is read one step later. So no accelerator waits
+    for it, and every rank reads the same result at the same step.
 
     Args:
-        told: Called in the signal's handler.
+        on_signal: Called by the handler of the signals.
 
     Attributes:
         signal: Name of the signal that this rank got, or None.
     """
 
-    def __init__(self, told: Callable[[], None]) -> None:
-        self._on_signal = told
+    def __init__(self, on_signal: Callable[[], None]) -> None:
+        self._on_signal = on_signal
         self.signal: str | None = None
-        self._before: dict[int, Any] = {}
-        self._asked: tuple[Any, torch.Tensor] | None = None
-        alone = not distributed.is_initialized() or distributed.get_world_size() == 1
-        self._group = None if alone else distributed.new_group(backend="gloo")
+        self._previous_handlers: dict[int, Any] = {}
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        single = not distributed.is_initialized() or distributed.get_world_size() == 1
+        self._group = None if single else distributed.new_group(backend="gloo")
 
     def __enter__(self) -> Preemption:
-        # only the main thread of a process may
+        # Python lets only the main thread install signal handlers
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._told) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _told(self, number: int, _: FrameType | None) -> None:
+    def _handle_signal(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         self._on_signal()
 
     def stop(self) -> bool:
-        """Whether all ranks stop after this step; collective, called once a step by every rank."""
+        """Whether all ranks stop after this step. Collective: every rank calls it once a step."""
         if self._group is None:
             return self.signal is not None
         stop = False
-        if self._asked is not None:
-            work, flag = self._asked
+        if self._pending is not None:
+            work, flag = self._pending
             work.wait()
             stop = bool(flag.item())
         flag = torch.tensor(float(self.signal is not None))
-        self._asked = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True), flag
+        self._pending = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True), flag
         return stop

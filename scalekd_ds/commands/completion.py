@@ -1,6 +1,7 @@
-"""What a shell completes: `source <(scalekd completion bash)`.
+"""Shell completion: `source <(scalekd completion bash)`.
 
-The shell asks this command at each press of the key: verbs, flags, recipes and DeepSpeed files are those that are there.
+The shell runs `scalekd` at each press of the tab key, and `complete` answers with the verbs, flags, recipes and DeepSpeed
+files that exist at that time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from scalekd_ds.commands.verbs import VERBS, module_of
 
 
 def parser() -> Parser:
-    """The options."""
-    own = Parser(
+    """The verb's options."""
+    options = Parser(
         "completion", "Prints the script that makes a shell complete verbs, flags, recipes and DeepSpeed files."
     )
-    own.add_argument("shell", choices=("bash", "zsh"), help="to put into ~/.bashrc or ~/.zshrc: source <(...)")
-    return own
+    options.add_argument("shell", choices=("bash", "zsh"), help="to put into ~/.bashrc or ~/.zshrc: source <(...)")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,13 +34,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"autoload -Uz compinit && compinit\n{script}" if shell == "zsh" else script)
 
 
-def _recipes(**_: Any) -> list[str]:
+def _complete_recipe(**_: Any) -> list[str]:
     from scalekd_ds.recipes import RECIPES
 
     return list(RECIPES)
 
 
-def _ds_configs(prefix: str, **_: Any) -> list[str]:
+def _complete_ds_config(prefix: str, **_: Any) -> list[str]:
     from importlib.resources import files
 
     from argcomplete.completers import FilesCompleter
@@ -49,57 +50,58 @@ def _ds_configs(prefix: str, **_: Any) -> list[str]:
 
 
 def _run_parser(verb: str) -> argparse.ArgumentParser:
-    """The parser of a run's fields, whose values are completed where there is something to choose from."""
+    """The parser of a run's fields, with completers for recipes, DeepSpeed files, choices and paths."""
     from argcomplete.completers import FilesCompleter
 
     from scalekd_ds.config.parser import run_parser
 
     parser = module_of("train").parser() if verb == "train" else run_parser("scalekd")
-    own: dict[str, Any] = {"--recipe": _recipes, "--run.ds_config": _ds_configs}
+    completers: dict[str, Any] = {"--recipe": _complete_recipe, "--run.ds_config": _complete_ds_config}
     for action in parser._actions:
         kind = getattr(action, "_typehint", None)
-        if action.option_strings and action.option_strings[0] in own:
-            action.completer = own[action.option_strings[0]]
+        if action.option_strings and action.option_strings[0] in completers:
+            action.completer = completers[action.option_strings[0]]
         elif get_origin(kind) is Literal:
-            action.completer = partial(_choices, get_args(kind))
+            action.completer = partial(_complete_choice, get_args(kind))
         elif kind is str:
-            # folders and weights
+            # most fields of text are folders or files of weights
             action.completer = FilesCompleter()
     return parser
 
 
-def _choices(values: tuple[str, ...], **_: Any) -> list[str]:
+def _complete_choice(values: tuple[str, ...], **_: Any) -> list[str]:
     return list(values)
 
 
-def _with_run(parser: argparse.ArgumentParser, run: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the options of `run` that the parser does not have."""
+def _add_run_flags(parser: argparse.ArgumentParser, run: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the flags of `run` that `parser` does not have, for completion alone, and returns `parser`."""
     for action in run._actions:
         flags = [f for f in action.option_strings if f.startswith("--") and f not in parser._option_string_actions]
         if flags and action.help != argparse.SUPPRESS:
-            added = parser.add_argument(*flags, nargs=None if action.nargs != 0 else 0, action=_Taken)
+            added = parser.add_argument(*flags, nargs=None if action.nargs != 0 else 0, action=_CompletionOnly)
             added.completer = getattr(action, "completer", None)
     return parser
 
 
-class _Taken(argparse.Action):
-    """Stands for an option that is never parsed."""
+class _CompletionOnly(argparse.Action):
+    """The action of a flag that is completed by the shell and never parsed."""
 
     def __call__(self, *_: Any) -> None:
         pass
 
 
 def _verb_parser(verb: str) -> argparse.ArgumentParser | None:
+    """The parser whose flags are completed after a verb, or None if it has none."""
     if verb == "train":
         return _run_parser(verb)
-    own = getattr(module_of(verb), "parser", None)
-    if own is None:
+    parser_of = getattr(module_of(verb), "parser", None)
+    if parser_of is None:
         return None
-    return _with_run(own(), _run_parser(verb)) if VERBS[verb].takes_run else own()
+    return _add_run_flags(parser_of(), _run_parser(verb)) if VERBS[verb].takes_run else parser_of()
 
 
-def _first_words(line: str) -> list[str]:
-    # an unfinished quote is no reason to complete nothing
+def _split_words(line: str) -> list[str]:
+    # a line that is being typed may have an unfinished quote, which shlex refuses
     try:
         return shlex.split(line)
     except ValueError:
@@ -107,14 +109,14 @@ def _first_words(line: str) -> list[str]:
 
 
 def complete() -> None:
-    """Answers the shell and ends the process; the shell's question is in the environment."""
+    """Answers the shell, whose command line is in the environment variable COMP_LINE, and ends the process."""
     import argcomplete
 
     line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "0"))]
-    words = _first_words(line)
+    words = _split_words(line)
     verb = words[1] if len(words) > 1 else ""
-    finished = len(words) > 2 or line.endswith((" ", "\t"))
-    if not (verb in VERBS and finished):
+    verb_is_complete = len(words) > 2 or line.endswith((" ", "\t"))
+    if not (verb in VERBS and verb_is_complete):
         verbs = Parser(prog="scalekd")
         verbs.add_argument("verb", choices=(*VERBS,))
         argcomplete.autocomplete(verbs, always_complete_options=False, default_completer=None)
@@ -122,9 +124,9 @@ def complete() -> None:
     parser = _verb_parser(verb)
     if parser is None:
         return
-    # the verb stands where a program's name would
+    # the number of words before the first argument: `scalekd` and the verb
     os.environ["_ARGCOMPLETE"] = "2"
     if not isinstance(parser, Parser):
-        # jsonargparse answers for its own parser
+        # jsonargparse completes its own parsers when they parse, and ends the process
         parser.parse_args([])
     argcomplete.autocomplete(parser)

@@ -1,4 +1,4 @@
-"""Plain student weights from a checkpoint of any ZeRO stage: `scalekd consolidate CKPT OUT.safetensors`."""
+"""Writes plain student weights from a checkpoint of any ZeRO stage: `scalekd consolidate CKPT OUT.safetensors`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from scalekd_ds.errors import UserError
 
 
 def parser() -> Parser:
-    """The options."""
-    own = Parser(
+    """The verb's options."""
+    options = Parser(
         "consolidate", "Plain student weights from a checkpoint of any ZeRO stage, with their JSON card beside them."
     )
-    own.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint is taken)")
-    own.add_argument("out", type=Path, help="the .safetensors file to write; its JSON card goes beside it")
-    own.add_argument(
+    options.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint is taken)")
+    options.add_argument("out", type=Path, help="the .safetensors file to write; its JSON card goes beside it")
+    options.add_argument(
         "--weights",
         choices=["student", "ema"],
         help="the student's own weights or their moving average; what the run ships if not given",
     )
-    return own
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix != ".safetensors":
         raise UserError(f"OUT is {str(args.out)!r}: it must end in .safetensors.")
 
-    from scalekd_ds.checkpoint.layout import resolve
+    from scalekd_ds.checkpoint.layout import resolve_checkpoint
     from scalekd_ds.checkpoint.plain_weights import read_weights, weights_file, write_student
     from scalekd_ds.models.card import read_card
 
-    file = weights_file(resolve(Path(args.checkpoint)), args.weights)
+    file = weights_file(resolve_checkpoint(Path(args.checkpoint)), args.weights)
     state, card = read_weights(file), read_card(file)
     write_student(args.out, state, card)
     averaged = f" (average, decay {card['ema_decay']:g})" if card.get("ema_decay") else ""

@@ -12,7 +12,7 @@ from scalekd_ds.errors import UserError, run_cli, suggest
 
 
 def usage() -> str:
-    """What `scalekd --help` prints: each verb, what it does, and one command to type."""
+    """What `scalekd --help` prints: each verb, what it does, and an example."""
     width = max(map(len, VERBS))
     lines = ["usage: scalekd VERB ...", "", "Distil huge vision transformers into models that ship.", ""]
     for name, verb in VERBS.items():
@@ -21,10 +21,10 @@ def usage() -> str:
 
 
 def dispatch(argv: list[str]) -> int | None:
-    """Runs the verb that `argv` starts with.
+    """Runs the verb that `argv` starts with, and returns its exit status.
 
     Raises:
-        UserError: No verb, an unknown one, or what the verb raises.
+        UserError: There is no verb or an unknown one, or the verb itself raises it.
     """
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", "help"):
@@ -45,7 +45,7 @@ def dispatch(argv: list[str]) -> int | None:
 
 def main() -> None:
     """The `scalekd` console command."""
-    # the environment may not be activated, and DeepSpeed looks for its ninja on PATH
+    # DeepSpeed looks for ninja on PATH, where it is missing if the virtual environment is not activated
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if "_ARGCOMPLETE" in os.environ:
         from scalekd_ds.commands.completion import complete

@@ -1,4 +1,7 @@
-"""Whether a job can start on these nodes: `scalekd doctor --hostfile launch/hosts [--recipe NAME --dotted.key value ...]`."""
+"""Checks whether a job can start on the nodes of a hosts file.
+
+`scalekd doctor --hostfile launch/hosts [--recipe NAME --dotted.key value ...]`
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,31 @@ from scalekd_ds.errors import UserError, run_cli
 
 
 def parser() -> Parser:
-    """The doctor's own arguments; all others are the run's."""
+    """The options of the doctor itself; all other arguments are those of the run."""
     from scalekd_ds.cluster.doctor.checks import Limits
 
-    own = Parser(
+    options = Parser(
         "doctor",
         "Looks at every node of a hosts file before a job: one line a problem, and status 1 if there is any.",
         "--recipe NAME, and any field of a run as --dotted.key value: its data and weights are looked for on the nodes.",
     )
-    own.add_argument("--hostfile", "-H", metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
-    own.add_argument("--ssh-port", type=int, metavar="PORT", help="where the nodes' sshd listens")
-    own.add_argument(
+    options.add_argument("--hostfile", "-H", metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
+    options.add_argument("--ssh-port", type=int, metavar="PORT", help="where the nodes' sshd listens")
+    options.add_argument(
         "--ssh",
         metavar="COMMAND",
         help="instead of ssh: takes a node's name, or has {host} for it, and then a command for the node's shell",
     )
-    own.add_argument(
+    options.add_argument(
         "--write-env",
         nargs="+",
         metavar="NAME=VALUE",
-        help="first write these into .deepspeed_env, from which the launcher exports them on every node",
+        help="first write these variables into .deepspeed_env, from which the launcher exports them on every node",
     )
-    own.add_argument(
+    options.add_argument(
         "--skip", nargs="+", choices=("bandwidth", "all-reduce"), default=[], help="leave these checks out"
     )
-    own.add_argument("--json", metavar="FILE", help="also write everything there, the nodes that pass included")
+    options.add_argument("--json", metavar="FILE", help="also write the whole report as JSON, with the nodes that pass")
     defaults = Limits()
     for flag, field, what in (
         ("memory", "memory", "GiB of free memory a slot"),
@@ -45,17 +48,31 @@ def parser() -> Parser:
         ("bandwidth", "bandwidth", "Gbit/s from each node to the next, 0 for any"),
     ):
         default = getattr(defaults, field)
-        own.add_argument(
+        options.add_argument(
             f"--min-{flag}", dest=field, type=float, default=default, metavar="X", help=f"{what} ({default:g})"
         )
-    own.add_argument(
-        "--max-skew", dest="skew", type=float, default=defaults.skew, metavar="S", help=f"of clocks ({defaults.skew:g})"
+    options.add_argument(
+        "--max-skew",
+        dest="skew",
+        type=float,
+        default=defaults.skew,
+        metavar="S",
+        help=f"seconds by which clocks may differ ({defaults.skew:g})",
     )
-    return own
+    return options
 
 
 def ssh_command(hosts: dict[str, int], command: str | None, port: int | None) -> list[str]:
-    """How a node is reached; empty is this machine itself, where the launcher would use no ssh either."""
+    """Words of the command that reaches a node; empty for this machine itself, where the launcher uses no ssh either.
+
+    Args:
+        hosts: Node -> slots.
+        command: `--ssh`, or None for ssh.
+        port: `--ssh-port`, or None for ssh's own.
+
+    Raises:
+        UserError: `command` is empty, or cannot be split into words.
+    """
     if command is not None:
         try:
             words = shlex.split(command)
@@ -70,27 +87,35 @@ def ssh_command(hosts: dict[str, int], command: str | None, port: int | None) ->
     return ["ssh", *options, *(["-p", str(port)] if port is not None else [])]
 
 
-def needed(run: list[str]) -> tuple[dict[str, str], str]:
-    """(key -> path of what a run reads on every node, the run's folder)."""
+def required_paths(run: list[str]) -> tuple[dict[str, str], str]:
+    """(key -> path of the data and weights that a run reads on every node, the run's folder).
+
+    Args:
+        run: The run's command line arguments.
+
+    Raises:
+        UserError: The arguments are no valid run.
+    """
     from scalekd_ds.recipes.command_line import parse_run
 
     parsed = parse_run(run, "scalekd doctor")
     if parsed is None:
         raise SystemExit(0)
     cfg, _ = parsed
-    places = {}
+    paths = {}
     if cfg.data.root:
         names = {"data.train": cfg.data.train, "data.val": cfg.data.val}
-        places = {key: os.path.join(cfg.data.root, name) for key, name in names.items() if not name.startswith("hf:")}
-    # a name of timm's hub is no file
+        paths = {key: os.path.join(cfg.data.root, name) for key, name in names.items() if not name.startswith("hf:")}
+    # values that are no files are names of timm models
     for key in ("teacher", "teacher_weights", "student_weights"):
         value = getattr(cfg, key)
         if isinstance(value, str) and os.path.isfile(value):
-            places[key] = value
-    return places, cfg.run.dir
+            paths[key] = value
+    return paths, cfg.run.dir
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns status 1 if there is any problem, else 0."""
     from scalekd_ds.cluster.doctor.checks import Limits
     from scalekd_ds.cluster.env_file import env_paths, exported, parse_assignments, write_env
     from scalekd_ds.cluster.hosts import read_hosts
@@ -99,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     here = Path.cwd()
     if arguments.write_env:
         path = env_paths(here)[-1]
-        held = write_env(path, parse_assignments(arguments.write_env, "--write-env"))
-        print(f"wrote {path}: the launcher, started in this folder, exports {', '.join(held)} on every node")
+        exported_values = write_env(path, parse_assignments(arguments.write_env, "--write-env"))
+        print(f"wrote {path}: the launcher, started in this folder, exports {', '.join(exported_values)} on every node")
     if arguments.hostfile is None:
         if arguments.write_env:
             return 0
@@ -112,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 <= value < float("inf"):
             raise UserError(f"the limit for {name} is {value}: it must not be negative.")
     hosts = read_hosts(arguments.hostfile)
-    data, run_dir = needed(run)
+    data, run_dir = required_paths(run)
     ssh = ssh_command(hosts, arguments.ssh, arguments.ssh_port)
 
     from rich.console import Console
@@ -121,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     from scalekd_ds.cluster.doctor.report import print_report
 
     report = examine(hosts, ssh, exported(here), data, run_dir, limits, arguments.skip)
-    # a log has no width; a table that wraps at 80 columns cannot be read
+    # rich takes 80 columns for a file, where the table would wrap
     print_report(Console(width=None if sys.stdout.isatty() else 200), report)
     if arguments.json:
         from scalekd_ds.durable_files import write_json

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a consolidated file or any timm model: `scalekd evaluate MODEL --data DIR`."""
+"""Measures top-1 and top-5 of a consolidated file or any timm model: `scalekd evaluate MODEL --data DIR`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from scalekd_ds.errors import UserError
 
 
 def parser() -> Parser:
-    """The options."""
-    own = Parser("evaluate", "Top-1 and top-5 of a consolidated file or any timm model.")
-    own.add_argument("model", help="a consolidated .safetensors with its card beside it, or a timm model's name")
-    own.add_argument("--data", type=Path, required=True, help="validation images, one folder per class, or the "
+    """The verb's options."""
+    options = Parser("evaluate", "Top-1 and top-5 of a consolidated file or any timm model.")
+    options.add_argument("model", help="a consolidated .safetensors with its card beside it, or a timm model's name")
+    options.add_argument("--data", type=Path, required=True, help="validation images, one folder per class, or the "
                         "folder that holds them as val/")  # fmt: skip
-    own.add_argument("--weights", default="pretrained", help="for a timm name: pretrained, none or a .safetensors")
-    own.add_argument("--image-size", type=int, default=None, help="pixels; the model's own by default")
-    own.add_argument("--batch-size", type=int, default=64)
-    own.add_argument("--threads", type=int, default=2, help="decoding threads")
-    own.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
-    return own
+    options.add_argument("--weights", default="pretrained", help="for a timm name: pretrained, none or a .safetensors")
+    options.add_argument("--image-size", type=int, default=None, help="side in pixels; the model's own if not given")
+    options.add_argument("--batch-size", type=int, default=64)
+    options.add_argument("--threads", type=int, default=2, help="decoding threads")
+    options.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

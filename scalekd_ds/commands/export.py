@@ -1,4 +1,4 @@
-"""A student for other tools: `scalekd export --format timm|hf|onnx|torchscript|torch_export CKPT_OR_FILE OUT`."""
+"""Exports a student for other tools: `scalekd export --format timm|hf|onnx|torchscript|torch_export CKPT_OR_FILE OUT`."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from scalekd_ds.export import FORMATS, export
 
 
 def parser() -> Parser:
-    """The options."""
+    """The verb's options."""
     listed = "\n".join(f"  {name:<13} {format.about}" for name, format in FORMATS.items())
-    own = Parser(
+    options = Parser(
         "export",
         "Writes a student into a folder for other tools, with a model card, and checks that it gives the same logits.",
         f"formats:\n{listed}",
     )
-    # a mistyped one is answered with the nearest, which argparse's choices would not
-    own.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS)).completer = _formats
-    own.add_argument(
+    # not argparse's `choices`, whose error would not suggest the nearest name
+    options.add_argument(
+        "--format", required=True, metavar="FORMAT", help=", ".join(FORMATS)
+    ).completer = _complete_format
+    options.add_argument(
         "source", metavar="CKPT_OR_FILE", help="a run's folder, a checkpoint's, or a consolidated .safetensors"
     )
-    own.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    own.add_argument(
+    options.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    options.add_argument(
         "--weights",
         choices=["student", "ema"],
         help="of a checkpoint: the student's own weights or their moving average; what the run ships if not given",
     )
-    own.add_argument(
+    options.add_argument(
         "--with-preprocessing",
         action="store_true",
         help="the program takes pixels in [0, 1], and has mean and std inside (not for timm and hf, whose config has them)",
     )
-    own.add_argument("--overwrite", action="store_true", help="replace a folder that an export wrote")
-    return own
+    options.add_argument("--overwrite", action="store_true", help="replace a folder that an export wrote")
+    return options
 
 
-def _formats(**_: object) -> list[str]:
+def _complete_format(**_: object) -> list[str]:
     return list(FORMATS)
 
 

@@ -1,4 +1,4 @@
-"""A contact sheet of what models see and answer: `scalekd inspect CKPT IMAGES -> PNG`."""
+"""Draws a contact sheet of attention, feature maps and predictions: `scalekd inspect CKPT IMAGES --out PNG`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from scalekd_ds.errors import UserError
 
 
 def parser() -> Parser:
-    """The options."""
-    own = Parser(
+    """The verb's options."""
+    options = Parser(
         "inspect",
         "One PNG of attention, feature maps, predictions and frequencies: of a student, its teacher and a baseline.",
     )
-    own.add_argument("checkpoint", help="a run's folder, a checkpoint's, a .safetensors with its card, or a timm name")
-    own.add_argument("images", nargs="+", help="folders, files or quoted globs; folders named as classes say the truth")
-    own.add_argument("--out", type=Path, default=Path("inspect.png"), help="the PNG to write (inspect.png)")
-    own.add_argument("--images", dest="count", type=int, default=8, metavar="N", help="rows of the sheet (8)")
-    own.add_argument(
+    options.add_argument(
+        "checkpoint", help="a run's folder, a checkpoint's, a .safetensors with its card, or a timm name"
+    )
+    options.add_argument(
+        "images", nargs="+", help="folders, files or quoted globs; folders named as classes say the truth"
+    )
+    options.add_argument("--out", type=Path, default=Path("inspect.png"), help="the PNG to write (inspect.png)")
+    options.add_argument("--images", dest="count", type=int, default=8, metavar="N", help="rows of the sheet (8)")
+    options.add_argument(
         "--pick",
         choices=["spread", "lost"],
         default="spread",
         help="spread: evenly over the folders; lost: first what the student alone gets wrong, of all IMAGES",
     )
-    models = own.add_argument_group("models")
-    # with the names of training's options too, which what is said of weights that cannot be had speaks of
+    models = options.add_argument_group("models")
+    # the names of training's options are accepted too, since errors about missing weights mention them
     models.add_argument(
         "--weights", "--student_weights", default="pretrained", help="of a timm CKPT: pretrained, none or a file"
     )
@@ -41,8 +45,8 @@ def parser() -> Parser:
     )
     models.add_argument("--baseline", help="as CKPT: a student of the same classes to compare with")
     models.add_argument("--baseline-weights", default="pretrained", help="of a timm name: pretrained, none or a file")
-    models.add_argument("--size", type=int, help="side of the images in pixels; that of the training if not given")
-    return own
+    models.add_argument("--size", type=int, help="side of the images in pixels; that of training if not given")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The argparse parser of a verb: examples at the end of its help, mistakes as one line."""
+"""The argparse parser of a verb: its help ends with examples, and its errors are UserErrors of one line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from scalekd_ds.errors import UserError, suggest
 
 
 def examples_of(verb: str) -> str:
-    """The end of a verb's help."""
+    """The examples of a verb, as the end of its help."""
     return "\n".join(["examples:", *(f"  {example}" for example in VERBS[verb].examples)])
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are UserErrors.
+    """An argparse parser that raises UserError for wrong arguments, and takes no shortened flags.
 
     Args:
-        verb: As it is typed; its examples are shown below the options.
+        verb: The verb as it is typed, whose examples are shown below the options; empty for none.
         description: What the verb does.
-        epilog: Shown before the examples.
-        **kwargs: argparse's.
+        epilog: Text between the options and the examples.
+        **kwargs: Arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, verb: str = "", description: str | None = None, epilog: str = "", **kwargs: Any) -> None:

@@ -1,4 +1,7 @@
-"""What a run needs, before it is started: `scalekd plan --recipe NAME --gpus N --gpu-memory GIB [--dotted.key value ...]`."""
+"""Plans memory and time of a run before it starts.
+
+`scalekd plan --recipe NAME --gpus N --gpu-memory GIB [--dotted.key value ...]`
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,37 @@ from scalekd_ds.errors import UserError
 
 
 def parser() -> Parser:
-    """The planner's own arguments; all others are the run's."""
+    """The options of the planner itself; all other arguments are those of the run."""
     from scalekd_ds.plan.assumptions import Assumptions
 
-    own = Parser(
+    options = Parser(
         "plan",
         "Memory by part, bytes on the wire, images/s and hours of a run, from shapes alone.",
         "--recipe NAME, and any field of a run as --dotted.key value, as for scalekd train (whose --help lists them).",
     )
-    own.add_argument("--gpus", type=int, required=True, help="ranks")
-    own.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of one GPU")
-    own.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs in a node (default 8)")
-    own.add_argument("--teacher-placement", choices=("auto", "replica", "sharded", "offload"), default="auto")
-    own.add_argument("--stage", choices=("auto", "0", "1", "2", "3"), default="auto", help="ZeRO stage (default auto)")
-    own.add_argument("--classes", type=int, default=1000, help="of the data (default 1000)")
-    own.add_argument(
-        "--train-images", type=int, metavar="N", help="in an epoch (default: the recipe's, else ImageNet-1K's)"
+    options.add_argument("--gpus", type=int, required=True, help="number of ranks")
+    options.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one GPU")
+    options.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs in a node (default 8)")
+    options.add_argument("--teacher-placement", choices=("auto", "replica", "sharded", "offload"), default="auto")
+    options.add_argument(
+        "--stage", choices=("auto", "0", "1", "2", "3"), default="auto", help="ZeRO stage (default auto)"
     )
-    own.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options.add_argument("--classes", type=int, default=1000, help="classes of the data (default 1000)")
+    options.add_argument(
+        "--train-images", type=int, metavar="N", help="images in an epoch (default: the recipe's, else ImageNet-1K's)"
+    )
+    options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     for name, value in vars(Assumptions()).items():
-        own.add_argument(f"--assume.{name}", type=float, default=value, metavar="X", help=f"(default {value:g})")
-    return own
+        options.add_argument(f"--assume.{name}", type=float, default=value, metavar="X", help=f"(default {value:g})")
+    return options
 
 
 def plan(argv: list[str] | None = None) -> None:
-    """Prints the plan."""
+    """Prints the plan.
+
+    Raises:
+        UserError: A wrong argument, a run that is not valid, or one that fits into no GPU.
+    """
     from scalekd_ds.plan.assumptions import Assumptions
 
     arguments, run = parser().parse_known_args(argv)
@@ -51,7 +60,7 @@ def plan(argv: list[str] | None = None) -> None:
         raise UserError("no --recipe is given: launch/train.py --list-recipes prints them (or --config FILE).")
     from scalekd_ds.engine import ds_config
     from scalekd_ds.plan.measure import measure
-    from scalekd_ds.plan.report import document, print_plan
+    from scalekd_ds.plan.report import plans_as_dict, print_plan
     from scalekd_ds.recipes.command_line import parse_run
 
     parsed = parse_run(run, "scalekd plan")
@@ -65,7 +74,7 @@ def plan(argv: list[str] | None = None) -> None:
     placement = arguments.teacher_placement
     best, plans = make_plan(cfg, cluster, arguments.classes, images, assume, placement, stage, measured)
     if arguments.json:
-        json.dump(document(cfg, cluster, measured, assume, best, plans), sys.stdout, indent=1)
+        json.dump(plans_as_dict(cfg, cluster, measured, assume, best, plans), sys.stdout, indent=1)
         print()
         return
     from rich.console import Console

@@ -1,4 +1,7 @@
-"""Puts data in place, and checks it: `scalekd prepare-data fashion-mnist runs/fashion-mnist`, `... verify DIR`."""
+"""Writes Fashion-MNIST as image folders, or checks that images can be decoded.
+
+`scalekd prepare-data fashion-mnist runs/fashion-mnist`, `scalekd prepare-data verify DIR`
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from scalekd_ds.commands.parser import Parser
 
 
 def fashion_mnist(args: argparse.Namespace) -> None:
+    """Writes Fashion-MNIST as image folders, unless they are there already."""
     from scalekd_ds.data import fashion
 
-    held = fashion.finished(args.out, args.limit)
-    if held is not None:
-        print(f"{args.out} is there already: {held}")
+    existing = fashion.describe_existing(args.out, args.limit)
+    if existing is not None:
+        print(f"{args.out} is there already: {existing}")
         return
     sets, classes, origin = fashion.find(args.source, args.download)
     print(f"{args.out}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
 
 
 def verify(args: argparse.Namespace) -> None:
+    """Decodes every image, and writes the list of those that training leaves out."""
     from scalekd_ds.data import verify as data
     from scalekd_ds.data.sources.open import open_source
 
@@ -33,9 +38,9 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
-    """The options."""
-    own = Parser("prepare-data", "Puts data in place, and checks it.")
-    commands = own.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
+    """The verb's options."""
+    options = Parser("prepare-data", "Puts data in place, and checks it.")
+    commands = options.add_subparsers(dest="command", required=True, metavar="WHAT", parser_class=Parser)
     fashion = commands.add_parser("fashion-mnist", help="Fashion-MNIST as a JPEG ImageFolder with train/ and val/")
     fashion.add_argument("out", type=Path, help="the folder to write")
     fashion.add_argument("--source", type=Path, default=None, help="folder with the four idx files, gzipped or not")
@@ -46,9 +51,9 @@ def parser() -> Parser:
     fashion.set_defaults(run=fashion_mnist)
     check = commands.add_parser("verify", help="decode every image below DIR and list the ones that cannot be used")
     check.add_argument("dir", type=Path, help="the folder that is given to training as --data.root")
-    check.add_argument("--workers", type=int, default=None, help="threads; one a core")
+    check.add_argument("--workers", type=int, default=None, help="threads; one per core if not given")
     check.set_defaults(run=verify)
-    return own
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""For verbs that need no accelerator, and need not say that they found none."""
+"""Silences DeepSpeed for verbs that need no accelerator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 
 
 def on_cpu() -> None:
-    """For the whole process, before DeepSpeed is imported."""
+    """Makes DeepSpeed use the CPU, and hides its warnings, in this process.
+
+    It must be called before DeepSpeed is imported.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The recipes: `scalekd recipes`."""
+"""Lists the recipes: `scalekd recipes`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from scalekd_ds.commands.parser import Parser
 
 
 def parser() -> Parser:
-    """No options but --help."""
+    """The verb's options, which are --help alone."""
     return Parser("recipes", "The recipes, what each is, its models' parameters (M), multiply-adds (G) and course.")
 
 

@@ -1,7 +1,8 @@
-"""Keeps a job going: `scalekd supervise --hostfile launch/hosts -- --recipe NAME --run.dir DIR ...`.
+"""Restarts a job that fails: `scalekd supervise --hostfile launch/hosts -- --recipe NAME --run.dir DIR ...`.
 
-It asks the doctor which nodes can be used, starts the deepspeed launcher on them, and starts it again from the last
-good checkpoint, on the nodes that then pass, when a rank, a node or a link fails. What the user has to mend is not tried again.
+The doctor finds the nodes that can be used, and the deepspeed launcher starts the job on them. When a rank, a node or a link
+fails, the job is started again from its last good checkpoint, on the nodes that then pass. After an error that only the user
+can correct, it is not started again.
 """
 
 from __future__ import annotations
@@ -21,23 +22,34 @@ from scalekd_ds.training.run_dir import make_run_dir
 
 
 def parser() -> Parser:
-    """The supervisor's own options; what follows `--` is the run's."""
-    own = Parser(
+    """The options of the supervisor itself; the arguments after `--` are those of the run."""
+    options = Parser(
         "supervise",
         "Asks the doctor which nodes can be used, starts the job on them, and again from its last good checkpoint when a\n"
         "rank, a node or a link fails.",
     )
-    own.add_argument("--hostfile", "-H", required=True, metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
-    own.add_argument("--max-restarts", type=int, default=5, metavar="N", help="after the first start (5)")
-    own.add_argument("--wait", type=float, default=20.0, metavar="S", help="seconds before a restart (20)")
-    own.add_argument("--deepspeed-args", default="", metavar="ARGS", help="further ones of the launcher, in one string")
-    own.add_argument("--doctor-args", default="", metavar="ARGS", help="further ones of scalekd doctor, in one string")
-    own.add_argument("run", nargs=argparse.REMAINDER, help="after `--`: what scalekd train gets")
-    return own
+    options.add_argument(
+        "--hostfile", "-H", required=True, metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line"
+    )
+    options.add_argument("--max-restarts", type=int, default=5, metavar="N", help="restarts after the first start (5)")
+    options.add_argument("--wait", type=float, default=20.0, metavar="S", help="seconds before a restart (20)")
+    options.add_argument(
+        "--deepspeed-args", default="", metavar="ARGS", help="further arguments of the launcher, in one string"
+    )
+    options.add_argument(
+        "--doctor-args", default="", metavar="ARGS", help="further arguments of scalekd doctor, in one string"
+    )
+    options.add_argument("run", nargs=argparse.REMAINDER, help="after `--`: the arguments of scalekd train")
+    return options
 
 
-def usable(hosts: dict[str, int], global_batch: int) -> dict[str, int]:
-    """As many of the nodes, in their order, as can share the global batch evenly."""
+def select_nodes(hosts: dict[str, int], global_batch: int) -> dict[str, int]:
+    """The longest start of the list of nodes that can share the global batch evenly; empty if there is none.
+
+    Args:
+        hosts: Node -> slots.
+        global_batch: Images in an optimizer step.
+    """
     names = list(hosts)
     for count in range(len(names), 0, -1):
         chosen = {name: hosts[name] for name in names[:count]}
@@ -46,8 +58,17 @@ def usable(hosts: dict[str, int], global_batch: int) -> dict[str, int]:
     return {}
 
 
-def healthy(arguments: argparse.Namespace, run: list[str], report: Path) -> dict[str, int]:
-    """The nodes that the doctor passes, with their slots."""
+def passing_nodes(arguments: argparse.Namespace, run: list[str], report: Path) -> dict[str, int]:
+    """Runs the doctor: node -> slots of the nodes that pass.
+
+    Args:
+        arguments: The supervisor's options.
+        run: The run's command line arguments.
+        report: Where the doctor writes its JSON.
+
+    Raises:
+        UserError: The doctor ended without a report.
+    """
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "scalekd_ds.commands.doctor", "--hostfile", arguments.hostfile, "--json", report]
     done = subprocess.run([*command, *shlex.split(arguments.doctor_args), *run], stdin=subprocess.DEVNULL)
@@ -60,6 +81,7 @@ def healthy(arguments: argparse.Namespace, run: list[str], report: Path) -> dict
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when the run has finished, or was stopped by a signal."""
     from scalekd_ds.recipes.command_line import parse_run
 
     arguments = parser().parse_args(argv)
@@ -75,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(exist_ok=True)
     results = Path(cfg.run.dir) / "results.json"
     for start in range(arguments.max_restarts + 1):
-        hosts = usable(healthy(arguments, run, folder / "doctor.json"), cfg.global_batch_size)
+        hosts = select_nodes(passing_nodes(arguments, run, folder / "doctor.json"), cfg.global_batch_size)
         if hosts:
             hostfile = folder / f"hosts.{start}"
             hostfile.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))

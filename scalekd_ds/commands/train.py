@@ -12,35 +12,40 @@ from typing import Any, NoReturn
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
-# what the launcher runs on every node
+# the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that start the deepspeed launcher, which then starts this verb once a rank."""
+    """Adds the options that start the deepspeed launcher, which then starts this verb once for each rank."""
     group = parser.add_argument_group("several processes: the deepspeed launcher, started for you")
     group.add_argument("--gpus", type=int, metavar="N", help="ranks on this machine, one a GPU (or processes on CPUs)")
     group.add_argument("--hostfile", "-H", metavar="FILE", help="the nodes, one `NAME slots=GPUS` a line")
     group.add_argument(
-        "--deepspeed-args", default="", metavar="ARGS", help="further ones of the launcher, in one string"
+        "--deepspeed-args", default="", metavar="ARGS", help="further arguments of the launcher, in one string"
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    """The run's fields, and the options of the launcher."""
+    """The parser of the run's fields and of the launcher's options."""
     from scalekd_ds.config.parser import run_parser
 
     return run_parser("scalekd train", add_launcher_arguments, examples_of("train"))
 
 
 def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
-    """What starts the ranks.
+    """Words of the command that starts the launcher.
+
+    Args:
+        given: The launcher's options, of which `--gpus` or `--hostfile` is given.
+        run: The run's command line arguments.
 
     Raises:
-        UserError: A hosts file that cannot be read, a number of ranks that cannot be, or options that exclude each other.
+        UserError: A hosts file that is not valid, fewer than one rank, options that exclude each other, or a process that
+            a launcher has started itself.
     """
     try:
-        more = shlex.split(given.deepspeed_args)
+        extra_arguments = shlex.split(given.deepspeed_args)
     except ValueError as error:
         raise UserError(f"--deepspeed-args is {given.deepspeed_args!r}: {error}.") from None
     if given.gpus is not None and given.hostfile is not None:
@@ -49,7 +54,7 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
         )
     if "RANK" in os.environ:
         raise UserError("--gpus or --hostfile is given to a process that a launcher started: leave it out there.")
-    # a launcher that is on PATH might be of another environment
+    # not the `deepspeed` command, which may be that of another environment on PATH
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if given.hostfile is not None:
         from scalekd_ds.cluster.hosts import read_hosts
@@ -62,9 +67,9 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
     else:
         if given.gpus < 1:
             raise UserError(f"--gpus is {given.gpus}: it must be at least 1.")
-        # two jobs on one machine must not meet
+        # a port of its own, so that two jobs on one machine do not meet
         command += ["--num_accelerators", str(given.gpus), "--master_port", str(_free_port())]
-    return [*command, *more, "--module", MODULE, *run]
+    return [*command, *extra_arguments, "--module", MODULE, *run]
 
 
 def _free_port() -> int:
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.run.progress == "json":
         from scalekd_ds.watching.terminal.json_lines import claim_stdout
 
-        # before DeepSpeed is imported, which greets on standard output
+        # before DeepSpeed is imported, since it prints to standard output
         claim_stdout()
     from scalekd_ds.training.trainer import train
 

@@ -9,7 +9,13 @@ from types import ModuleType
 
 @dataclass(frozen=True)
 class Verb:
-    """What `--help` says of a verb: one line, and commands to type; `takes_run` where it also takes every field of a run."""
+    """What `scalekd --help` shows of a verb.
+
+    Attributes:
+        about: What it does, in one line.
+        examples: Commands to type.
+        takes_run: Whether it also takes every field of a run as `--dotted.key value`.
+    """
 
     about: str
     examples: tuple[str, ...]
@@ -75,11 +81,12 @@ VERBS: dict[str, Verb] = {
         ("scalekd prepare-data fashion-mnist runs/fashion-mnist", "scalekd prepare-data verify DIR"),
     ),
     "completion": Verb(
-        "print a shell's completion of all this", ("source <(scalekd completion bash)    # or zsh; from ~/.bashrc",)
+        "print a shell's completion of verbs and flags",
+        ("source <(scalekd completion bash)    # or zsh; from ~/.bashrc",),
     ),
 }
 
 
 def module_of(verb: str) -> ModuleType:
-    """The module of a known verb."""
+    """Imports the module of a verb, a key of `VERBS`."""
     return import_module(f"scalekd_ds.commands.{verb.replace('-', '_')}")

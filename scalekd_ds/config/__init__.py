@@ -1,4 +1,8 @@
-"""One run as typed data: what the science needs. How it runs here (ZeRO stage, precision, buckets) is the DeepSpeed JSON."""
+"""One run as typed data: models, losses, data, optimizer and schedule, each value checked when it is set.
+
+How a run uses its machines (ZeRO stage, precision, buckets) stands in the DeepSpeed JSON instead. This package may use
+`errors`, and nothing else.
+"""
 
 from scalekd_ds.config.data import DataConfig
 from scalekd_ds.config.distill import AsPublishedConfig, DistillConfig

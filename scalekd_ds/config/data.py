@@ -1,4 +1,4 @@
-"""Images on disk and how they become batches."""
+"""`DataConfig`: the images of a run and how they become batches."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ class DataConfig:
     Attributes:
         root: Folder that holds the two folders below.
         train: Training images below `root`: a folder with one folder per class, WebDataset tars (a folder of them, or
-            `train-{000..127}.tar`), TFRecords, a .csv, .tsv or .parquet with columns path and label, or `hf:NAME[:SPLIT]`.
-        val: Validation images, likewise, with the same classes.
+            `train-{000..127}.tar`), TFRecords, a .csv, .tsv or .parquet with columns path and label, or
+            `hf:NAME[:SPLIT]`.
+        val: Validation images below `root`, in any of these forms, with the same classes.
         image_size: Side of the square that the student sees, in pixels.
         train_images: Use only this many training images (drawn with the seed), or all when None.
-        images_per_class: Use only this many training images of every class, or all when None.
-        subset_seed: Seed of these draws; None takes the run's seed.
+        images_per_class: Use only this many training images of every class (drawn with the seed), or all when None.
+        subset_seed: Seed of these two draws; None takes the run's seed.
         repeats: Times that an image comes in a row, with other augmentations each time (repeated augmentation).
-        balanced: Every class comes equally often, small ones by repeating their images.
-        crop_scale: Share of the image's area that random resized crop keeps, lowest and highest.
-        crop_ratio: Aspect ratio of that crop, lowest and highest.
+        balanced: Every class comes equally often; small classes repeat their images.
+        crop_scale: Lowest and highest share of the image's area that random resized crop keeps.
+        crop_ratio: Lowest and highest aspect ratio of that crop.
         random_crop: False resizes the whole image instead of cropping (for images that are already cut out).
         hflip: Probability of a horizontal flip.
-        auto_augment: Policy as timm names it, such as `rand-m9-n2-mstd0.5-inc1` (RandAugment whose severity increases, with
-            noise on the magnitude), `original-mstd0.5` (AutoAugment), or `trivial` (TrivialAugmentWide); empty is none.
-        color_jitter: Brightness, contrast and saturation: factors are drawn within 1 +- each.
-        random_erasing: Probability that a box is erased.
-        erasing_fill: `zero` is the mean colour, `noise` a normal deviate for each pixel and channel.
+        auto_augment: Policy as timm names it, such as `rand-m9-n2-mstd0.5-inc1` (RandAugment whose severity increases,
+            with noise on the magnitude), `original-mstd0.5` (AutoAugment), or `trivial` (TrivialAugmentWide); empty is
+            none.
+        color_jitter: Brightness, contrast and saturation: each factor is drawn from 1 - value to 1 + value.
+        random_erasing: Probability that a box of the image is erased.
+        erasing_fill: What fills the box: `zero` the mean colour, `noise` a normal deviate for each pixel and channel.
         mixup: alpha of mixup's beta distribution; 0 is off.
-        cutmix: alpha of cutmix; with both, either is taken with probability 1/2.
-        mix_probability: Of mixing a micro batch at all.
+        cutmix: alpha of cutmix's beta distribution; 0 is off. With both on, each is taken with probability 1/2.
+        mix_probability: Probability that a micro batch is mixed at all.
         interpolation: Filter of every resize, and of the policy's geometric operations.
         eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and
             image_size itself below 64 pixels, where a margin would cost too much.
         eval_batch_size: Validation images in a forward pass on one rank.
         threads: DALI's decoding threads on each rank.
         prefetch: Batches that DALI prepares ahead.
-        keep_mb: A set below this many 2^20 bytes is read once and stays in memory, on each rank.
+        keep_mb: A set of images below this many 2^20 bytes is read once and then stays in memory, on each rank.
         hw_decoder_load: Share of the JPEGs that a GPU's hardware decoder takes, where it has one.
-        largest_image: Height and width in pixels for which a GPU's decoder reserves memory at the start (ImageNet's).
-        max_bad_share: Of the training images that may be unreadable before the run stops; each is replaced by another of
-            its class.
+        largest_image: Height and width in pixels for which a GPU's decoder reserves memory at the start; by default
+            those of ImageNet's largest image.
+        max_bad_share: Share of the training images that may be unreadable before the run stops; each of them is
+            replaced by another image of its class.
     """
 
     root: str = ""
@@ -80,18 +83,19 @@ class DataConfig:
 
     @property
     def eval_shorter_side(self) -> int:
-        """Pixels of the shorter side before the centre crop."""
+        """The shorter side of a validation image before the centre crop, in pixels."""
         if self.eval_resize is not None:
             return self.eval_resize
         return self.image_size if self.image_size < 64 else round(self.image_size / 0.875)
 
     def __post_init__(self) -> None:
         require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 pixels")
-        require(0.0 <= self.hflip <= 1.0, "data.hflip", self.hflip, "a probability, 0 to 1")
-        for name in ("random_erasing", "mix_probability"):
-            require(0.0 <= getattr(self, name) <= 1.0, f"data.{name}", getattr(self, name), "a probability, 0 to 1")
+        for name in ("hflip", "random_erasing", "mix_probability"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"data.{name}", value, "a probability, 0 to 1")
         for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0.0, f"data.{name}", getattr(self, name), "not negative (0 is off)")
+            value = getattr(self, name)
+            require(value >= 0.0, f"data.{name}", value, "not negative (0 is off)")
         require(min(self.color_jitter) >= 0.0, "data.color_jitter", self.color_jitter, "three ranges, not negative")
         low, high = self.crop_scale
         require(0.0 < low <= high <= 1.0, "data.crop_scale", self.crop_scale, "two shares, 0 < low <= high <= 1")
@@ -100,13 +104,13 @@ class DataConfig:
         for name in ("train_images", "images_per_class"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", value, "positive")
-        require(self.eval_batch_size > 0, "data.eval_batch_size", self.eval_batch_size, "at least 1")
-        require(self.repeats > 0, "data.repeats", self.repeats, "at least 1")
-        require(self.threads > 0, "data.threads", self.threads, "at least 1")
-        require(self.prefetch > 0, "data.prefetch", self.prefetch, "at least 1")
-        require(self.keep_mb >= 0, "data.keep_mb", self.keep_mb, "not negative (0 reads anew each time)")
-        require(0.0 <= self.hw_decoder_load <= 1.0, "data.hw_decoder_load", self.hw_decoder_load, "a share, 0 to 1")
-        require(min(self.largest_image) > 0, "data.largest_image", self.largest_image, "a height and a width")
-        require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "a share, 0 to 1")
+        for name in ("eval_batch_size", "repeats", "threads", "prefetch"):
+            value = getattr(self, name)
+            require(value > 0, f"data.{name}", value, "at least 1")
+        require(self.keep_mb >= 0, "data.keep_mb", self.keep_mb, "not negative (0 keeps nothing)")
+        for name in ("hw_decoder_load", "max_bad_share"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"data.{name}", value, "a share, 0 to 1")
+        require(min(self.largest_image) > 0, "data.largest_image", self.largest_image, "a height and a width in pixels")
         if self.eval_resize is not None:
             require(self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize, "at least image_size")

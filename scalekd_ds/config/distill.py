@@ -1,4 +1,4 @@
-"""ScaleKD's terms, and what of a published file is done though it says otherwise."""
+"""`DistillConfig`, ScaleKD's terms, and `AsPublishedConfig`, the published code's departures from its own settings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class DistillConfig:
     Attributes:
         kd_weight: a in (1-a) CE + a KD; 0 trains on CE alone beside the feature terms.
         temperature: Temperature of logit KD.
-        features: False leaves the projectors out: plain logit KD.
+        features: False leaves out the projectors and the feature terms: plain logit KD.
         weights_s3: (spatial, frequency) weights of the stage n-1 terms, which pass through the teacher's last stage.
         weights_s4: (spatial, frequency) weights of the last stage's terms.
         heads_s3: Attention heads of the stage n-1 projectors; None takes the teacher's own.
         heads_s4: Attention heads of the last stage's projectors; None takes the teacher's own.
-        softmax_scale: gamma in softmax(gamma QK^T / sqrt(d)).
-        norm: Norm after the projector's convolution.
-        projector: `cap`, or `linear` for the common 1x1 convolution, to compare with.
+        softmax_scale: gamma in softmax(gamma QK^T / sqrt(d)) of the projectors' attention.
+        norm: Norm after the projectors' convolution.
+        projector: `cap` (cross attention), or `linear`, the common 1x1 convolution, for comparison.
         tpp: False compares stage n-1 with the teacher's own stage n-1 instead of passing it through the teacher's last
             stage, and lets the last stage's projectors learn their own queries.
-        cut: Side of the lowest DCT frequencies that the frequency view drops, k x k.
+        cut: The frequency view drops the cut x cut lowest DCT frequencies; 1 drops the mean alone.
     """
 
     kd_weight: float = 0.5
@@ -55,11 +55,11 @@ class DistillConfig:
 
 @dataclass
 class AsPublishedConfig:
-    """What the published files do though they say otherwise; each is off, and the intended behaviour on.
+    """What the published code does against its own settings: false is what these intend, true what happens there.
 
     Attributes:
-        no_mixing: Mixup and cutmix are configured, and never happen.
-        unscaled_lr: The learning rate is the same on any batch, whatever `optim.base_batch` is.
+        no_mixing: Mixup and cutmix never happen, although they are configured.
+        unscaled_lr: The learning rate is the same for any global batch, whatever `optim.base_batch` is.
         teacher_in_train_mode: The teacher's stochastic depth runs, in its targets, its logits and its last stage.
     """
 

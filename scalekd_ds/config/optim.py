@@ -1,4 +1,4 @@
-"""Optimizer, moving average, and the learning rate over the run."""
+"""`OptimConfig`, `EmaConfig` and `ScheduleConfig`: optimizer, moving average, and the learning rate over the run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class OptimConfig:
     """Optimizer and its step.
 
     Attributes:
-        name: Optimizer.
-        lr: Learning rate after warm-up, for `base_batch` images or, where that is None, for the run's global batch.
-        base_batch: Images that `lr` was made for: it is scaled in proportion to the global batch. None does not scale.
+        name: Which optimizer.
+        lr: Learning rate after warm-up, for a global batch of `base_batch` or, where that is None, for the run's own.
+        base_batch: Global batch that `lr` is meant for; for others it is scaled in proportion. None does not scale it.
         weight_decay: Decoupled for AdamW and LAMB, L2 for SGD.
-        no_decay: What weight decay leaves alone: `1d` norms, biases and other one-dimensional parameters, position
-            embeddings, class tokens and the projectors' queries; `embeddings` position embeddings and class tokens; `none`
-            nothing.
-        momentum: SGD only (Nesterov off).
-        betas: AdamW and LAMB.
-        eps: AdamW and LAMB.
+        no_decay: Parameters without weight decay. `1d`: norms, biases and other one-dimensional parameters, position
+            embeddings, class tokens and the projectors' queries; `embeddings`: position embeddings and class tokens;
+            `none`: every parameter decays.
+        momentum: Momentum of SGD, without Nesterov.
+        betas: Decay rates of the two moments of AdamW and LAMB.
+        eps: Added to the denominator of AdamW and LAMB.
         clip: Largest global gradient norm; 0 is no clipping.
     """
 
@@ -45,12 +45,15 @@ class OptimConfig:
 
 @dataclass
 class EmaConfig:
-    """Moving average of the student's weights, once an optimizer step: average <- decay * average + (1 - decay) * weights.
+    """Moving average of the student's weights.
+
+    After each optimizer step, average <- decay * average + (1 - decay) * weights.
 
     Attributes:
         decay: Share of the old average that stays, the same from the first step on; 0 keeps no average. (The published
             momentum is 1 - decay.)
-        evaluate: The average is what is shipped as student.safetensors and what `top1` counts; it is measured in any case.
+        evaluate: The average, and not the weights themselves, is shipped as student.safetensors and counts as `top1`.
+            It is measured in any case.
     """
 
     decay: float = 0.0
@@ -65,13 +68,13 @@ class ScheduleConfig:
     """Learning rate over the run, a pure function of the step.
 
     Attributes:
-        name: `cosine`, `multistep` or `constant`.
+        name: How the rate falls after warm-up: `cosine`, `multistep` or `constant`.
         epochs: Length of the run in passes over the training images.
         warmup_epochs: Linear warm-up from `warmup_factor` * lr to lr.
         warmup_factor: Where warm-up starts, as a share of lr.
-        min_lr: Where cosine ends.
-        milestones: Epochs after which `multistep` multiplies by gamma.
-        gamma: That factor.
+        min_lr: Learning rate that `cosine` ends with.
+        milestones: Epochs after which `multistep` multiplies the rate by `gamma`.
+        gamma: Factor of `multistep`.
     """
 
     name: Literal["cosine", "multistep", "constant"] = "cosine"
@@ -83,7 +86,7 @@ class ScheduleConfig:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        # so that a dumped configuration reads the same however it was typed
+        # integers become floats, so that a dumped configuration is the same however the value was typed
         self.epochs, self.warmup_epochs = float(self.epochs), float(self.warmup_epochs)
         self.milestones = tuple(float(m) for m in self.milestones)
         require(self.epochs > 0.0, "schedule.epochs", self.epochs, "positive")

@@ -1,4 +1,4 @@
-"""A run from typed data: its command line options, and JSON files of it."""
+"""Reads a `RunConfig` from command line options and from JSON files."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError, suggest
 
 
-class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults as jsonargparse shows them; the examples at the end keep their lines."""
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows types and defaults as jsonargparse does, and keeps the lines of the examples in the epilog."""
 
 
 def run_parser(
     prog: str, extend: Callable[[ArgumentParser], None] | None = None, epilog: str | None = None
 ) -> ArgumentParser:
-    """The parser of a run: recipe or file, and every field, in groups.
+    """The parser of a run's options: a file to start from, and every field of `RunConfig`, in groups.
 
     Args:
-        prog: Name in its messages.
-        extend: Adds a command's own options, before the run's.
-        epilog: Shown below the options.
+        prog: Name of the command in messages.
+        extend: Adds the command's own options, before those of the run.
+        epilog: Text below the options.
     """
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--recipe NAME | --config FILE] [--dotted.key value ...]",
         exit_on_error=False,
-        # a shortened option of the launcher would start none
+        # options of the launcher are found by their full names: a shortened one would be accepted and start none
         allow_abbrev=False,
-        formatter_class=_Help,
-        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a teacher.",
+        formatter_class=_HelpFormatter,
+        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a "
+        "teacher.",
         epilog=epilog,
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
-    parser.add_argument("--config", type=str, metavar="FILE", help="start from such a file instead of a recipe")
+    parser.add_argument("--config", type=str, metavar="FILE", help="start from a --dump-config file, not a recipe")
     if extend is not None:
         extend(parser)
     parser.add_class_arguments(RunConfig)
     for name, group in parser.groups.items():
-        whole = "the models, their loss and batch; the groups below are the rest of a run"
-        group.title = f"--{name}.*: {group.title}" if name in RunConfig.__dataclass_fields__ else whole
+        ungrouped = "the models, their loss and batch; the groups below are the rest of a run"
+        group.title = f"--{name}.*: {group.title}" if name in RunConfig.__dataclass_fields__ else ungrouped
     return parser
 
 
@@ -58,8 +59,8 @@ def _long_flags(parser: ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def one_line(error: ArgumentError, parser: ArgumentParser) -> str:
-    """jsonargparse's error as a line of ours."""
+def describe_error(error: ArgumentError, parser: ArgumentParser) -> str:
+    """jsonargparse's error as one line in the form of this package's messages."""
     message = str(error)
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         flag = unknown[1].split("=", 1)[0]
@@ -77,8 +78,12 @@ def one_line(error: ArgumentError, parser: ArgumentParser) -> str:
 def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
     """A RunConfig from plain nested data, checked as the command line is.
 
+    Args:
+        values: What `RunConfig.as_dict` returned, or a part of it.
+        source: Where the values are from, for the messages.
+
     Raises:
-        UserError: An unknown key or a value of the wrong type, naming `source`.
+        UserError: An unknown key or a value that its field cannot have.
     """
     if not isinstance(values, dict):
         raise UserError(
@@ -89,7 +94,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
     try:
         parsed = parser.parse_object(values)
     except ArgumentError as error:
-        raise UserError(f"{source}: {one_line(error, parser)}") from None
+        raise UserError(f"{source}: {describe_error(error, parser)}") from None
     try:
         return instantiate(parser, parsed)
     except UserError as error:
@@ -97,7 +102,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
 
 
 def _check_names(values: dict[str, Any], source: str) -> None:
-    """jsonargparse takes a name that it does not know without a word where an empty object stands behind it."""
+    """Refuses unknown keys, because jsonargparse ignores an unknown key whose value is an empty object."""
     groups = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
     for name, value in values.items():
         if name not in groups:
@@ -111,10 +116,10 @@ def _check_names(values: dict[str, Any], source: str) -> None:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Reads what --dump-config wrote.
+    """Reads a run from a file that --dump-config wrote.
 
     Raises:
-        UserError: The file is missing, is not JSON, or holds an unknown key.
+        UserError: The file is missing, is not JSON, or has an unknown key or a value that its field cannot have.
     """
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} does not exist.")
@@ -126,7 +131,13 @@ def read_config(path: Path) -> RunConfig:
 
 
 def _check_values(parsed: Namespace, owner: type, prefix: str) -> None:
-    """What jsonargparse lets through: null in a file for any field, and a plain value for a group of fields."""
+    """Refuses what jsonargparse lets through: null for any field, and a plain value for a group of fields.
+
+    Args:
+        parsed: Values of the fields of `owner`.
+        owner: Dataclass of the fields.
+        prefix: What stands before the fields' names in messages: "data." for those of `--data.*`.
+    """
     for name, kind in typing.get_type_hints(owner).items():
         value = parsed[name]
         if dataclasses.is_dataclass(kind):
@@ -138,10 +149,10 @@ def _check_values(parsed: Namespace, owner: type, prefix: str) -> None:
 
 
 def instantiate(parser: ArgumentParser, parsed: Namespace) -> RunConfig:
-    """The run of what `run_parser` has parsed.
+    """Makes a RunConfig of what a parser of `run_parser` has parsed.
 
     Raises:
-        UserError: A value that no field can have.
+        UserError: A value that its field cannot have.
     """
     _check_values(parsed, RunConfig, "")
     values = parser.instantiate(parsed)

@@ -1,4 +1,4 @@
-"""One check of a field."""
+"""The check that every field of a configuration goes through."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from scalekd_ds.errors import UserError
 
 
 def require(holds: bool, key: str, value: Any, need: str) -> None:
-    """Raises a UserError that names the field, its value and what it must be, unless it `holds`."""
+    """Raises a UserError unless a condition holds.
+
+    Args:
+        holds: The condition.
+        key: Dotted name of the field, for the message.
+        value: Its value, for the message.
+        need: What the value must be, completing "it must be ...".
+    """
     if not holds:
         raise UserError(f"{key} is {value!r}: it must be {need}.")

@@ -1,4 +1,4 @@
-"""One run."""
+"""`RunConfig`: everything that defines one run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ class RunConfig:
     """One run of `launch/train.py`.
 
     Attributes:
-        recipe: Name this config started from.
-        student: timm name (`hf-hub:` and `local-dir:` ones too), or a consolidated .safetensors with its card beside it.
+        recipe: Name of the recipe that this configuration started from.
+        student: timm name, also a hub's (`hf-hub:` or `local-dir:`), or a consolidated .safetensors with its card
+            beside it.
         student_kwargs: Further arguments of the student's constructor, as JSON.
-        student_sync_bn: BatchNorm statistics of the student over all ranks, on GPUs; CPUs have no such operator.
-        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else a .safetensors,
-            .pth or .pt file; a classifier of other classes starts fresh.
+        student_sync_bn: The student's BatchNorm takes its statistics over all ranks, on GPUs; on CPUs there is no such
+            operator.
+        student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else from a
+            .safetensors, .pth or .pt file; a classifier with another number of classes starts fresh.
         student_taps: Indices of the two feature maps that are distilled, as timm's `forward_intermediates` counts them;
             None takes the ones that the published code takes for this kind of model.
-        teacher: timm name (`hf-hub:` and `local-dir:` ones too), a consolidated .safetensors with its card beside it, or
-            `none` for supervised training.
+        teacher: timm name, also a hub's (`hf-hub:` or `local-dir:`), a consolidated .safetensors with its card beside
+            it, or `none` for supervised training.
         teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
-        teacher_weights: `pretrained`, `none` (random; for tests), or a .safetensors, .pth or .pt file in timm's names,
-            mmpretrain's or those of the first release; its number of classes is the teacher's.
-        teacher_image_size: Side that the teacher sees, in pixels; None is its own, or the student's where its
-            constructor takes an image size.
-        loss: Student loss on the labels; bce is summed over classes and averaged over the batch.
-        label_smoothing: For `ce`.
+        teacher_weights: `pretrained`, `none` (random; for tests), or a .safetensors, .pth or .pt file with timm's
+            names, mmpretrain's or those of the original release; its number of classes is the teacher's.
+        teacher_image_size: Side of the square that the teacher sees, in pixels; None is its own, or the student's where
+            its constructor takes an image size.
+        loss: Student loss on the labels; `bce` is summed over classes and averaged over the batch.
+        label_smoothing: Label smoothing of `ce`.
         global_batch_size: Images in one optimizer step over all ranks; the same on any number of ranks.
         micro_batch_size: Most images in one forward pass on one rank; gradients are accumulated up to the global batch.
-        seed: Seed of every generator.
+        seed: Seed of every random number generator.
     """
 
     recipe: str = ""
@@ -56,6 +58,7 @@ class RunConfig:
     global_batch_size: int = 256
     micro_batch_size: int = 32
     seed: int = 0
+    # described by the docstrings of their classes, which --help shows
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -74,7 +77,7 @@ class RunConfig:
 
     @property
     def learning_rate(self) -> float:
-        """After warm-up, for this run's global batch."""
+        """The learning rate after warm-up, for this run's global batch."""
         base = self.optim.base_batch
         if base is None or self.as_published.unscaled_lr:
             return self.optim.lr
@@ -82,25 +85,25 @@ class RunConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed."""
+        """Whether mixup or cutmix mixes the images of a batch."""
         return (self.data.mixup > 0 or self.data.cutmix > 0) and not self.as_published.no_mixing
 
     def batches(self, world_size: int) -> tuple[int, int]:
-        """(micro batch, accumulation steps) on `world_size` ranks.
+        """(micro batch size, gradient accumulation steps) on `world_size` ranks.
 
         Raises:
-            UserError: The global batch cannot be split evenly.
+            UserError: The ranks cannot share the global batch evenly.
         """
         if self.global_batch_size % world_size:
             raise UserError(
-                f"global_batch_size is {self.global_batch_size}, which {world_size} ranks cannot share evenly: choose a "
-                f"multiple of {world_size}."
+                f"global_batch_size is {self.global_batch_size}, which {world_size} ranks cannot share evenly: "
+                f"choose a multiple of {world_size}."
             )
         per_rank = self.global_batch_size // world_size
-        # the largest micro batch that divides a rank's share: the optimizer step is then the same on any world size
+        # the largest micro batch that divides a rank's share, so that a step has the same images on any number of ranks
         micro = next(m for m in range(min(self.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0)
         return micro, per_rank // micro
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested data, for JSON."""
+        """The run as plain nested data, for JSON."""
         return dataclasses.asdict(self)

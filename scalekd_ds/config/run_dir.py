@@ -1,4 +1,4 @@
-"""Where a run writes, how often, and what of the machine it uses."""
+"""`RunDirConfig`: where a run writes, how often, and what of the machine it uses."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ class RunDirConfig:
     Attributes:
         dir: The run's folder: checkpoints/, tensorboard/, config.json, student.safetensors at the end.
         ds_config: DeepSpeed JSON: a path, or a name in ds_configs/ (`zero1`, `zero2`, ...).
-        resume: `auto` goes on from the newest checkpoint in `dir` if there is one, `never` refuses a used folder, a path
-            takes that checkpoint.
+        resume: `auto` goes on from the newest checkpoint in `dir` if there is one, `never` refuses a used folder, and a
+            path goes on from that checkpoint.
         log_every: Steps between two lines of scalars.
         eval_every: Epochs between two evaluations; 0 evaluates at the end only.
         save_every: Steps between two checkpoints; 0 saves at the end only.
-        keep_last: Newest checkpoints kept.
-        keep_best: Checkpoints with the best top-1 kept besides.
-        rank_timeout: Seconds without a word from another rank after which a rank ends, naming it.
-        hang_timeout: Seconds in which no rank gets on, though all live, after which all write their stacks and end; 0 waits.
+        keep_last: Number of newest checkpoints that are kept.
+        keep_best: Number of checkpoints with the best top-1 that are kept besides.
+        rank_timeout: Seconds without a sign of life from another rank after which a rank ends, naming the silent one.
+        hang_timeout: Seconds without progress on any rank, though all are alive, after which all write their stacks and
+            end; 0 waits for ever.
         max_skipped: Steps in a row that may be skipped for gradients that are not finite.
-        stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs it out.
-        teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on each
-            rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a replica
-            on CPUs, and on GPUs the first of the three that fits by the memory plan.
-        progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`) shows
-            nothing, `json` prints one JSON object a line on standard output, and nothing else there.
-        monitors: Where scalars go, a list with commas of `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard and
-            what the DeepSpeed JSON says.
+        stop_after: End (with a checkpoint) after this many steps of the whole schedule; None runs to its end.
+        teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on
+            each rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a
+            replica on CPUs, and on GPUs the first of the three that fits by the memory plan.
+        progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`)
+            shows nothing, `json` prints one JSON object a line on standard output, and nothing else there.
+        monitors: Where scalars go, separated by commas: `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard
+            and what the DeepSpeed JSON says.
         pictures: Validation images that TensorBoard shows at each evaluation, as both models see them; 0 shows none.
-        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end; None takes
-            the paper's, for its pairs on 1,000 classes.
-        peak_tflops: What one device could compute, in 10^12 FLOP/s, for `system/mfu`; None is the data sheet's for GPUs that
-            are known, and no such scalar on others.
-        compile_teacher: torch.compile for the frozen teacher: minutes at the start, for long runs on GPUs.
+        baseline_top1: Top-1 in percent of the same student without a teacher, for the gain in the report at the end;
+            None takes the paper's, for its pairs on 1,000 classes.
+        peak_tflops: Peak of one device in 10^12 FLOP/s, for `system/mfu`; None takes the data sheet's for GPUs that are
+            known, and leaves `system/mfu` out on others.
+        compile_teacher: Compile the frozen teacher with torch.compile, which takes minutes at the start; for long runs
+            on GPUs.
     """
 
     dir: str = "runs/default"
@@ -73,5 +75,4 @@ class RunDirConfig:
         require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
         require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
         require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
-        peak = self.peak_tflops
-        require(peak is None or peak > 0.0, "run.peak_tflops", peak, "positive")
+        require(self.peak_tflops is None or self.peak_tflops > 0.0, "run.peak_tflops", self.peak_tflops, "positive")

@@ -1,4 +1,4 @@
-"""Files that cannot be read or decoded: counted, named once, and each replaced by another of its class."""
+"""Keeps track of training files that cannot be read or decoded, and replaces each by another file of its class."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from scalekd_ds.data import augment
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
+# keeps these draws apart from others that are made with the same seed
 _STREAM = 7
-_NAMED_AT_THE_END = 20
+# files that the final error message names
+_MAX_NAMED = 20
 
 
 class BadFiles:
-    """The bad files that one rank has met. Threads may share it.
+    """The bad files that one rank has met. Threads may share one object.
 
-    What replaces a file is a pure function of (seed, epoch, file) and of which files are bad, so a resumed run draws the same.
+    Which file replaces a bad one is a pure function of (seed, epoch, file) and of the set of bad files, so a resumed
+    run draws the same replacements.
 
     Args:
-        source: All files.
-        seed: The run's.
-        max_share: Of all files that may be bad before the run stops.
+        source: The training images.
+        seed: The run's seed.
+        max_share: Largest share of all files that may be bad; the run stops above it.
+
+    Attributes:
+        reasons: Index -> reason of every bad file so far; a reason completes the sentence "FILE ...".
     """
 
     def __init__(self, source: Source, seed: int, max_share: float) -> None:
@@ -39,7 +45,11 @@ class BadFiles:
         return index in self.reasons
 
     def add(self, index: int, reason: str) -> None:
-        """Remembers a bad file and names it on stderr, once.
+        """Records a bad file, and names it on stderr the first time.
+
+        Args:
+            index: Index of the file in the source.
+            reason: What is wrong with it, completing the sentence "FILE ...".
 
         Raises:
             UserError: More than `max_share` of all files are bad.
@@ -52,7 +62,7 @@ class BadFiles:
         if count <= limit:
             print(f"warning: {self.source.name(index)} {reason}; another of its class takes its place", file=sys.stderr)
             return
-        named = [f"{self.source.name(i)} {why}" for i, why in list(self.reasons.items())[:_NAMED_AT_THE_END]]
+        named = [f"{self.source.name(i)} {why}" for i, why in list(self.reasons.items())[:_MAX_NAMED]]
         more = f", and {count - len(named)} more" if count > len(named) else ""
         raise UserError(
             f"{count} of {len(self.source)} training images cannot be used, more than data.max_bad_share "
@@ -60,10 +70,10 @@ class BadFiles:
         )
 
     def replacement(self, index: int, epoch: int) -> int:
-        """Another sample of the same class that is not known to be bad.
+        """The index of another sample of the same class that is not known to be bad.
 
         Raises:
-            UserError: The class has none left.
+            UserError: Every sample of the class is bad.
         """
         if self._by_class is None:
             self._by_class = np.argsort(self.source.labels, kind="stable")
@@ -75,5 +85,5 @@ class BadFiles:
             if candidate not in self.reasons:
                 return candidate
         raise UserError(
-            f"every image of the class of {self.source.name(index)} is bad: mend them, or remove the class."
+            f"every image of the class of {self.source.name(index)} is bad: mend the images, or remove the class."
         )

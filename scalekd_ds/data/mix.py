@@ -1,4 +1,4 @@
-"""Mixup and cutmix on the device, by timm, as a pure function of (seed, step, micro batch, rank)."""
+"""Mixup and cutmix on the device: timm's, with draws that are a pure function of (seed, step, micro batch, rank)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from timm.data import Mixup
 from scalekd_ds.config import DataConfig
 from scalekd_ds.errors import UserError
 
+# keeps these draws apart from others that are made with the same seed
 _STREAM = 0x313
 
 
 class Mixer:
-    """Mixes the images of a micro batch with each other in reverse order, and their labels with them.
+    """Mixes each image of a micro batch with the one at the mirrored position, and their labels in the same proportion.
 
-    Label smoothing stays with the loss, which takes soft targets.
+    Label smoothing is left to the loss, which takes soft targets.
 
     Args:
         cfg: `mixup`, `cutmix`, `mix_probability`.
         num_classes: Width of the soft targets.
         micro_batch: Images in a batch.
-        seed: The run's.
-        rank: This rank; each mixes differently.
+        seed: The run's seed.
+        rank: This rank; each rank draws differently.
 
     Raises:
-        UserError: An odd micro batch, whose middle image would be mixed with itself.
+        UserError: The micro batch is odd, so its middle image would be mixed with itself.
     """
 
     def __init__(self, cfg: DataConfig, num_classes: int, micro_batch: int, seed: int, rank: int) -> None:
@@ -40,15 +41,18 @@ class Mixer:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, step: int, micro: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixed images (B, 3, H, W), in place, and soft targets (B, K).
+        """Mixes a micro batch.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, 3, H, W), which are changed in place.
             labels: (B,) class indices.
             step: Optimizer step.
-            micro: Micro batch in that step.
+            micro: Number of the micro batch in that step.
+
+        Returns:
+            The mixed images (B, 3, H, W) and soft targets (B, K).
         """
-        # timm draws from numpy's process-wide generator: lent to it for the call, with a seed of its own
+        # timm draws from numpy's global generator: it is seeded for this call, and its state is put back afterwards
         state = np.random.get_state()
         np.random.seed([*self.key, step, micro, _STREAM])
         try:

@@ -1,8 +1,8 @@
-"""DALI: one way for CPU and GPU to run a graph that decodes, over batches that the host prepares.
+"""The base class of both loaders: a DALI pipeline, on CPU or GPU, over batches that threads prepare on the host.
 
-DALI holds no random state. The order comes from the sampler, crops and flips from `augment`, and both go in beside the
-encoded bytes: resuming is exact at any step on any number of ranks, with nothing of DALI's to save. Threads read and
-draw ahead of DALI, which decodes ahead of the caller.
+DALI holds no random state. The sampler gives the order and `augment` the crops and flips, and DALI gets them as inputs
+beside the encoded bytes. A run therefore resumes exactly at any step on any number of ranks, with no state of DALI in
+the checkpoint. The threads read and draw ahead of DALI, which decodes ahead of the caller.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from scalekd_ds.config import DataConfig
-from scalekd_ds.data.reader import Reader, undecodable
+from scalekd_ds.data.reader import Reader, find_undecodable
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
-# bytes that suffice for every image of ImageNet-1K in NVIDIA's own training examples
+# bytes that are enough for every image of ImageNet-1K, from NVIDIA's training examples
 _LARGEST_DEVICE_PADDING, _LARGEST_HOST_PADDING = 211_025_920, 140_544_512
 
 FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 class UndecodableError(Exception):
-    """DALI failed on one of these samples, and with it the pipeline."""
+    """DALI failed on one of the samples `indices`; its pipeline cannot be used any more."""
 
     def __init__(self, indices: np.ndarray, cause: RuntimeError) -> None:
         super().__init__(str(cause))
@@ -39,15 +39,23 @@ class UndecodableError(Exception):
 
 
 class Loader:
-    """Runs one DALI pipeline over batches that `_samples` prepares on the host.
+    """Runs a DALI pipeline over batches that are prepared on the host.
 
-    Subclasses give `_inputs`, the (type, dimensions) of each input; `_graph(*inputs)`, which makes (images, labels) of
-    them; and `_samples(number)`, a batch's sample indices, its inputs, a list over the batch each, and what `_finish` takes.
+    A subclass gives `_inputs`, the (type, number of dimensions) of each input of the pipeline, and the methods `_graph`
+    and `_prepare_batch`. It may also override `_postprocess` and `_handle_undecodable`.
+
+    Args:
+        source: The images.
+        cfg: Sizes, augmentations, threads.
+        batch_size: Images in a batch.
+        device: Device of the batches; a GPU also decodes.
+        mean: (3,) mean of the pixels, which lie in [0, 1].
+        std: (3,) standard deviation of the pixels.
     """
 
     _inputs: list[tuple[types.DALIDataType, int]]
-    # whether threads of the pool work on a batch after DALI, while the caller is busy with the one before it
-    _finishes_later = False
+    # whether the thread pool works on a batch after DALI, while the caller has the batch before it
+    _postprocess_in_pool = False
 
     def __init__(
         self,
@@ -62,16 +70,15 @@ class Loader:
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
         self._reader = Reader(source, cfg.keep_mb * 2**20)
-        self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
+        self._iterations: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def close(self) -> None:
-        """Ends every iteration that is under way, its pipeline and its threads; dropping an iterator does so too."""
-        for batches in list(self._running):
+        """Ends every unfinished iteration with its pipeline and threads; deleting an iterator ends it as well."""
+        for batches in list(self._iterations):
             batches.close()
 
-    # -- the graph -----------------------------------------------------------------------------------------------
-
     def _decoder(self) -> dict:
+        """Arguments of DALI's image decoder on this device."""
         common = {"output_type": types.RGB, "adjust_orientation": False}
         if not self._gpu:
             return {"device": "cpu", **common}
@@ -79,7 +86,7 @@ class Loader:
         return {
             "device": "mixed",
             "hw_decoder_load": self.cfg.hw_decoder_load,
-            # what nvJPEG needs for the largest image, from the start: growing later stalls every rank of the job
+            # nvJPEG's memory for the largest image, allocated at the start: a later growth stalls every rank of the job
             "device_memory_padding": min(height * width * 6, _LARGEST_DEVICE_PADDING),
             "host_memory_padding": min(height * width * 4, _LARGEST_HOST_PADDING),
             "preallocate_height_hint": height,
@@ -88,6 +95,7 @@ class Loader:
         }
 
     def _normalised(self, images, **crop):
+        """DALI's node that makes (H, W, 3) uint8 into normalised (3, H, W) float32."""
         return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT,
@@ -98,9 +106,11 @@ class Loader:
         )
 
     def _graph(self, *inputs):
+        """The nodes (images, labels) of the pipeline, from its inputs in the order of `_inputs`."""
         raise NotImplementedError
 
-    def _start(self, prepare: Callable[[], list[list[np.ndarray]]]) -> Pipeline:
+    def _build_pipeline(self, prepare: Callable[[], list[list[np.ndarray]]]) -> Pipeline:
+        """A pipeline that calls `prepare` for the inputs of each batch."""
         pipeline = Pipeline(
             batch_size=self.batch_size,
             num_threads=self.cfg.threads,
@@ -119,37 +129,47 @@ class Loader:
         pipeline.build()
         return pipeline
 
-    # -- running it ----------------------------------------------------------------------------------------------
+    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], Any]:
+        """Reads batch `number` in a thread of the pool.
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], Any]:
+        Returns:
+            (B,) indices of the samples; each input of the pipeline as a list of B arrays; and the argument `drawn` of
+            `_postprocess`.
+        """
         raise NotImplementedError
 
     def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches from number `first` on, `count` of them or without end."""
-        batches = self._run(first, None if count is None else first + count)
-        self._running.add(batches)
+        """`count` batches from number `first` on; None is without end."""
+        batches = self._run_with_restarts(first, None if count is None else first + count)
+        self._iterations.add(batches)
         return batches
 
-    def _run(self, number: int, last: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run_with_restarts(self, number: int, last: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches `number` to `last` - 1, with a new pipeline after each undecodable image."""
         while last is None or number < last:
             try:
-                for batch in self._decode(itertools.count(number) if last is None else iter(range(number, last))):
+                for batch in self._run_pipeline(itertools.count(number) if last is None else iter(range(number, last))):
                     yield batch
                     number += 1
             except UndecodableError as error:
-                # the pipeline is of no use after an error: the next one starts at the batch that was not handed out
-                self._set_aside(error.indices, error.cause)
+                # a pipeline cannot run after an error: the next one starts at the first batch that was not yielded
+                self._handle_undecodable(error.indices, error.cause)
 
-    def _decode(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run_pipeline(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches `numbers`, by one pipeline.
+
+        Raises:
+            UndecodableError: DALI failed on a sample.
+        """
         reading: deque[Future] = deque()
         decoding: deque[tuple[np.ndarray, Any]] = deque()
         finish: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
-        # many small tensors: one thread each, and the pool's threads side by side
+        # the pool runs in parallel over images, so torch gets one thread in each of its threads
         pool = ThreadPoolExecutor(self.cfg.threads, "read-images", initializer=torch.set_num_threads, initargs=(1,))
 
         def read_ahead() -> None:
             for number in itertools.islice(numbers, self.cfg.prefetch + 1 - len(reading)):
-                reading.append(pool.submit(self._samples, number))
+                reading.append(pool.submit(self._prepare_batch, number))
 
         def prepare() -> list[list[np.ndarray]]:
             read_ahead()
@@ -161,43 +181,59 @@ class Loader:
             return inputs
 
         try:
-            pipeline = self._start(prepare)
+            pipeline = self._build_pipeline(prepare)
             while True:
-                # before the next run, which reuses the memory that is read here
+                # before the next run of the pipeline, which reuses the memory that postprocessing reads
                 finished = finish() if finish is not None else None
                 try:
-                    # on the caller's stream: DALI then reuses an output's memory only after the copy below has run
+                    # on the caller's stream, so that DALI reuses the memory of an output only after the copy in
+                    # `_tensor`
                     images, labels = pipeline.run(torch.cuda.current_stream(self.device) if self._gpu else None)
                 except StopIteration:
                     break
                 except RuntimeError as error:
                     raise UndecodableError(np.concatenate([indices for indices, _ in decoding]), error) from None
-                finish = self._finish(pool, images, labels, decoding.popleft()[1])
-                if not self._finishes_later:
+                finish = self._postprocess(pool, images, labels, decoding.popleft()[1])
+                if not self._postprocess_in_pool:
                     finished, finish = finish(), None
                 if finished is not None:
                     yield finished
             if finished is not None:
                 yield finished
         finally:
-            # at the interpreter's end the threads have been joined, and what shutdown needs is gone
+            # when the interpreter exits the threads are already joined, and shutdown would fail
             if not sys.is_finalizing():
                 pool.shutdown(cancel_futures=True)
 
-    def _finish(
+    def _postprocess(
         self, pool: ThreadPoolExecutor, images, labels, drawn
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Starts what is left to do with DALI's outputs, and returns what waits for it."""
+        """Starts the work on a batch that follows DALI.
+
+        Args:
+            pool: Threads for the work.
+            images: DALI's first output.
+            labels: DALI's second output.
+            drawn: Third result of `_prepare_batch`.
+
+        Returns:
+            A function that waits for the work and returns the batch (images, labels).
+        """
         batch = self._tensor(images), self._tensor(labels)
         return lambda: batch
 
     def _tensor(self, outputs) -> torch.Tensor:
-        # the outputs are DALI's own memory, reused by a later run: copy them out
+        # the outputs are in memory that DALI reuses in a later run: they are copied
         return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
 
-    def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
-        """Says which of the samples that were being decoded cannot be; without one, the error is another."""
-        bad = undecodable(self.source, np.unique(indices).tolist())
+    def _handle_undecodable(self, indices: np.ndarray, error: RuntimeError) -> None:
+        """Acts on an error of DALI: finds the undecodable images among the samples `indices`.
+
+        Raises:
+            UserError: Naming the first of them.
+            RuntimeError: `error` itself, where all of them can be decoded.
+        """
+        bad = find_undecodable(self.source, np.unique(indices).tolist())
         if not bad:
             raise error
         raise UserError(f"image {self.source.name(next(iter(bad)))!r} cannot be decoded. Mend or remove it.")

@@ -1,4 +1,4 @@
-"""Encoded images from disk: read once where they fit in memory, and named where they cannot be read or decoded."""
+"""Reads encoded images, caches small data sets in memory, and finds the images that cannot be read or decoded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.undecodable import flaw_by_structure
 from scalekd_ds.errors import UserError
 
-_ESTIMATE_FROM = 64
+# files whose sizes the estimate of a data set's size is taken from
+_SIZE_SAMPLES = 64
 
 
 class BadImageError(UserError):
-    """A file that is no image or cannot be read; `reason` completes "FILE ..."."""
+    """A file is no image or cannot be read; `reason` completes the sentence "FILE ..."."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"image {name!r} {reason}. Mend or remove it.")
@@ -27,60 +28,62 @@ class BadImageError(UserError):
 
 
 class StorageGoneError(UserError):
-    """The images' folder has gone: a lost mount, not a bad file."""
+    """The whole folder of the images cannot be read any more, as when a mount is lost; no single file is to blame."""
 
 
 class Reader:
-    """Encoded bytes and sizes of images. Threads may share it: each entry is written whole, and is the same each time.
+    """Reads the encoded bytes and the sizes of images.
+
+    Threads may share one object: an entry of the caches is set in one operation, and always to the same value.
 
     Args:
         source: The images.
-        keep_bytes: Sets below this many bytes stay in memory once they are read; one that does not fit gains nothing
-            from a part of it.
+        keep_bytes: Size up to which the files of a source stay in memory once they are read. Of a larger source none
+            stays, because a part of it saves no time.
     """
 
     def __init__(self, source: Source, keep_bytes: int) -> None:
         self.source = source
-        self._kept: dict[int, np.ndarray] | None = {} if _estimate(source) <= keep_bytes else None
-        self._sound = np.zeros(len(source), dtype=bool)
+        self._cache: dict[int, np.ndarray] | None = {} if _estimated_bytes(source) <= keep_bytes else None
+        self._checked = np.zeros(len(source), dtype=bool)
 
     def encoded(self, index: int) -> np.ndarray:
-        """(bytes,) uint8 of one file.
+        """The encoded bytes of one image, (bytes,) uint8.
 
         Raises:
-            BadImageError: The file cannot be read, or no decoder could take it.
-            StorageGoneError: Nor can the folder of the images.
+            BadImageError: The file cannot be read, or its structure shows that no decoder can read it.
+            StorageGoneError: The folder of the images cannot be read any more.
         """
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
         try:
             data = self.source.read(index)
         except OSError as error:
             _check_storage(self.source.root)
             raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
-        if not self._sound[index]:
+        if not self._checked[index]:
             if flaw := flaw_by_structure(memoryview(data)):
                 raise BadImageError(self.source.name(index), flaw)
-            self._sound[index] = True
-        data = _as_pillow_reads_it(data)
-        if self._kept is not None:
-            self._kept[index] = data
+            self._checked[index] = True
+        data = _png16_to_png8(data)
+        if self._cache is not None:
+            self._cache[index] = data
         return data
 
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
-        """(height, width) of one image in pixels, from the index, or else from the header alone.
+        """(height, width) of one image in pixels, from the index or else from the header in `encoded`.
 
         Raises:
-            BadImageError: There is no header of an image.
+            BadImageError: The header is not that of an image.
         """
-        # opening a header costs more than the draw of a crop
+        # the index is asked first, because parsing a header costs more than drawing a crop
         height, width = self.source.sizes[index].tolist()
         if height == 0:
             try:
                 with Image.open(io.BytesIO(encoded)) as image:
                     height, width = image.height, image.width
             except (OSError, Image.DecompressionBombError) as error:
-                # what Pillow says then is the address of the buffer
+                # Pillow's message for an unidentified image is only the address of the buffer
                 reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"is damaged: {error}"
                 raise BadImageError(self.source.name(index), reason) from None
             self.source.sizes[index] = height, width
@@ -88,7 +91,7 @@ class Reader:
 
 
 def _check_storage(root: Path) -> None:
-    """Raises StorageGoneError where the folder cannot be listed any more, or is empty as a lost mount's is."""
+    """Raises StorageGoneError where the folder cannot be listed, or is empty as the folder of a lost mount is."""
     try:
         with os.scandir(root) as entries:
             problem = None if next(entries, None) else "it is empty now"
@@ -98,13 +101,16 @@ def _check_storage(root: Path) -> None:
         problem = error.strerror or str(error)
     if problem:
         raise StorageGoneError(
-            f"the images' folder {str(root)!r} cannot be read any more ({problem}): is its disk or mount gone? Once it is "
-            "back, --run.resume auto goes on from the last checkpoint."
+            f"the images' folder {str(root)!r} cannot be read any more ({problem}): is its disk or mount gone? Once it "
+            "is back, --run.resume auto goes on from the last checkpoint."
         )
 
 
-def _as_pillow_reads_it(data: np.ndarray) -> np.ndarray:
-    """The file, or a PNG of 16 bits as one of 8: DALI keeps the high byte where Pillow saturates."""
+def _png16_to_png8(data: np.ndarray) -> np.ndarray:
+    """A 16-bit PNG as an 8-bit one, and any other file as it is.
+
+    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte.
+    """
     png_of_16_bits = data[:8].tobytes() == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and data[24] == 16
     if not png_of_16_bits:
         return data
@@ -114,20 +120,20 @@ def _as_pillow_reads_it(data: np.ndarray) -> np.ndarray:
     return np.frombuffer(out.getvalue(), dtype=np.uint8)
 
 
-def _estimate(source: Source) -> float:
-    """Bytes of all files, from a few of them: asking a network file system for a million sizes takes minutes."""
+def _estimated_bytes(source: Source) -> float:
+    """Estimated bytes of all files, from a few of them: a network file system takes minutes to give a million sizes."""
     sizes = []
-    for index in range(0, len(source), max(1, len(source) // _ESTIMATE_FROM)):
+    for index in range(0, len(source), max(1, len(source) // _SIZE_SAMPLES)):
         try:
             sizes.append(len(source.read(index)))
         except OSError:
-            # whoever reads the file names it
+            # the error is reported when the file itself is needed
             continue
     return len(source) * float(np.mean(sizes)) if sizes else 0.0
 
 
 def flaw_of(data: np.ndarray) -> str | None:
-    """What keeps a whole file from being decoded to RGB, by its structure or by Pillow; None where nothing does."""
+    """Why a file cannot be decoded to RGB, by its structure and by decoding it with Pillow; None where it can."""
     if flaw := flaw_by_structure(memoryview(data)):
         return flaw
     try:
@@ -140,10 +146,18 @@ def flaw_of(data: np.ndarray) -> str | None:
     return None
 
 
-def undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
-    """Index -> reason of the files that Pillow or DALI cannot decode; DALI's own error need not name them."""
+def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """Decodes samples one by one with Pillow and with DALI, whose own error need not name the file.
+
+    Args:
+        source: The images.
+        indices: The samples to decode.
+
+    Returns:
+        Index -> reason of those that cannot be decoded; a reason completes the sentence "FILE ...".
+    """
     found: dict[int, str] = {}
-    sound: list[tuple[int, np.ndarray]] = []
+    decodable: list[tuple[int, np.ndarray]] = []
     for index in indices:
         try:
             data = source.read(index)
@@ -153,25 +167,26 @@ def undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
         if flaw := flaw_of(data):
             found[index] = flaw
         else:
-            sound.append((index, data))
-    while sound:
-        # a pipeline is of no use after an error: the next one takes the files after it
-        decoded = _decode_until_refused([data for _, data in sound])
-        if decoded < len(sound):
-            found[sound[decoded][0]] = "is refused by DALI's decoder"
-        sound = sound[decoded + 1 :]
+            decodable.append((index, data))
+    while decodable:
+        # a pipeline cannot run after an error: the next one takes the files after the refused one
+        count = _count_decoded([data for _, data in decodable])
+        if count < len(decodable):
+            found[decodable[count][0]] = "is refused by DALI's decoder"
+        decodable = decodable[count + 1 :]
     return found
 
 
-def _decode_until_refused(files: Sequence[np.ndarray]) -> int:
-    waiting = iter(files)
+def _count_decoded(files: Sequence[np.ndarray]) -> int:
+    """How many files DALI decodes before it refuses one."""
+    remaining = iter(files)
 
-    def one() -> list[np.ndarray]:
-        return [next(waiting)]
+    def next_file() -> list[np.ndarray]:
+        return [next(remaining)]
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
-        encoded = fn.external_source(source=one, dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(source=next_file, dtype=types.UINT8, ndim=1)
         pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
     for decoded in range(len(files)):
         try:

@@ -1,4 +1,4 @@
-"""The training and validation images of a run."""
+"""Opens the training and validation images of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from scalekd_ds.errors import UserError
 
 
 def read_sources(cfg: RunConfig) -> tuple[Source, Source]:
-    """Index of the training images (the subset that the run uses) and of the validation images.
+    """Opens the training images, reduced to the subset that the run uses, and the validation images.
+
+    Images on the quarantine list of `data.root` are left out.
 
     Raises:
-        UserError: A source that is missing, empty, or has other classes than its counterpart.
+        UserError: A source is missing or empty, or the two have different classes.
     """
     data = cfg.data
     if not data.root and not (data.train.startswith("hf:") and data.val.startswith("hf:")):
@@ -27,9 +29,9 @@ def read_sources(cfg: RunConfig) -> tuple[Source, Source]:
         return name if name.startswith("hf:") else root / name
 
     train = open_source(where(data.train), "data.train")
-    # folders name their classes themselves; numbers mean in validation what they mean in training
-    named = isinstance(train, ImageFolder) and (root / data.val).is_dir()
-    val = open_source(where(data.val), "data.val", None if named else train.classes)
+    # class folders carry the names of their classes; other labels mean in validation what they mean in training
+    has_class_folders = isinstance(train, ImageFolder) and (root / data.val).is_dir()
+    val = open_source(where(data.val), "data.val", None if has_class_folders else train.classes)
     check_same_classes(train, val)
     train, val = without_quarantined(train, root), without_quarantined(val, root)
     seed = cfg.seed if data.subset_seed is None else data.subset_seed

@@ -1,8 +1,9 @@
-"""Order as data: which sample comes when, a pure function of (seed, step, rank, world size).
+"""The order of the samples, a pure function of (seed, step, rank, world size).
 
-The training stream is endless: sample g of the run is permutation(seed, epoch g // n)[g % n], and optimizer step s takes
-g from s * global batch on. Every sample comes exactly once an epoch over all ranks, all batches are full, and the stream
-is the same on any number of ranks; resuming is starting to count elsewhere.
+The training stream is endless. With n samples in an epoch, sample g of the run is the one at place g % n in the order
+of epoch g // n, and optimizer step s takes the samples from g = s * global batch on. Over all ranks every sample comes
+exactly once in an epoch, all batches are full, and the stream is the same on any number of ranks. A resumed run starts
+at another g.
 """
 
 from __future__ import annotations
@@ -11,25 +12,38 @@ import functools
 
 import numpy as np
 
+# keeps balanced orders apart from permutations of the same seed
 _BALANCED = 0xBA1A
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """(size,) order of one epoch; two are kept, for batches that straddle epochs."""
-    # modulo: a seed may be negative; as uint64: numpy takes a list with a word over 2^63 through floats
+    """The order of one epoch, (size,) sample indices, read-only.
+
+    The last two are cached, for batches that span two epochs.
+    """
+    # modulo, because a seed may be negative; an array of uint64, because numpy converts a list with a number of 2^63 or
+    # more through floats
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     order = np.random.Generator(np.random.Philox(key=key)).permutation(size)
-    # the cache hands out the same array again
+    # the cache returns the same array again
     order.setflags(write=False)
     return order
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
-    """(len(labels),) order of one epoch in which every class comes equally often, to one sample.
+    """The order of one epoch in which the counts of any two classes differ by at most one sample.
 
-    Classes with fewer samples than that repeat them, all of them before any comes again; of larger classes some wait for
-    another epoch.
+    A class with too few samples repeats them, each once before any comes again; of a class with too many, some are left
+    out of this epoch.
+
+    Args:
+        seed: The run's seed.
+        epoch: Number of the epoch.
+        labels: (n,) class of each sample.
+
+    Returns:
+        (n,) sample indices.
     """
     key = np.array([seed % 2**64, epoch ^ (_BALANCED << 32)], dtype=np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
@@ -46,21 +60,24 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
 
 
 class StreamSampler:
-    """Indices of the training stream for one rank.
+    """The part of the training stream that one rank gets.
 
     Args:
         size: Samples in an epoch.
         seed: The run's seed.
-        global_batch: Samples of an optimizer step over all ranks.
-        micro_batch: Samples of one forward pass on one rank.
+        global_batch: Samples in an optimizer step over all ranks.
+        micro_batch: Samples in one forward pass on one rank.
         rank: This rank.
-        world_size: All ranks.
-        repeats: Times that a sample comes in a row, each time with other augmentations (repeated augmentation, Hoffer et
-            al. 2020): neighbouring places of a global batch hold them. An epoch then has `size / repeats` distinct samples.
-        labels: (size,) classes, for an order in which every class comes equally often; None takes each sample once.
+        world_size: Number of ranks.
+        repeats: How often each sample comes in a row, each time with other augmentations (repeated augmentation, Hoffer
+            et al. 2020), at neighbouring places of a global batch. An epoch then has `size / repeats` distinct samples.
+        labels: (size,) classes, for `balanced_order`; None takes each sample once.
+
+    Attributes:
+        accumulation: Micro batches in an optimizer step on one rank.
 
     Raises:
-        ValueError: A global batch that micro batches and ranks do not divide.
+        ValueError: The global batch is not a multiple of the micro batch times the number of ranks.
     """
 
     def __init__(
@@ -82,15 +99,17 @@ class StreamSampler:
         self.accumulation = global_batch // (micro_batch * world_size)
         self.repeats = repeats
         order = functools.partial(permutation, seed, size=size)
-        # an epoch costs a sort: the batches that straddle two epochs need both
+        # an order costs a sort, so the two that a batch across epochs needs are cached
         self._order = (
             order if labels is None else functools.lru_cache(2)(lambda epoch: balanced_order(seed, epoch, labels))
         )
 
     def indices(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        """(micro_batch,) sample indices, and the round of each, of micro batch `micro` of optimizer step `step`.
+        """The samples of micro batch `micro` of optimizer step `step` on this rank.
 
-        A round is what augmentations are drawn for beside the sample: the epoch, and with repeats the pass in it.
+        Returns:
+            (micro_batch,) sample indices, and (micro_batch,) numbers to draw the augmentations of each sample with: the
+            epoch, or with repeats `epoch * repeats + repeat`.
         """
         first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
         distinct, passes = np.divmod(np.arange(first, first + self.micro_batch), self.repeats)
@@ -103,9 +122,10 @@ class StreamSampler:
 
 
 def eval_shard(size: int, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
-    """Batches of indices of one rank: each sample once over all ranks, -1 as filler.
+    """The validation batches of one rank, as a list of index arrays; index -1 is filler.
 
-    Every rank gets the same number of batches of the same sizes, because ZeRO-3 communicates in every forward pass.
+    Over all ranks each sample comes once. Every rank gets the same number of batches of the same sizes, because ZeRO-3
+    communicates in every forward pass.
     """
     per_rank = -(-size // world_size)
     mine = np.arange(rank, per_rank * world_size, world_size)

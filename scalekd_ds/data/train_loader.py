@@ -1,8 +1,9 @@
-"""Training batches: crop, flip, policy, erasing, with every draw a pure function of (seed, epoch, sample).
+"""The loader of training batches, with augmentations that are a pure function of (seed, epoch, sample).
 
-DALI decodes the crop alone. On a GPU it resizes and flips there too, and normalises where no policy follows. On a CPU the
-rest is the pool's: torch resizes 8-bit images in a fifth of the time that DALI's CPU operator takes (0.17 against 0.85 ms
-from a crop of 500x400 to 224), as Pillow does to 2 of 255 levels, and so as timm's and torchvision's loaders do.
+DALI decodes only the crop. On a GPU it also resizes and flips, and normalises where no policy follows. On a CPU the
+thread pool does all that follows the decoding: torch resizes 8-bit images in a fifth of the time of DALI's CPU operator
+(0.17 against 0.85 ms from a crop of 500x400 to 224), and agrees with Pillow, and so with timm's and torchvision's
+loaders, to 2 of 255 levels.
 """
 
 from __future__ import annotations
@@ -20,18 +21,26 @@ from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.pipeline import FILTERS, Loader
-from scalekd_ds.data.policy import Op, Policy, apply, erasing
-from scalekd_ds.data.reader import BadImageError, undecodable
+from scalekd_ds.data.policy import Op, Policy, apply_ops, draw_erasing_box
+from scalekd_ds.data.reader import BadImageError, find_undecodable
 from scalekd_ds.data.sampler import StreamSampler
 from scalekd_ds.data.sources.source import Source
 
+# keeps the draws of flips apart from others that are made with the same seed
 _FLIP_STREAM = 1
-# images of one task of the pool
+# images in one task of the thread pool
 _CHUNK = 4
 
 
-class Drawn(NamedTuple):
-    """What is left to do with a sample after DALI: flip, a policy's operations, the box that is erased and its noise."""
+class Augmentation(NamedTuple):
+    """What is drawn for a sample and applied after DALI.
+
+    Attributes:
+        flip: Whether to flip horizontally; read where the flip is not DALI's.
+        ops: Operations of the policy.
+        box: (y, x, h, w) of the box that is erased, in pixels, or None.
+        noise: (3, h, w) float32 that fills the box; None fills it with 0, the mean colour.
+    """
 
     flip: bool
     ops: list[Op]
@@ -46,21 +55,21 @@ class TrainLoader(Loader):
 
     Args:
         source: The training images.
-        cfg: Size, crop, flip, threads.
-        sampler: This rank's order; its micro batch is the batch size.
-        device: Where the batches go; decoding is on it too where it is a GPU.
-        mean: Of the pixels in units of 0 to 1.
-        std: Likewise.
+        cfg: Image size, augmentations, decoding threads.
+        sampler: The order of this rank's samples; its micro batch is the batch size.
+        device: Device of the batches; a GPU also decodes.
+        mean: (3,) mean of the pixels, which lie in [0, 1].
+        std: (3,) standard deviation of the pixels.
         start_step: Optimizer step to start at.
 
     Attributes:
-        bad_files: What was replaced on this rank.
+        bad_files: The files that were replaced on this rank.
 
     Raises:
         UserError: While iterating, when more than `cfg.max_bad_share` of the files are bad.
 
     Yields:
-        images (B, 3, S, S) float32, normalised, and labels (B,) int64.
+        Normalised images (B, 3, S, S) float32 and labels (B,) int64.
     """
 
     def __init__(
@@ -76,16 +85,17 @@ class TrainLoader(Loader):
         super().__init__(source, cfg, sampler.micro_batch, device, mean, std)
         self.sampler, self.start_step = sampler, start_step
         self.policy = Policy(cfg.auto_augment, cfg.color_jitter, cfg.interpolation)
-        # without a crop there is little to resize: such images are small, or cut out already
-        self._host_resize = not self._gpu and (cfg.random_crop or bool(self.policy))
-        self._finishes_later = self._host_resize or bool(self.policy)
-        # of a row of pixels, channels innermost: what operations uncover is the mean colour
+        # without a crop there is little to resize: such images are small or already cropped
+        self._resize_on_host = not self._gpu and (cfg.random_crop or bool(self.policy))
+        self._postprocess_in_pool = self._resize_on_host or bool(self.policy)
+        # operations fill the pixels that they uncover with the mean colour
         self._fill = tuple(round(255 * m) for m in mean)
+        # normalisation of a row of pixels with the channels innermost, as `pixels * scale - shift`
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size)
         self.bad_files = BadFiles(source, sampler.seed, cfg.max_bad_share)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0)]
-        if not self._host_resize:
+        if not self._resize_on_host:
             self._inputs += [(types.INT32, 0)]
         if cfg.random_crop:
             self._inputs += [(types.INT64, 1), (types.INT64, 1)]
@@ -95,12 +105,12 @@ class TrainLoader(Loader):
 
     def _graph(self, encoded, labels, *rest):
         size = self.cfg.image_size
-        flips, crop = (None, rest) if self._host_resize else (rest[0], rest[1:])
+        flips, crop = (None, rest) if self._resize_on_host else (rest[0], rest[1:])
         if crop:
             images = fn.decoders.image_slice(encoded, *crop, axis_names="HW", **self._decoder())
         else:
             images = fn.decoders.image(encoded, **self._decoder())
-        if self._host_resize:
+        if self._resize_on_host:
             return images, labels
         images = fn.resize(
             images,
@@ -114,80 +124,86 @@ class TrainLoader(Loader):
             return fn.flip(images, horizontal=flips), labels
         return self._normalised(images, mirror=flips), labels
 
-    def _samples(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], list[Drawn]]:
+    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], list[Augmentation]]:
         sampler, cfg = self.sampler, self.cfg
-        drawn, epochs = sampler.indices(*divmod(number, sampler.accumulation))
-        usable = [self._usable(i, epoch) for i, epoch in zip(drawn.tolist(), epochs.tolist(), strict=True)]
-        indices = np.array([index for index, _, _ in usable])
-        encoded = [data for _, data, _ in usable]
+        ordered, epochs = sampler.indices(*divmod(number, sampler.accumulation))
+        samples = [self._read_or_replace(i, epoch) for i, epoch in zip(ordered.tolist(), epochs.tolist(), strict=True)]
+        indices = np.array([index for index, _, _ in samples])
+        encoded = [data for _, data, _ in samples]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
         inputs = [encoded, list(self.source.labels[indices])]
-        if not self._host_resize:
+        if not self._resize_on_host:
             inputs += [list(flips.astype(np.int32))]
-        drawn = []
+        drawn: list[Augmentation] = []
         crops = np.empty((len(indices), 4), dtype=np.int64)
         if cfg.random_crop or self.policy or cfg.random_erasing:
-            for place, ((index, _, size), epoch) in enumerate(zip(usable, epochs.tolist(), strict=True)):
+            for place, ((index, _, size), epoch) in enumerate(zip(samples, epochs.tolist(), strict=True)):
                 rng = augment.generator(sampler.seed, epoch, index)
                 if cfg.random_crop:
                     crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
-                drawn.append(self._draw(rng, bool(flips[place])))
+                drawn.append(self._draw_augmentation(rng, bool(flips[place])))
         if cfg.random_crop:
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
         return indices, inputs, drawn
 
-    def _draw(self, rng: np.random.Generator, flip: bool) -> Drawn:
+    def _draw_augmentation(self, rng: np.random.Generator, flip: bool) -> Augmentation:
+        """Draws the policy's operations and the box to erase, in this order."""
         ops = self.policy.draw(rng) if self.policy else []
-        box = erasing(rng, self.cfg.image_size, self.cfg.random_erasing) if self.cfg.random_erasing else None
+        box = draw_erasing_box(rng, self.cfg.image_size, self.cfg.random_erasing) if self.cfg.random_erasing else None
         if box is None:
-            return Drawn(flip, ops, None, None)
+            return Augmentation(flip, ops, None, None)
         noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
-        return Drawn(flip, ops, box, noise)
+        return Augmentation(flip, ops, box, noise)
 
-    def _finish(self, pool: ThreadPoolExecutor, images, labels, drawn: list[Drawn]):
+    def _postprocess(self, pool: ThreadPoolExecutor, images, labels, drawn: list[Augmentation]):
         labels = self._tensor(labels)
-        if not self._finishes_later:
-            images = self._erased(self._tensor(images), drawn)
+        if not self._postprocess_in_pool:
+            images = self._erase(self._tensor(images), drawn)
             return lambda: (images, labels)
         size = self.cfg.image_size
         if self._gpu:
-            # pinned, so that the copy back does not wait for the steps before it
+            # pinned, so that the copy back to the GPU does not wait for the steps before it
             out = torch.empty(len(drawn), size, size, 3, dtype=torch.uint8, pin_memory=True)
             pixels = out.numpy()
             pixels[:] = images.as_cpu().as_array()
-            work = self._in_chunks(pool, self._apply_policy, pixels, drawn)
+            work = self._submit_in_chunks(pool, self._apply_policy, pixels, drawn)
         else:
             pixels, out = [np.asarray(image) for image in images], torch.empty(len(drawn), size, 3 * size)
-            work = self._in_chunks(pool, self._resize_and_normalise, pixels, drawn, out)
+            work = self._submit_in_chunks(pool, self._resize_and_normalise, pixels, drawn, out)
 
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             for future in work:
                 future.result()
             normalised = out
             if self._gpu:
-                # as bytes over to the device
+                # copied as bytes, a quarter of what floats would take
                 rows = out.to(self.device, non_blocking=True).flatten(2).float()
                 normalised = rows.mul_(self._scale.to(self.device)).sub_(self._shift.to(self.device))
-            # a view of NHWC: channels-last is what the student takes
-            return self._erased(normalised.unflatten(2, (size, 3)).permute(0, 3, 1, 2), drawn), labels
+            # a channels-last view, the memory format of the student
+            return self._erase(normalised.unflatten(2, (size, 3)).permute(0, 3, 1, 2), drawn), labels
 
         return wait
 
     @staticmethod
-    def _in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
-        def some(first: int) -> None:
+    def _submit_in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
+        """Submits `work(place, image, augmentation, *more)` for every image of the batch."""
+
+        def run_chunk(first: int) -> None:
             for place in range(first, min(first + _CHUNK, len(drawn))):
                 work(place, images[place], drawn[place], *more)
 
-        return [pool.submit(some, first) for first in range(0, len(drawn), _CHUNK)]
+        return [pool.submit(run_chunk, first) for first in range(0, len(drawn), _CHUNK)]
 
-    def _apply_policy(self, place: int, pixels: np.ndarray, drawn: Drawn) -> None:
-        """The drawn operations on (S, S, 3) uint8, in place."""
+    def _apply_policy(self, place: int, pixels: np.ndarray, drawn: Augmentation) -> None:
+        """Applies the drawn operations to (S, S, 3) uint8, in place."""
         if drawn.ops:
-            pixels[:] = apply(pixels, drawn.ops, self._fill)
+            pixels[:] = apply_ops(pixels, drawn.ops, self._fill)
 
-    def _resize_and_normalise(self, place: int, pixels: np.ndarray, drawn: Drawn, out: torch.Tensor) -> None:
-        """All that follows the decoding of (h, w, 3) uint8, into its place in (B, S, 3S): while it is in the cache."""
+    def _resize_and_normalise(self, place: int, pixels: np.ndarray, drawn: Augmentation, out: torch.Tensor) -> None:
+        """Applies all that follows decoding to (h, w, 3) uint8, and writes the result to `out[place]`, (S, 3S) float32.
+
+        The steps are taken image by image, while the image is in the CPU's cache.
+        """
         size = self.cfg.image_size
         image = torch.from_numpy(pixels)
         if image.shape[:2] != (size, size):
@@ -198,30 +214,32 @@ class TrainLoader(Loader):
         if drawn.flip:
             image = image.flip(1)
         if drawn.ops:
-            image = torch.from_numpy(apply(image.numpy(), drawn.ops, self._fill))
+            image = torch.from_numpy(apply_ops(image.numpy(), drawn.ops, self._fill))
         out[place].copy_(image.flatten(1)).mul_(self._scale).sub_(self._shift)
 
-    def _erased(self, images: torch.Tensor, drawn: list[Drawn]) -> torch.Tensor:
+    def _erase(self, images: torch.Tensor, drawn: list[Augmentation]) -> torch.Tensor:
+        """Fills the drawn boxes of normalised images (B, 3, S, S), in place."""
         for image, (*_, box, noise) in zip(images, drawn, strict=False):
             if box is not None:
                 y, x, h, w = box
                 image[:, y : y + h, x : x + w] = 0.0 if noise is None else torch.from_numpy(noise).to(images.device)
         return images
 
-    def _usable(self, index: int, epoch: int) -> tuple[int, np.ndarray, tuple[int, int] | None]:
-        """The sample or what replaces it, its bytes, and (height, width) where a crop needs them."""
-        drawn = index
+    def _read_or_replace(self, index: int, epoch: int) -> tuple[int, np.ndarray, tuple[int, int] | None]:
+        """The index of a sample or its replacement, its encoded bytes, and (height, width) where a crop needs them."""
+        original = index
         while True:
             while index in self.bad_files:
-                index = self.bad_files.replacement(drawn, epoch)
+                index = self.bad_files.replacement(original, epoch)
             try:
                 data = self._reader.encoded(index)
                 return index, data, self._reader.size(index, data) if self.cfg.random_crop else None
             except BadImageError as error:
                 self.bad_files.add(index, error.reason)
 
-    def _set_aside(self, indices: np.ndarray, error: RuntimeError) -> None:
-        bad = undecodable(self.source, np.unique(indices).tolist())
+    def _handle_undecodable(self, indices: np.ndarray, error: RuntimeError) -> None:
+        """Records the undecodable images of `indices`, which are then replaced; raises `error` where there is none."""
+        bad = find_undecodable(self.source, np.unique(indices).tolist())
         if not bad:
             raise error
         for index, reason in bad.items():

@@ -1,23 +1,26 @@
-"""Cheap signs that a file cannot be decoded, read off its bytes before a decoder sees them.
+"""Cheap checks of an encoded image, which find most undecodable files before a decoder sees them.
 
-DALI stops the whole pipeline at a file that it cannot decode, and with several of them in a batch version 2.4 has been seen
-to take the process down. What is looked at here costs microseconds for a JPEG, and a checksum for a PNG.
+DALI stops the whole pipeline at a file that it cannot decode, and version 2.4 has been seen to crash the process where
+several of them are in a batch. The checks cost microseconds for a JPEG, and a checksum for a PNG.
 """
 
 from __future__ import annotations
 
 import zlib
 
-# trailing bytes in which a JPEG's end marker is looked for: some writers append metadata
+# trailing bytes in which the end marker of a JPEG is searched: some writers append metadata
 _TAIL = 1 << 16
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def flaw_by_structure(data: memoryview) -> str | None:
-    """What is wrong with an encoded image, completing "FILE ...", or None.
+    """What the structure of an encoded image shows to be wrong with it.
 
     Args:
         data: The whole file.
+
+    Returns:
+        A reason that completes the sentence "FILE ...", or None where nothing is wrong.
     """
     head = bytes(data[:16])
     if not head:
@@ -40,6 +43,7 @@ def flaw_by_structure(data: memoryview) -> str | None:
 
 
 def _flaw_of_png(data: memoryview) -> str | None:
+    """The same for a PNG, whose chunks each carry a checksum."""
     place = len(_PNG)
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")

@@ -1,4 +1,4 @@
-"""Decoding a whole data set once, in parallel, and the quarantine list that comes of it."""
+"""Checks a whole data set by decoding it once, and keeps the list of images that a run leaves out (the quarantine)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 
 QUARANTINE = "quarantine.tsv"
+# images in one task of the thread pool
 _CHUNK = 64
 
 
 def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
-    """Name -> reason of every image that Pillow or DALI cannot decode whole, with a progress bar on a terminal.
+    """Decodes every image with Pillow and DALI, with a progress bar on a terminal.
 
     Args:
         source: The images.
-        workers: Threads; None is one a core. Decoders leave Python's lock.
+        workers: Number of threads; None is one for each core. Decoders release the interpreter lock.
+
+    Returns:
+        Name -> reason of every image that cannot be decoded.
     """
-    # DALI is slow to load, and only this needs it
-    from scalekd_ds.data.reader import undecodable
+    # DALI is slow to import, and only this function needs it
+    from scalekd_ds.data.reader import find_undecodable
 
     chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]
     console = Console(stderr=True)
@@ -36,17 +40,24 @@ def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("verify", total=len(source))
-        for chunk, found in zip(chunks, pool.map(lambda chunk: undecodable(source, chunk), chunks), strict=True):
+        for chunk, found in zip(chunks, pool.map(lambda chunk: find_undecodable(source, chunk), chunks), strict=True):
             flaws |= {source.name(index): reason for index, reason in found.items()}
             progress.advance(task, len(chunk))
     return flaws
 
 
 def write_quarantine(folder: Path, flaws: dict[str, str]) -> Path:
-    """Writes `folder`/quarantine.tsv, a path below `folder` and a reason a line; aside, synced, renamed.
+    """Writes `folder`/quarantine.tsv, a line of path, tab and reason for each image; the file appears complete.
+
+    Args:
+        folder: The folder of the data set.
+        flaws: Name -> reason, as `find_flaws` returns it; paths are written relative to `folder`.
+
+    Returns:
+        The path of the list.
 
     Raises:
-        UserError: The folder cannot be written to.
+        UserError: The list cannot be written.
     """
     path = folder / QUARANTINE
     aside = path.with_name(f".{QUARANTINE}.{os.getpid()}")
@@ -63,10 +74,10 @@ def write_quarantine(folder: Path, flaws: dict[str, str]) -> Path:
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
-    """Path -> reason from `folder`/quarantine.tsv; empty where there is none.
+    """Reads `folder`/quarantine.tsv as path -> reason; the result is empty where there is no such file.
 
     Raises:
-        UserError: A line without a tab, or a path outside of the folder.
+        UserError: A line has no tab, or names a path outside of the folder.
     """
     path = folder / QUARANTINE
     if not path.is_file():
@@ -83,10 +94,10 @@ def read_quarantine(folder: Path) -> dict[str, str]:
 
 
 def without_quarantined(source: Source, folder: Path) -> Source:
-    """The source without the images that `folder`'s quarantine lists, in the same order.
+    """The source without the images that the quarantine list in `folder` names, in the same order.
 
     Raises:
-        UserError: A class has nothing left, or the list cannot be read.
+        UserError: A class has no image left, or the list is not valid.
     """
     listed = read_quarantine(folder)
     if not listed:
@@ -96,5 +107,7 @@ def without_quarantined(source: Source, folder: Path) -> Source:
     emptied = (left == 0) & (np.bincount(source.labels, minlength=len(source.classes)) > 0)
     if emptied.any():
         name = source.classes[int(emptied.argmax())]
-        raise UserError(f"every image of class {name!r} in {source.root} is in {folder / QUARANTINE}: mend them first.")
+        raise UserError(
+            f"every image of class {name!r} in {source.root} is in {folder / QUARANTINE}: mend some of them."
+        )
     return source.select(np.flatnonzero(keep))

@@ -1,1 +1,5 @@
-"""DeepSpeed: processes, the one engine, its JSON, and where ZeRO keeps what."""
+"""All that touches DeepSpeed itself: processes, the engine, its JSON, and where ZeRO keeps parameters.
+
+This package may use the method (`distiller`, `teacher` and the like), `models`, `data`, `config` and the layers below
+them.
+"""

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: how a run is executed here. Read, checked, and merged with the recipe in this one place."""
+"""The DeepSpeed JSON, which says how a run is executed: reads it, checks it, and merges the recipe into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scalekd_ds.errors import UserError, suggest
 
 FOLDER = Path(__file__).parent.parent / "ds_configs"
 
-# what DeepSpeed 0.19 reads at the top level; it ignores anything else without a word
+# the top-level keys that DeepSpeed 0.19 reads; it ignores any other without a warning
 KNOWN_KEYS = frozenset(
     """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
     zero_optimization torch_autocast bf16 fp16 data_types communication_data_type prescale_gradients
@@ -23,7 +23,7 @@ KNOWN_KEYS = frozenset(
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer disable_allgather disable_python_gc compile timers
     check_overflow seed log_level use_node_local_storage optimizer scheduler train_micro_batch_size""".split()
 )
-# the recipe's: written as "auto" in the JSON, so that a reader sees that they are set and from where
+# keys that the recipe sets, and its fields; the JSON may have them as "auto", which tells a reader where they come from
 FROM_RECIPE = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "global_batch_size",
@@ -36,10 +36,10 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
 def find(name: str) -> Path:
-    """The file of a path or of a name in ds_configs/.
+    """The path of a DeepSpeed JSON, from that path or from its name in ds_configs/.
 
     Raises:
-        UserError: Neither exists.
+        UserError: There is no such file.
     """
     for path in (Path(name), FOLDER / name, FOLDER / f"{name}.json"):
         if path.is_file():
@@ -52,7 +52,8 @@ def read(name: str) -> dict[str, Any]:
     """Reads and checks one DeepSpeed JSON.
 
     Raises:
-        UserError: Not JSON, an unknown key, one that DeepSpeed has removed, or one that the recipe owns.
+        UserError: The file is missing or no JSON, or it has a key that DeepSpeed does not know or has removed, or that
+            the recipe sets.
     """
     path = find(name)
     try:
@@ -74,7 +75,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def _check_removed(config: dict[str, Any], path: Path) -> None:
-    # DeepSpeed's own list; its check raises with a traceback, and only after the ranks have met
+    # DeepSpeed's own check, made before the ranks connect, and without its traceback
     from deepspeed.runtime import config as deepspeed_config
 
     check = getattr(deepspeed_config, "_reject_removed_config_keys", None)
@@ -112,7 +113,7 @@ def _check_autocast(config: dict[str, Any], path: Path) -> None:
 
 
 def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: the JSON with the recipe's numbers in it, monitors taken out.
+    """The configuration for `deepspeed.initialize`: the JSON with the recipe's numbers and without monitors.
 
     Raises:
         UserError: The global batch cannot be split over `world_size` ranks.
@@ -122,34 +123,42 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
     return merged | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        # DeepSpeed clips at 1.0 where nothing is written
+        # always written, because DeepSpeed clips at 1.0 by default
         "gradient_clipping": run.optim.clip,
-        # our LAMB, and timm's optimizers, are unknown to it; correctness under ZeRO is tested here
+        # DeepSpeed refuses optimizers that it does not know, such as our LAMB, which is tested under ZeRO here
         "zero_allow_untested_optimizer": True,
     }
 
 
 def autocast_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of a config's torch_autocast, None where it is off."""
+    """The dtype of `torch_autocast` in a DeepSpeed JSON, or None where it is off."""
     autocast = config.get("torch_autocast", {})
     return getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else None
 
 
+def compute_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The 16-bit type that a config computes in, by torch_autocast or by DeepSpeed's own sections; None for float32."""
+    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(section, {}).get("enabled") is True:
+            return dtype
+    return autocast_dtype(config)
+
+
 def stage_of(config: dict[str, Any]) -> int:
-    """The ZeRO stage that a config asks for."""
+    """The ZeRO stage of a DeepSpeed JSON, 0 to 3."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str, Any]:
-    """The monitors' part of the DeepSpeed configuration.
+    """The settings of the monitors (TensorBoard and the like), as DeepSpeed's monitor takes them.
 
     Args:
-        config: The DeepSpeed JSON, which may hold monitors of its own.
-        run_dir: TensorBoard's files and the .csv ones go below it.
-        names: `run.monitors`; empty is TensorBoard, unless the JSON says otherwise.
+        config: The DeepSpeed JSON, which may set monitors itself.
+        run_dir: Folder of the run, below which TensorBoard's and .csv files are written.
+        names: `run.monitors`, separated by commas; empty is TensorBoard, with what the JSON sets for it.
 
     Raises:
-        UserError: An unknown name, one that both places set, or a service whose package is missing.
+        UserError: A name is unknown, set in both places, or that of a service whose package is not installed.
     """
     chosen = {name: config[name] for name in MONITORS if name in config}
     defaults = {

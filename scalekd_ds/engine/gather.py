@@ -1,4 +1,4 @@
-"""Whole tensors out of ZeRO's shards, and what ranks average among them."""
+"""Gathers whole tensors from ZeRO's shards, and averages buffers over the ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from scalekd_ds.engine.host_copies import HostCopies
 
 @torch.no_grad()
 def synchronise_buffers(module: nn.Module) -> None:
-    """Makes BatchNorm's statistics the mean over ranks.
+    """Sets every floating-point buffer, such as BatchNorm's statistics, to its mean over the ranks; collective.
 
-    ZeRO never communicates buffers: each rank's drift apart, and checkpoints keep rank 0's.
+    ZeRO never communicates buffers, so those of the ranks drift apart, and a checkpoint keeps those of rank 0.
     """
     average_over_ranks([b for b in module.buffers() if b.is_floating_point() and b.numel()])
 
 
 @torch.no_grad()
 def average_over_ranks(buffers: list[torch.Tensor]) -> None:
-    """Makes floating-point tensors their mean over ranks, in place, with one all-reduce."""
+    """Sets floating-point tensors to their mean over the ranks, in place, with one all-reduce; collective."""
     if dist.get_world_size() == 1 or not buffers:
         return
     flat = torch.cat([b.flatten().float() for b in buffers])
@@ -39,27 +39,28 @@ def average_over_ranks(buffers: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def student_state(distiller: ScaleKD, copies: HostCopies | None = None) -> dict[str, torch.Tensor]:
-    """The student's whole state-dict on the CPU, from any ZeRO stage. Collective: every rank calls it.
+    """The student's whole state dict on the CPU, from any ZeRO stage; collective.
 
-    Buffers are this rank's: call `synchronise_buffers` first.
+    Buffers are those of this rank: call `synchronise_buffers` first.
 
     Args:
-        distiller: Of the engine.
-        copies: The memory to copy into; fresh memory without it.
+        distiller: The engine's module.
+        copies: Host memory that is used again for the copies; None allocates new memory.
     """
     copies = copies or HostCopies()
     return {
-        name: gathered(tensor, copies, name) for name, tensor in distiller.student.state_dict(keep_vars=True).items()
+        name: gather_to_cpu(tensor, copies, name)
+        for name, tensor in distiller.student.state_dict(keep_vars=True).items()
     }
 
 
 @contextmanager
-def _whole(tensor: torch.Tensor, **options: Any) -> Iterator[None]:
-    """A parameter is whole in the block, and afterwards where it was before.
+def _gathered_in_place(tensor: torch.Tensor, **options: Any) -> Iterator[None]:
+    """A context in which a parameter is whole; afterwards it is whole or sharded as it was before.
 
-    The small parameters that ZeRO-3 keeps whole between steps are exact, and DeepSpeed's own context would leave them
-    sharded: autocast's forward pass then fetches them rounded to 16 bits. A step after a save would differ from the same
-    step after a resume.
+    DeepSpeed's own context would leave the small parameters sharded that ZeRO-3 keeps whole between steps. These are
+    exact, but the next forward pass under autocast would fetch them rounded to 16 bits, and a step after a save would
+    then differ from the same step after a resume.
     """
     if not hasattr(tensor, "ds_id"):
         yield
@@ -72,15 +73,21 @@ def _whole(tensor: torch.Tensor, **options: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def gathered(tensor: torch.Tensor, copies: HostCopies | None = None, key: str = "") -> torch.Tensor:
-    """A copy of a whole parameter or buffer on the CPU; collective where ZeRO-3 shards it."""
-    with _whole(tensor):
+def gather_to_cpu(tensor: torch.Tensor, copies: HostCopies | None = None, key: str = "") -> torch.Tensor:
+    """A copy of a whole parameter or buffer on the CPU; collective where ZeRO-3 shards it.
+
+    Args:
+        tensor: Parameter or buffer of the engine's module.
+        copies: Host memory that is used again for the copy; None allocates new memory.
+        key: Name of the copy in `copies`.
+    """
+    with _gathered_in_place(tensor):
         return (copies or HostCopies())(key, tensor)
 
 
 @torch.no_grad()
 def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Undoes `gathered`; collective where ZeRO-3 shards the parameter."""
-    with _whole(tensor, modifier_rank=0):
+    """Sets a whole parameter or buffer to `values` of its full shape; collective where ZeRO-3 shards the parameter."""
+    with _gathered_in_place(tensor, modifier_rank=0):
         if not hasattr(tensor, "ds_id") or dist.get_rank() == 0:
             tensor.copy_(values)

@@ -1,4 +1,4 @@
-"""Memory of the host that takes the same tensors again at every checkpoint."""
+"""Host memory for copies of tensors that is used again at every checkpoint."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 class HostCopies:
-    """Copies of tensors on the CPU, each in the memory that it had the last time.
+    """Copies tensors to the CPU, each into the same memory as the last copy under its key.
 
-    The kernel would clear every page of fresh memory first. For a GPU's tensors the memory is pinned. A copy is good until
-    the next one under the same key.
+    The kernel would have to clear every page of newly allocated memory. The memory for tensors on a GPU is pinned. A
+    copy is valid until the next one under the same key.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
 
     def __call__(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copies `tensor`, contiguously."""
+        """A contiguous copy of `tensor` on the CPU, in the memory of `key`."""
         tensor, kept = tensor.detach(), self._kept.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -1,4 +1,4 @@
-"""The one DeepSpeed engine, which holds student and projectors."""
+"""Makes the DeepSpeed engine, which holds student and projectors."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def initialize(
     ds_config: dict[str, Any],
     name: str,
 ) -> deepspeed.DeepSpeedEngine:
-    """One engine for student and projectors, from any ZeRO stage.
+    """Makes one engine for student and projectors, at any ZeRO stage; collective.
 
     Args:
-        distiller: On this rank's device.
-        optimizer: Over the distiller's parameters.
-        schedule: Makes the learning rate's scheduler from the optimizer that DeepSpeed wraps around this one.
+        distiller: The module, on this rank's device.
+        optimizer: Optimizer of the distiller's parameters.
+        schedule: Makes the learning rate scheduler from the optimizer in which DeepSpeed wraps `optimizer`.
         ds_config: The DeepSpeed JSON, merged with the recipe.
-        name: Of that JSON, for messages.
+        name: Name of that JSON, for error messages.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
     """
     if stage_of(ds_config) == 3:
-        # the student runs by forward_intermediates(), not forward(), so what its root module owns itself (position
-        # embeddings, class token) has to be fetched with the distiller's forward
+        # the student runs by forward_intermediates(), not forward(), so the parameters of its root module (position
+        # embeddings, class token) have to be gathered with the distiller's forward
         for parameter in distiller.student.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(distiller, parameter)
-        # a pair reads its views' parameters itself, so that both run in one pass
+        # a pair of projectors reads the parameters of its two views itself, to run both in one pass
         for pair in distiller.projectors.values():
             for parameter in pair.parameters():
                 deepspeed.zero.register_external_parameter(pair, parameter)
@@ -46,8 +46,9 @@ def initialize(
     except deepspeed.runtime.config.DeepSpeedConfigError as error:
         raise UserError(f"DeepSpeed refuses {name}: {error}") from None
     if stage_of(ds_config) == 3:
-        # While DeepSpeed records its first pass it gives up even what it is to keep whole, and fetches it again rounded to
-        # autocast's 16 bits: the first step of a resumed run would differ from the same step of the whole one.
+        # while DeepSpeed traces its first pass it releases even the parameters that it is to keep whole, and gathers
+        # them again rounded to autocast's 16 bits: the first step of a resumed run would differ from that step without
+        # the cut
         for parameter in engine.optimizer.persistent_parameters:
             parameter.is_external_param = True
     return engine

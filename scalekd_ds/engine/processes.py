@@ -1,4 +1,4 @@
-"""The ranks of a job: how this process joins them, and what they share."""
+"""Joins this process to the ranks of its job, and gives access to the store that they share."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from scalekd_ds.engine.host_memory import keep_freed_memory
 
 
 def start_processes() -> torch.device:
-    """Joins the job's process group, alone where no launcher started it, and returns this rank's device."""
+    """Joins the process group of the job, or starts one of a single rank where no launcher set the ranks; collective.
+
+    Returns:
+        The device of this rank.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {
+        single_rank = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        os.environ.update({k: v for k, v in alone.items() if k not in os.environ})
+        os.environ.update({k: v for k, v in single_rank.items() if k not in os.environ})
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
@@ -44,12 +48,12 @@ def start_processes() -> torch.device:
 
 
 def _unlink_shared_buffers() -> None:
-    """Takes away the names of the shared memory in which DeepSpeed's all-reduce on CPUs meets; what is mapped stays mapped.
+    """Unlinks the shared memory of DeepSpeed's all-reduce on CPUs, which stays usable where it is mapped; collective.
 
-    It never does so itself: each run would leave 66 MB a rank in memory until the machine is started again, and the next
-    run on the same port could meet the last one's state.
+    DeepSpeed never unlinks it: each run would leave 66 MB per rank in memory until the machine reboots, and the next
+    run on the same port could read the state of the last one.
     """
-    # by then every rank has mapped all of them
+    # after the barrier every rank has mapped the memory of all ranks
     dist.barrier()
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
     with suppress(OSError):
@@ -57,14 +61,7 @@ def _unlink_shared_buffers() -> None:
 
 
 def job_store() -> Any:
-    """torch's key-value store of the job, which rank 0 serves; None on one rank."""
+    """torch's key-value store of the job, which rank 0 serves; None where the job has one rank."""
     if dist.get_world_size() == 1:
         return None
     return torch.distributed.distributed_c10d._get_default_store()
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where it is True on one."""
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())

@@ -1,4 +1,4 @@
-"""Where the frozen teacher's weights are: whole on every rank, or a share on each, on the device or in the host's memory."""
+"""Places the frozen teacher: whole on every rank, or sharded over the ranks, on the device or in host memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scalekd_ds.config import TeacherPlacement
 from scalekd_ds.engine import ds_config
 from scalekd_ds.teacher import Teacher
 
-# from the fastest to the one that takes the least memory
+# in order of falling speed and memory
 PLACEMENTS: tuple[TeacherPlacement, ...] = get_args(TeacherPlacement)
-# the DeepSpeed JSON of each; a replica has no engine
+# name of the DeepSpeed JSON of each placement; a replica has no engine
 CONFIGS: dict[TeacherPlacement, str] = {"sharded": "teacher_zero3", "offload": "teacher_offload"}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The innermost parts that repeat: transformer blocks, and their like; the model itself where nothing does."""
+    """The innermost members of ModuleLists and Sequentials, such as transformer blocks; else the model itself."""
 
     def repeats(module: nn.Module) -> bool:
         return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
@@ -28,60 +28,66 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in blocks if not any(map(repeats, m.modules()))] or [model]
 
 
-def small_parameter(teacher: Teacher) -> int:
-    """Elements up to which a parameter is not sharded: norms, biases and bias tables, a hundredth of the whole."""
+def persistence_threshold(teacher: Teacher) -> int:
+    """Number of elements up to which ZeRO-3 keeps a parameter whole on every rank.
+
+    These are norms, biases and bias tables, together about a hundredth of the model.
+    """
     return max(p.numel() for p in teacher.parameters()) // 64
 
 
-def kept_whole(teacher: Teacher) -> list[nn.Parameter]:
-    """What every rank keeps whole: small parameters, and what the model itself owns.
+def persistent_parameters(teacher: Teacher) -> list[nn.Parameter]:
+    """The parameters that every rank keeps whole: small ones, and those of the model's root module.
 
-    Position embeddings and class tokens are read outside of any forward that ZeRO watches, and so are a BEiT's bias tables.
+    Position embeddings and class tokens are read outside of any forward pass that ZeRO hooks, and so are the bias
+    tables of a BEiT.
     """
-    small = small_parameter(teacher)
+    small = persistence_threshold(teacher)
     own = {id(p) for p in teacher.model.parameters(recurse=False)}
     return [p for p in teacher.parameters() if p.numel() <= small or id(p) in own]
 
 
 def place_teacher(teacher: Teacher, placement: TeacherPlacement, device: torch.device) -> None:
-    """Moves the teacher to where it is to be; collective unless it is a replica.
+    """Moves the teacher's weights, in place, to where the placement has them; collective unless it is a replica.
 
-    Sharded weights are an engine's of their own, with ZeRO-3 and no optimizer: a parameter is gathered when the module that
-    owns it runs, for the targets, for the last stage and again for its backward pass, and given up behind it. Two blocks
-    are whole at a time: the one that runs, and the next. All ranks then have to call the teacher the same number of times.
+    Sharded weights belong to a DeepSpeed engine of their own, with ZeRO-3 and no optimizer. A parameter is gathered
+    when its module runs, which it does for the targets, for the last stage and for the backward pass of the last stage,
+    and is released afterwards. Two blocks are whole at a time: the one that runs and the next. All ranks then have to
+    call the teacher the same number of times.
 
     Args:
-        teacher: On the CPU, in the dtype that it is to have.
-        placement: `replica`; `sharded`: 1/W of the weights on each of W ranks; `offload`: that share in the host's memory.
-        device: Of this rank.
+        teacher: The teacher, on the CPU and in its final dtype.
+        placement: `replica` for whole weights; `sharded` for 1/W of the weights on each of W ranks; `offload` for that
+            share in host memory.
+        device: Device of this rank.
     """
     if placement == "replica":
         teacher.to(device)
         return
     config = ds_config.read(CONFIGS[placement])
-    whole = kept_whole(teacher)
+    whole = persistent_parameters(teacher)
     kept = {id(p) for p in whole}
     block = max(sum(p.numel() for p in m.parameters() if id(p) not in kept) for m in blocks_of(teacher))
     config["zero_optimization"] |= {
-        "stage3_param_persistence_threshold": small_parameter(teacher),
-        # what has been used is given up at once: the next use is a whole pass of the teacher away
+        "stage3_param_persistence_threshold": persistence_threshold(teacher),
+        # parameters are released at once, because they are next used a whole pass of the teacher later
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": block,
         "stage3_max_live_parameters": 2 * block,
     }
-    # DeepSpeed wants a batch size, and nothing reads it without an optimizer
+    # DeepSpeed demands a batch size, though it is not used without an optimizer
     engine, *_ = deepspeed.initialize(model=teacher, config=config | {"train_micro_batch_size_per_gpu": 1})
     for parameter in whole:
         parameter.all_gather()
-        # ds_persist, DeepSpeed's mark for this, does not hold while it records its first pass; what it takes for another
-        # module's it never gives up
+        # DeepSpeed ignores its own mark for such parameters, ds_persist, while it traces its first pass, but it never
+        # releases a parameter that it takes for another module's
         parameter.ds_persist = parameter.is_external_param = True
-    # its hooks go when it goes
+    # the engine is kept, because its hooks vanish with it; in a tuple, so that it is not registered as a submodule
     teacher.engine = (engine,)
 
 
 def held_bytes(teacher: Teacher) -> int:
-    """Bytes of the teacher's weights on this rank at this moment: its share, and what is gathered."""
+    """Bytes of the teacher's weights on this rank at this moment: its share and the parameters that are gathered."""
     total = 0
     for parameter in teacher.parameters():
         total += parameter.data.nbytes

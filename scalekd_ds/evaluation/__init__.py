@@ -1,1 +1,4 @@
-"""How good a student is."""
+"""Measures the accuracy of a model, during a run and of plain weights.
+
+This package may use `optim`, `checkpoint` and the layers below them.
+"""

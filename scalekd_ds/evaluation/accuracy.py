@@ -1,4 +1,4 @@
-"""Top-1 and top-5 over all ranks, each validation image counted once."""
+"""Top-1 and top-5 accuracy over all ranks, with each validation image counted once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from torch import nn
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(3,) float64: images with a label, of these right at top-1, and at top-5; a label of -1 is filler."""
+    """Counts images and correct predictions of a batch.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) class indices; -1 marks filler, which is not counted.
+
+    Returns:
+        (3,) float64: number of images, of those correct at top-1, and of those correct at top-5.
+    """
     real = labels >= 0
     top = logits[real].topk(min(5, logits.shape[1]), dim=1).indices == labels[real, None]
     counts = [real.sum(), top[:, 0].sum(), top.any(1).sum()]
@@ -21,15 +29,15 @@ def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def evaluate(
     predict: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy in percent; collective where a process group is up.
+    """Accuracy over the batches of all ranks; collective where a process group is initialised.
 
     Args:
-        predict: Images (B, 3, H, W) -> logits (B, K).
-        batches: (images, labels) of this rank's share; label -1 marks filler.
-        device: Where the sums are kept.
+        predict: Function from images (B, 3, H, W) to logits (B, K).
+        batches: This rank's batches: images, and labels (B,), of which -1 marks filler.
+        device: Device on which the correct predictions are counted.
 
     Returns:
-        `top1`, `top5` in percent, and `images`, the count over all ranks.
+        `top1` and `top5` in percent, and `images`, their number over all ranks.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in batches:
@@ -41,7 +49,7 @@ def evaluate(
 
 
 def evaluate_module(module: nn.Module, batches: Iterable, device: torch.device) -> dict[str, float]:
-    """`evaluate` in eval mode and the weights' own precision; the mode is restored."""
+    """`evaluate` of a module in eval mode and without autocast; afterwards the module is in its former mode."""
     training = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Evaluation of plain weights in one process, without an engine."""
+"""Evaluates plain weights or a timm model in one process, without an engine."""
 
 from __future__ import annotations
 
@@ -27,27 +27,33 @@ def evaluate_model(
     threads: int = 2,
     logits_file: Path | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent of a consolidated file or a timm model, in float32.
+    """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32.
 
     Args:
-        name: Path of a .safetensors with its card, or a timm name.
-        data: Validation images, one folder per class, or the folder that holds them as val/.
-        weights: For a timm name: `pretrained`, `none` or a .safetensors file.
-        image_size: Side of the images in pixels; None is the model's own.
+        name: Path of a .safetensors file with its card, or name of a timm model.
+        data: Folder with one folder of validation images per class, or the folder above it, which calls it val/.
+        weights: Weights of a timm model: `pretrained`, `none` or a .safetensors file.
+        image_size: Height and width of the images in pixels; None takes the model's own.
         batch_size: Images in a forward pass.
         threads: Decoding threads.
-        logits_file: Also writes `logits` (images, classes) and `labels`, in the order of the sorted files.
+        logits_file: File to which `logits` (n, K) and `labels` (n,) are written, in the order of the sorted images;
+            None writes none.
+
+    Returns:
+        `top1` and `top5` in percent, and `images`, their number.
 
     Raises:
-        UserError: A model or folder that does not fit.
+        UserError: The model or the images cannot be opened, or they have different numbers of classes.
     """
     folder = data / "val" if (data / "val").is_dir() else data
     source = index_folder(folder, "--data")
     card = read_card(name) if name.endswith(".safetensors") else {}
     model = build_model(name, None, None, weights, image_size).eval()
-    classes = int(model.num_classes)
-    if classes != len(source.classes):
-        raise UserError(f"{name} has {classes} classes and {folder} has {len(source.classes)}: they must be the same.")
+    num_classes = int(model.num_classes)
+    if num_classes != len(source.classes):
+        raise UserError(
+            f"{name} has {num_classes} classes and {folder} has {len(source.classes)}: they must be the same."
+        )
     size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -58,25 +64,26 @@ def evaluate_model(
         threads=threads,
     )
     loader = EvalLoader(source, cfg, batch_size, 0, 1, device, *normalisation_of(model))
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    all_logits: list[torch.Tensor] = []
+    all_labels: list[torch.Tensor] = []
 
     def batches():
         for images, labels in loader:
-            kept_labels.append(labels)
+            all_labels.append(labels)
             yield images, labels
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         logits = model(images)
         if logits_file is not None:
-            kept.append(logits)
+            all_logits.append(logits)
         return logits
 
-    kept_labels: list[torch.Tensor] = []
     result = evaluate(predict, batches(), device)
     if logits_file is not None:
-        labels = torch.cat(kept_labels)
+        labels = torch.cat(all_labels)
         real = labels >= 0
         save_file(
-            {"logits": torch.cat(kept)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()}, logits_file
+            {"logits": torch.cat(all_logits)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()},
+            logits_file,
         )
     return result

@@ -1,7 +1,9 @@
-"""A trained student as other tools take it: a folder with the model, a card for people and one for programs.
+"""Exports a trained student for other tools: a folder with the model, a card for people and a card for programs.
 
-One module a format. Each has `write(subject, folder) -> float`, which writes its files, loads them back as a user would, and
-returns the largest difference of the logits from the student's; and `usage(subject) -> str`, Python that loads them.
+It may import `plan`, `inspection`, `evaluation` and everything below them, but not `watching` or `training`.
+
+Each format has a module. Its `write(student, folder) -> float` writes the files, loads them back as a user would, and returns
+the largest difference of the logits from the student's; its `usage(student) -> str` is Python code that loads the files.
 """
 
 from __future__ import annotations
@@ -14,13 +16,21 @@ from pathlib import Path
 
 from scalekd_ds.errors import UserError, suggest
 
-# the card for programs, beside model.safetensors where a format has one: this project then takes that file by its path
+# the card for programs; beside a model.safetensors it makes that file a consolidated one, which this library can read
 CARD = "model.json"
 
 
 @dataclass(frozen=True)
 class Format:
-    """about: one line; module: in this package; needs: what must be importable; extra: of setup.py, which installs it."""
+    """One format of export.
+
+    Attributes:
+        about: What it writes, in one line.
+        module: Its module in this package.
+        needs: Packages that must be installed.
+        extra: The extra of setup.py that installs them.
+        preprocessing: Whether mean and std can be put inside the exported program.
+    """
 
     about: str
     module: str
@@ -40,7 +50,13 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: what was written; difference: largest one of the logits, absolute; architecture: timm's name."""
+    """What an export has written.
+
+    Attributes:
+        folder: The folder.
+        difference: Largest absolute difference of the logits from the student's.
+        architecture: The student's name in timm.
+    """
 
     folder: Path
     difference: float
@@ -48,10 +64,10 @@ class Exported:
 
 
 def check_request(format: str, out: Path, with_preprocessing: bool, overwrite: bool) -> None:
-    """What can be refused before anything is loaded.
+    """Refuses what can be refused before the student is loaded. The arguments are those of `export`.
 
     Raises:
-        UserError: Unknown format, a missing package, or a place that is taken.
+        UserError: The format is unknown, lacks a package, or has no preprocessing inside; or `out` must not be replaced.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}.{suggest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
@@ -66,7 +82,7 @@ def check_request(format: str, out: Path, with_preprocessing: bool, overwrite: b
             f"format {format} is a timm model, which has its mean and std in config.json: leave them outside."
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is a file or a link: OUT is a folder that is made.")
+        raise UserError(f"{out} is a file or a link: OUT must name a folder, which export makes.")
     if out.is_dir() and not overwrite:
         raise UserError(f"{out} exists already: --overwrite replaces it, or name another folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / CARD).is_file():
@@ -90,32 +106,32 @@ def export(
         out: The folder to make.
         format: A key of `FORMATS`.
         weights: `student` or `ema` of a checkpoint; None takes what the run ships.
-        with_preprocessing: The program takes pixels in [0, 1] and subtracts mean and divides by std itself.
-        overwrite: Replaces a folder that an export wrote.
+        with_preprocessing: The exported program takes pixels in [0, 1], and normalises them itself.
+        overwrite: Replace a folder that an earlier export wrote.
 
     Raises:
-        UserError: What `check_request` refuses, a source that is none, a student that the format cannot hold, or logits
-            that differ by more than 1e-4 from the student's.
+        UserError: `check_request` or `load_student` refuses, the folder cannot be written, the student cannot be exported
+            in this format, or the exported logits differ by more than 1e-4 from the student's.
     """
     out = Path(out)
     check_request(format, out, with_preprocessing, overwrite)
     from scalekd_ds.durable_files import sync, write_json
     from scalekd_ds.export.readme import readme
-    from scalekd_ds.export.subject import load_subject
+    from scalekd_ds.export.student import load_student
 
-    subject = load_subject(source, weights, with_preprocessing)
+    student = load_student(source, weights, with_preprocessing)
     writer = import_module(f"scalekd_ds.export.{FORMATS[format].module}")
     partial, old = (out.with_name(f".{word}-{out.name}") for word in ("partial", "partial-old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}.") from None
     try:
-        difference = writer.write(subject, partial)
-        (partial / "README.md").write_text(readme(subject, format, writer.usage(subject), difference))
-        write_json(partial / CARD, subject.card)
+        difference = writer.write(student, partial)
+        (partial / "README.md").write_text(readme(student, format, writer.usage(student), difference))
+        write_json(partial / CARD, student.card)
         readable = (partial / "README.md").stat().st_mode
         for path in partial.iterdir():
             # safetensors makes files that only their owner can read
@@ -128,6 +144,6 @@ def export(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}.") from None
     finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
-    return Exported(out, difference, subject.card["architecture"])
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return Exported(out, difference, student.card["architecture"])

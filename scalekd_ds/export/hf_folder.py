@@ -1,4 +1,4 @@
-"""timm's folder, which Hugging Face's transformers loads by its TimmWrapper; this format checks that it does."""
+"""The format hf: the folder of format timm, checked by loading it with the TimmWrapper of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from pathlib import Path
 import torch
 
 from scalekd_ds.export import timm_folder
-from scalekd_ds.export.subject import Subject, cannot
+from scalekd_ds.export.student import LoadedStudent, export_error
 
 
-def write(subject: Subject, folder: Path) -> float:
+def write(student: LoadedStudent, folder: Path) -> float:
     """Writes timm's folder and loads it back with transformers.
 
     Raises:
-        UserError: As timm's format does, or transformers cannot load it.
+        UserError: The format timm refuses the student, transformers cannot load the folder, or the logits differ.
     """
-    timm_folder.write(subject, folder)
+    timm_folder.write(student, folder)
     from transformers import AutoModelForImageClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
-    # transformers raises its own, timm's and the hub's errors
+    # transformers raises errors of its own, of timm and of the hub
     except Exception as error:
-        raise cannot(subject, "hf", error) from None
-    return subject.check(torch.no_grad()(lambda images: loaded(images).logits), "the folder, loaded by transformers,")
+        raise export_error(student, "hf", error) from None
+    return student.check_logits(
+        torch.no_grad()(lambda images: loaded(images).logits), "the folder, loaded by transformers,"
+    )
 
 
-def usage(subject: Subject) -> str:
-    """Python that loads the folder."""
+def usage(student: LoadedStudent) -> str:
+    """Python code that loads the folder."""
     return """from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -1,4 +1,4 @@
-"""model.onnx, by torch's exporter, and checked by onnxruntime."""
+"""The format onnx: model.onnx, written by torch's exporter and checked by onnxruntime."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from scalekd_ds.export.subject import Subject, cannot
+from scalekd_ds.export.student import LoadedStudent, export_error
 
-# what every runtime of the last years reads
+# old enough for every current runtime
 OPSET = 18
-# a protobuf message ends at 2^31 bytes; above this the weights go into a file beside it
-_WHOLE = 1_900_000_000
+# bytes of weights above which they go into a second file, since a protobuf message holds at most 2^31 bytes
+_MOST_EMBEDDED_BYTES = 1_900_000_000
 
 
-def write(subject: Subject, folder: Path) -> float:
+def write(student: LoadedStudent, folder: Path) -> float:
     """Writes the file, with the classes and the normalisation in its metadata.
 
     Raises:
@@ -30,8 +30,8 @@ def write(subject: Subject, folder: Path) -> float:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                subject.network,
-                (subject.images(),),
+                student.network,
+                (student.example_images(),),
                 dynamo=True,
                 input_names=["images"],
                 output_names=["logits"],
@@ -39,34 +39,33 @@ def write(subject: Subject, folder: Path) -> float:
                 opset_version=OPSET,
                 verbose=False,
             )
-        card = subject.card
-        told = {
+        card = student.card
+        metadata = {
             "classes": card.get("classes"),
             "mean": card["mean"],
             "std": card["std"],
-            "normalised": subject.normalised,
+            "normalised": student.normalised,
         }
-        program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
-        bytes_ = sum(t.numel() * t.element_size() for t in subject.network.state_dict().values())
-        program.save(file, external_data=bytes_ > _WHOLE)
+        program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+        num_bytes = sum(t.numel() * t.element_size() for t in student.network.state_dict().values())
+        program.save(file, external_data=num_bytes > _MOST_EMBEDDED_BYTES)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    # the exporter raises errors of its own, of dynamo's and of the operators'
+    # the exporter raises errors of its own, of dynamo and of the operators
     except Exception as error:
-        raise cannot(subject, "onnx", error) from None
+        raise export_error(student, "onnx", error) from None
 
     def run(images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return subject.check(run, "model.onnx, run by onnxruntime,")
+    return student.check_logits(run, "model.onnx, run by onnxruntime,")
 
 
-def usage(subject: Subject) -> str:
-    """Python that runs the file."""
-    size = subject.card["image_size"]
-    images = "in [0, 1]" if subject.normalised else "normalised with the mean and std above"
+def usage(student: LoadedStudent) -> str:
+    """Python code that runs the file."""
+    size = student.card["image_size"]
     return f"""import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-images = np.zeros((8, 3, {size}, {size}), np.float32)  # any batch, {images}
+images = np.zeros((8, 3, {size}, {size}), np.float32)  # any batch, {student.input_range}
 (logits,) = session.run(["logits"], {{"images": images}})"""

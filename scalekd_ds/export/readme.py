@@ -8,11 +8,11 @@ from typing import Any
 
 from scalekd_ds import __version__
 from scalekd_ds.config import DataConfig
-from scalekd_ds.export.subject import TOLERANCE, Subject
+from scalekd_ds.export.student import TOLERANCE, LoadedStudent
 from scalekd_ds.models.build import num_parameters
 
-# the fields that Hugging Face reads; a licence is the publisher's to choose
-_FRONT = """---
+# the fields that Hugging Face reads; whoever publishes the model has to choose the licence
+_FRONT_MATTER = """---
 # license: (yours to fill in, such as apache-2.0)
 library_name: {library}
 pipeline_tag: image-classification
@@ -30,22 +30,22 @@ def _table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *cells])
 
 
-def _model(subject: Subject) -> dict[str, Any]:
-    card = subject.card
+def _model_rows(student: LoadedStudent) -> dict[str, Any]:
+    card = student.card
     size = card["image_size"]
     shorter = DataConfig(image_size=size, eval_resize=card.get("eval_resize")).eval_shorter_side
     mean, std = ([round(v, 4) for v in card[key]] for key in ("mean", "std"))
     return {
         "architecture": f"`{card['architecture']}` of timm",
         "its arguments": f"`{json.dumps(card['model_kwargs'])}`" if card.get("model_kwargs") else None,
-        "parameters": f"{num_parameters(subject.model):,}",
+        "parameters": f"{num_parameters(student.model):,}",
         "classes": card["num_classes"],
         "images": f"{size}x{size}: shorter side to {shorter} ({card.get('interpolation', 'bicubic')}), centre crop",
-        "mean, std": f"{mean}, {std}, in units of 0 to 1{'; inside the program' if subject.normalised else ''}",
+        "mean, std": f"{mean}, {std}, in units of 0 to 1{'; inside the program' if student.normalised else ''}",
     }
 
 
-def _accuracy(card: dict[str, Any]) -> dict[str, Any]:
+def _accuracy_rows(card: dict[str, Any]) -> dict[str, Any]:
     return {
         "top-1": _percent(card.get("top1")),
         "top-5": _percent(card.get("top5")),
@@ -55,14 +55,14 @@ def _accuracy(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _training(card: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
+def _training_rows(card: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
     rows: dict[str, Any] = {"recipe": card.get("recipe"), "teacher": card.get("teacher", "none")}
     if config is None:
         return rows
     data, optim, schedule, distill = (config[key] for key in ("data", "optim", "schedule", "distill"))
     limits = {"train_images": "images", "images_per_class": "images a class"}
     used = [f"{data[key]:,} {what}" for key, what in limits.items() if data.get(key) is not None]
-    # the folder's name, not where it lies on somebody's disk
+    # the folder's name alone, since its path says something about the user's disk
     rows["data"] = f"{Path(data['root']).name or data['train']} ({', '.join(used) or 'all training images'})"
     if card.get("teacher", "none") != "none":
         terms = [f"logit KD {distill['kd_weight']:g}"] if distill["kd_weight"] else []
@@ -79,22 +79,22 @@ def _training(card: dict[str, Any], config: dict[str, Any] | None) -> dict[str, 
     return rows
 
 
-def readme(subject: Subject, format: str, usage: str, difference: float) -> str:
-    """The whole file.
+def readme(student: LoadedStudent, format: str, usage: str, difference: float) -> str:
+    """The text of README.md.
 
     Args:
-        subject: What was exported.
+        student: The student that was exported.
         format: A key of `FORMATS`.
-        usage: Python that loads the folder.
+        usage: Python code that loads the folder.
         difference: The largest difference of the logits from the student's.
     """
-    card = subject.card
+    card = student.card
     trained = (
         f"distilled from `{card['teacher']}`" if card.get("teacher", "none") != "none" else "trained without a teacher"
     )
     library = "timm" if format in ("timm", "hf") else "onnx" if format == "onnx" else "pytorch"
     parts = [
-        _FRONT.format(library=library, tags="timm"),
+        _FRONT_MATTER.format(library=library, tags="timm"),
         f"# {card['architecture']}, {trained}",
         f"{card['num_classes']} classes, top-1 {_percent(card.get('top1'))}.",
         "## Use it",
@@ -102,11 +102,11 @@ def readme(subject: Subject, format: str, usage: str, difference: float) -> str:
         "Loaded back so, its logits were the student's within "
         f"{difference:.1g} (at most {TOLERANCE:g}) at batches of 1 and 8.",
         "## The model",
-        _table(_model(subject)),
+        _table(_model_rows(student)),
         "## Accuracy",
-        _table(_accuracy(card)),
+        _table(_accuracy_rows(card)),
         "## How it was trained",
-        _table(_training(card, subject.config)),
+        _table(_training_rows(card, student.config)),
         f"By scalekd_ds {__version__} (ScaleKD, Fan et al., NeurIPS 2024). `model.json` has this, and the classes, as data.",
         "## Licence",
         "To be filled in by whoever publishes these weights: what the data and the teacher allow.",

@@ -1,41 +1,28 @@
-"""model.pt2, a program of torch.export: what AOTInductor and ExecuTorch start from."""
+"""The format torch_export: model.pt2, a program of torch.export, from which AOTInductor and ExecuTorch start."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 from torch.export import Dim
 
-from scalekd_ds.export.subject import Subject, cannot
+from scalekd_ds.export.student import LoadedStudent
+from scalekd_ds.export.torch_program import program_usage, write_program
 
 
-def write(subject: Subject, folder: Path) -> float:
-    """Writes the program.
+def write(student: LoadedStudent, folder: Path) -> float:
+    """Writes the program, with a dynamic batch; returns and raises as `write_program`."""
 
-    Raises:
-        UserError: It cannot be captured, or gives other logits than the student.
-    """
-    file = folder / "model.pt2"
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(subject.network, (subject.images(),), dynamic_shapes=({0: Dim("batch")},))
-            torch.export.save(program, file)
-            loaded = torch.export.load(file).module()
-    # dynamo's errors, and those of the model's own code
-    except Exception as error:
-        raise cannot(subject, "torch_export", error) from None
-    return subject.check(torch.no_grad()(loaded), "model.pt2, loaded by torch.export,")
+    def save_and_load(file: Path) -> torch.nn.Module:
+        batch = ({0: Dim("batch")},)
+        program = torch.export.export(student.network, (student.example_images(),), dynamic_shapes=batch)
+        torch.export.save(program, file)
+        return torch.export.load(file).module()
+
+    return write_program(student, folder / "model.pt2", "torch_export", "torch.export", save_and_load)
 
 
-def usage(subject: Subject) -> str:
-    """Python that runs the file."""
-    size = subject.card["image_size"]
-    images = "in [0, 1]" if subject.normalised else "normalised with the mean and std above"
-    return f"""import torch
-
-model = torch.export.load("FOLDER/model.pt2").module()
-with torch.no_grad():
-    logits = model(torch.zeros(8, 3, {size}, {size}))  # any batch, {images}"""
+def usage(student: LoadedStudent) -> str:
+    """Python code that runs the file."""
+    return program_usage(student, 'torch.export.load("FOLDER/model.pt2").module()')

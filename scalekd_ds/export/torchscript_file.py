@@ -1,40 +1,25 @@
-"""model.ts, a traced TorchScript program, for C++ and for mobile runtimes that read no other."""
+"""The format torchscript: model.ts, a traced program, for C++ and for mobile runtimes that read no other format."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 
-from scalekd_ds.export.subject import Subject, cannot
+from scalekd_ds.export.student import LoadedStudent
+from scalekd_ds.export.torch_program import program_usage, write_program
 
 
-def write(subject: Subject, folder: Path) -> float:
-    """Writes the program.
+def write(student: LoadedStudent, folder: Path) -> float:
+    """Writes the program; returns and raises as `write_program`."""
 
-    Raises:
-        UserError: It cannot be traced, or gives other logits than the student.
-    """
-    file = folder / "model.ts"
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # a trace keeps what it saw, which the check below looks at with other batches
-            warnings.simplefilter("ignore")
-            torch.jit.trace(subject.network, subject.images(), check_trace=False).save(str(file))
-            loaded = torch.jit.load(file)
-    # tracing runs the model's own code, which raises what it likes
-    except Exception as error:
-        raise cannot(subject, "torchscript", error) from None
-    return subject.check(torch.no_grad()(loaded), "model.ts, loaded by torch.jit,")
+    def save_and_load(file: Path) -> torch.jit.ScriptModule:
+        torch.jit.trace(student.network, student.example_images(), check_trace=False).save(str(file))
+        return torch.jit.load(file)
+
+    return write_program(student, folder / "model.ts", "torchscript", "torch.jit", save_and_load)
 
 
-def usage(subject: Subject) -> str:
-    """Python that runs the file."""
-    size = subject.card["image_size"]
-    images = "in [0, 1]" if subject.normalised else "normalised with the mean and std above"
-    return f"""import torch
-
-model = torch.jit.load("FOLDER/model.ts")
-with torch.no_grad():
-    logits = model(torch.zeros(8, 3, {size}, {size}))  # any batch, {images}"""
+def usage(student: LoadedStudent) -> str:
+    """Python code that runs the file."""
+    return program_usage(student, 'torch.jit.load("FOLDER/model.ts")')

@@ -1,5 +1,8 @@
-"""What trained models see in given images, on one sheet: the `inspect` verb.
+"""Draws a contact sheet of what trained models see in given images, for the verb `inspect`.
 
-`subjects` opens the models, `pictured` the images, `answers` compares what they predict, `focus` finds where the projectors
-look, and `sheet` draws it all.
+It may import `checkpoint` and `optim` and everything below them, but not `plan` or `evaluation` beside it.
+
+`inspected_models` opens the models and `images` the images, `predictions` compares what the models predict,
+`projector_attention` restores the projectors and computes their attention, `frequencies` and `pictures` make spectra and
+pictures, `sheet` draws them, and `compose` calls all of these.
 """

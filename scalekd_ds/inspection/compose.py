@@ -1,4 +1,4 @@
-"""From the arguments of `inspect` to the sheet: models, images, what each shows, and what is said about it."""
+"""The verb `inspect`: opens models and images, runs the models, and composes the sheet and the lines to print."""
 
 from __future__ import annotations
 
@@ -12,52 +12,71 @@ import torch
 from scalekd_ds.config import DataConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
-from scalekd_ds.inspection.answers import answers, crosstable, is_right, most_telling, top
-from scalekd_ds.inspection.focus import focus_of, restore_distiller
-from scalekd_ds.inspection.frequencies import radial
-from scalekd_ds.inspection.pictured import Cut, find_images, readable, spread, true_class
-from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, heat, pca_colours, spectrum
-from scalekd_ds.inspection.sheet import Answers, Pictures, Sheet, draw
-from scalekd_ds.inspection.subjects import Located, Seen, Subject, check_same_classes, open_subject, subject_of
+from scalekd_ds.inspection.frequencies import radial_spectrum
+from scalekd_ds.inspection.images import Crop, find_images, readable_images, spread_over_folders, true_class
+from scalekd_ds.inspection.inspected_models import (
+    InspectedModel,
+    ModelOutput,
+    ModelSource,
+    check_same_classes,
+    open_model,
+    wrap_model,
+)
+from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, heat_colours, pca_colours, spectrum
+from scalekd_ds.inspection.predictions import correctness, crosstable, is_correct, order_by_disagreement, top_classes
+from scalekd_ds.inspection.projector_attention import projector_attention, restore_distiller
+from scalekd_ds.inspection.sheet import PictureColumn, PredictionColumn, Sheet, draw_sheet
 from scalekd_ds.models.card import read_card
 from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.teacher import Teacher
 
+# query tokens whose attention is shown
 QUERIES = 3
 
 
 @dataclass
 class Models:
-    """Who is on the sheet, and lines on who is not and why."""
+    """The models on a sheet.
 
-    student: Subject
-    teacher: Subject | None
-    baseline: Subject | None
+    Attributes:
+        student: The student.
+        teacher: The teacher, or None.
+        baseline: The student to compare with, or None.
+        notes: Lines on what was left out and why.
+    """
+
+    student: InspectedModel
+    teacher: InspectedModel | None
+    baseline: InspectedModel | None
     notes: list[str]
 
     @property
-    def all(self) -> list[Subject]:
-        return [s for s in (self.student, self.teacher, self.baseline) if s is not None]
+    def all(self) -> list[InspectedModel]:
+        """Student, teacher and baseline, without those that are None."""
+        return [m for m in (self.student, self.teacher, self.baseline) if m is not None]
 
 
 def open_models(args: argparse.Namespace) -> Models:
-    """Student, teacher and baseline.
+    """Opens student, teacher and baseline.
+
+    Args:
+        args: Arguments of the verb `inspect`.
 
     Raises:
-        UserError: One that was asked for cannot be had, or a baseline of other classes.
+        UserError: A model that was asked for cannot be opened, or the baseline has other classes.
     """
-    student = open_subject(args.checkpoint, "student", args.weights, args.size, args.of_run)
+    student = open_model(args.checkpoint, "student", args.weights, args.size, args.of_run)
     notes: list[str] = []
     teacher = baseline = None
     if args.teacher not in (None, "none"):
-        teacher = open_subject(args.teacher, "teacher", args.teacher_weights)
-    elif args.teacher is None and student.located.cfg is not None and student.located.cfg.teacher != "none":
+        teacher = open_model(args.teacher, "teacher", args.teacher_weights)
+    elif args.teacher is None and student.source.cfg is not None and student.source.cfg.teacher != "none":
         try:
             teacher = _teacher_of_run(student)
         except UserError as error:
             notes.append(f"teacher left out: {error} Or name it with --teacher.")
     if args.baseline is not None:
-        baseline = open_subject(args.baseline, "baseline", args.baseline_weights, args.size)
+        baseline = open_model(args.baseline, "baseline", args.baseline_weights, args.size)
         if differ := check_same_classes(student, baseline):
             raise UserError(f"{differ}: a baseline must answer in the same classes.")
     if teacher is not None and teacher.num_classes and (differ := check_same_classes(student, teacher)):
@@ -65,10 +84,15 @@ def open_models(args: argparse.Namespace) -> Models:
     return Models(student, teacher, baseline, notes)
 
 
-def _teacher_of_run(student: Subject) -> Subject:
-    cfg = student.located.cfg
-    facts = read_card(cfg.teacher) if cfg.teacher.endswith(".safetensors") else {}
-    if cfg.teacher_weights == "none" and not facts:
+def _teacher_of_run(student: InspectedModel) -> InspectedModel:
+    """Opens the teacher of the student's run.
+
+    Raises:
+        UserError: It had random weights, or cannot be built.
+    """
+    cfg = student.source.cfg
+    card = read_card(cfg.teacher) if cfg.teacher.endswith(".safetensors") else {}
+    if cfg.teacher_weights == "none" and not card:
         raise UserError(f"the run's teacher, {cfg.teacher}, had random weights (teacher_weights none).")
     teacher = Teacher(
         cfg.teacher,
@@ -79,46 +103,52 @@ def _teacher_of_run(student: Subject) -> Subject:
         **cfg.teacher_kwargs,
     )
     if not cfg.distill.features:
-        # logits alone were distilled; its maps are worth a look all the same
-        return subject_of(teacher.model, "teacher", cfg.teacher, Located(None, None, None), facts)
-    return subject_of(teacher, "teacher", cfg.teacher, Located(None, None, None), facts)
+        # the run distilled logits alone, so this teacher has no targets; its own last maps are shown
+        return wrap_model(teacher.model, "teacher", cfg.teacher, ModelSource(None, None, None), card)
+    return wrap_model(teacher, "teacher", cfg.teacher, ModelSource(None, None, None), card)
 
 
-def _cut(student: Subject, size: int | None) -> Cut:
-    """As the student's validation images are cut."""
-    facts, own = student.facts, Preprocessing.of(student.model)
-    side = size or facts.get("image_size") or (own.size or (224, 224))[0]
-    data = DataConfig(image_size=side, eval_resize=facts.get("eval_resize") if size is None else None)
-    return Cut(side, data.eval_shorter_side, facts.get("interpolation", "bicubic"))
+def _validation_crop(student: InspectedModel, size: int | None) -> Crop:
+    """The crop of the student's validation images, or one with sides of `size` pixels."""
+    card, own = student.card, Preprocessing.of(student.model)
+    side = size or card.get("image_size") or (own.size or (224, 224))[0]
+    data = DataConfig(image_size=side, eval_resize=card.get("eval_resize") if size is None else None)
+    return Crop(side, data.eval_shorter_side, card.get("interpolation", "bicubic"))
 
 
 def inspect(args: argparse.Namespace) -> list[str]:
-    """Draws the sheet that the arguments of `commands.inspect` ask for; returns the lines to print.
+    """Draws the sheet that the arguments of the verb `inspect` describe.
+
+    Args:
+        args: Arguments of the verb.
+
+    Returns:
+        The lines to print.
 
     Raises:
-        UserError: Models or images that cannot be had, or do not go together.
+        UserError: A model or an image cannot be opened, the models do not fit together, or the PNG cannot be written.
     """
     paths = find_images(args.images)
     models = open_models(args)
     student, lines = models.student, []
-    cut = _cut(student, args.size)
-    student.network.shapes((cut.side, cut.side))
-    truth = partial(true_class, folders=student.folders)
+    crop = _validation_crop(student, args.size)
+    student.network.shapes((crop.side, crop.side))
+    truth = partial(true_class, folders=student.folder_names)
     if args.pick == "lost":
         if models.baseline is None:
             raise UserError("--pick lost compares with a baseline: give one as --baseline.")
-        judged = [s for s in (student, models.baseline, models.teacher) if s and _comparable(student, s)]
-        found = answers(judged, readable(paths, cut), truth)
+        compared = [m for m in (student, models.baseline, models.teacher) if m and _comparable(student, m)]
+        found = correctness(compared, readable_images(paths, crop), truth)
         if not found:
             raise UserError(
                 "--pick lost needs images of known classes: none lies in a folder named as one of the student's."
             )
-        lines += [crosstable(found, s.role, i) for i, s in enumerate(judged) if i]
-        order = most_telling(found)
+        lines += [crosstable(found, m.role, i) for i, m in enumerate(compared) if i]
+        order = order_by_disagreement(found)
     else:
-        order = spread(paths, args.count)
+        order = spread_over_folders(paths, args.count)
     shown: list[tuple[Path, torch.Tensor]] = []
-    for item in readable(order, cut):
+    for item in readable_images(order, crop):
         shown.append(item)
         if len(shown) == args.count:
             break
@@ -127,77 +157,94 @@ def inspect(args: argparse.Namespace) -> list[str]:
     pixels = torch.stack([p for _, p in shown])
     classes = [truth(path) for path, _ in shown]
     device = next(student.model.parameters()).device
-    seen = {s.role: s.see(pixels.to(device)) for s in models.all}
+    outputs = {m.role: m.run(pixels.to(device)) for m in models.all}
 
     names = [student.classes[c] if c is not None and student.classes else None for c in classes]
-    told = [_answers(student, s, seen[s.role], classes) for s in models.all if seen[s.role].logits is not None]
-    sheet = Sheet(
-        f"{args.checkpoint}, {cut.side}x{cut.side} pixels",
-        [(name, path.name) for name, (path, _) in zip(names, shown, strict=True)],
-        _pictures(models, seen, pixels, (cut.side, cut.side)),
-        told,
-        [(s.role, s.role, *radial(spectrum(seen[s.role].maps))) for s in models.all],
-    )
-    about = [f"{s.role}: {s.about()}" for s in models.all]
-    lines += [
-        f"{a.title}: {sum(bool(row[0][2]) for row in a.rows)} of {len(shown)} shown right"
-        for a in told
-        if all(row[0][2] is not None for row in a.rows)
+    predictions = [
+        _prediction_column(student, m, outputs[m.role], classes)
+        for m in models.all
+        if outputs[m.role].logits is not None
     ]
-    draw(replace(sheet, notes=[*about, "", *lines, *models.notes]), args.out)
-    return [*about, *lines, *models.notes, f"wrote {args.out}: {len(shown)} of {len(paths)} images"]
+    sheet = Sheet(
+        f"{args.checkpoint}, {crop.side}x{crop.side} pixels",
+        [(name, path.name) for name, (path, _) in zip(names, shown, strict=True)],
+        _picture_columns(models, outputs, pixels, (crop.side, crop.side)),
+        predictions,
+        [(m.role, m.role, *radial_spectrum(spectrum(outputs[m.role].maps))) for m in models.all],
+    )
+    descriptions = [f"{m.role}: {m.describe()}" for m in models.all]
+    lines += [
+        f"{column.title}: {sum(bool(row[0][2]) for row in column.rows)} of {len(shown)} shown right"
+        for column in predictions
+        if all(row[0][2] is not None for row in column.rows)
+    ]
+    draw_sheet(replace(sheet, notes=[*descriptions, "", *lines, *models.notes]), args.out)
+    return [*descriptions, *lines, *models.notes, f"wrote {args.out}: {len(shown)} of {len(paths)} images"]
 
 
-def _comparable(student: Subject, other: Subject) -> bool:
+def _comparable(student: InspectedModel, other: InspectedModel) -> bool:
+    """Whether both models predict the same classes."""
     return other is student or (other.num_classes > 0 and check_same_classes(student, other) is None)
 
 
-def _answers(student: Subject, subject: Subject, seen: Seen, truths: list[int | None]) -> Answers:
-    comparable = _comparable(student, subject)
+def _prediction_column(
+    student: InspectedModel, model: InspectedModel, output: ModelOutput, truths: list[int | None]
+) -> PredictionColumn:
+    """The predictions of a model, given the true classes of the images as classes of the student."""
+    comparable = _comparable(student, model)
     rows = []
-    for classes, values, truth in zip(*top(seen.logits), truths, strict=True):
+    for classes, values, truth in zip(*top_classes(output.logits), truths, strict=True):
         row = []
         for c, value in zip(classes.tolist(), values.tolist(), strict=True):
-            name = subject.classes or (student.classes if comparable else None)
-            right = is_right(student, subject, c, truth) if comparable and truth is not None else None
-            row.append((name[c] if name else f"class {c}", value, right))
+            names = model.classes or (student.classes if comparable else None)
+            right = is_correct(student, model, c, truth) if comparable and truth is not None else None
+            row.append((names[c] if names else f"class {c}", value, right))
         rows.append(row)
-    return Answers(subject.role, rows)
+    return PredictionColumn(model.role, rows)
 
 
-def _grid(maps: torch.Tensor) -> str:
+def _shape_text(maps: torch.Tensor) -> str:
+    """Shape of maps (B, C, h, w) as `h x w x C`."""
     return f"{maps.shape[-2]}x{maps.shape[-1]} x {maps.shape[1]}"
 
 
-def _pictures(models: Models, seen: dict[str, Seen], pixels: torch.Tensor, size: tuple[int, int]) -> list[Pictures]:
-    columns = [Pictures("image", pixels)]
+def _picture_columns(
+    models: Models, outputs: dict[str, ModelOutput], pixels: torch.Tensor, size: tuple[int, int]
+) -> list[PictureColumn]:
+    """The images, the feature maps of all models, and the attention of the projectors, or why it is left out."""
+    columns = [PictureColumn("image", pixels)]
     columns += [
-        Pictures(f"{s.role}\nlast map, PCA\n{_grid(seen[s.role].maps)}", pca_colours(seen[s.role].maps))
-        for s in models.all
+        PictureColumn(
+            f"{m.role}\nlast map, PCA\n{_shape_text(outputs[m.role].maps)}", pca_colours(outputs[m.role].maps)
+        )
+        for m in models.all
     ]
     try:
-        distiller = _distiller(models, size)
+        distiller = _restore_distiller(models, size)
     except UserError as error:
         models.notes.append(f"attention left out: {error}; where the student's last map is strong is shown instead")
         distiller = None
     if distiller is None:
-        return [*columns, Pictures("student\nwhere its last\nmap is strong", _energy(seen["student"].maps, pixels))]
-    focus = focus_of(distiller, seen["student"].output, QUERIES)
-    overlaid = attention_pictures(pixels, focus.weights)
-    for i, (row, col) in enumerate(focus.queries):
-        title = f"CAP of {focus.stage}: what\ntoken {row},{col} of {focus.grid[0]}x{focus.grid[1]}\nis made from"
-        columns.append(Pictures(title, overlaid[:, i], ((row, col), focus.grid)))
+        return [
+            *columns,
+            PictureColumn("student\nwhere its last\nmap is strong", _token_norms(outputs["student"].maps, pixels)),
+        ]
+    attention = projector_attention(distiller, outputs["student"].student_output, QUERIES)
+    overlaid = attention_pictures(pixels, attention.weights)
+    for i, (row, col) in enumerate(attention.queries):
+        title = f"CAP of {attention.stage}: what\ntoken {row},{col} of {attention.grid[0]}x{attention.grid[1]}\nis made from"
+        columns.append(PictureColumn(title, overlaid[:, i], ((row, col), attention.grid)))
     return columns
 
 
-def _distiller(models: Models, size: tuple[int, int]) -> ScaleKD | None:
-    """The run's projectors in place; None for a model that is of no distillation.
+def _restore_distiller(models: Models, size: tuple[int, int]) -> ScaleKD | None:
+    """The distiller of the student's run with its projectors; None if the student was not distilled in a run.
 
     Raises:
-        UserError: Why they cannot be had.
+        UserError: The projectors cannot be restored; the message says why.
     """
     student, teacher = models.student, models.teacher
-    cfg, checkpoint = student.located.cfg, student.located.checkpoint
+    cfg, checkpoint = student.source.cfg, student.source.checkpoint
     if cfg is None or cfg.teacher == "none":
         return None
     if teacher is None:
@@ -207,9 +254,17 @@ def _distiller(models: Models, size: tuple[int, int]) -> ScaleKD | None:
     return restore_distiller(student.network, teacher.network, cfg, checkpoint, size)
 
 
-def _energy(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W): length of each token over the image, from the smallest to the largest of that image."""
+def _token_norms(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """The norm of each token as colours over the images, scaled from the least to the largest of each image.
+
+    Args:
+        maps: (N, C, h, w).
+        pixels: (N, 3, H, W) in 0 to 1.
+
+    Returns:
+        (N, 3, H, W) in 0 to 1.
+    """
     norms = maps.float().cpu().norm(dim=1)
     low, high = norms.amin((-2, -1), keepdim=True), norms.amax((-2, -1), keepdim=True)
     shares = (norms - low) / (high - low).clamp(min=1e-12)
-    return blend(pixels, enlarge(heat(shares), tuple(pixels.shape[-2:]), smooth=True))
+    return blend(pixels, enlarge(heat_colours(shares), tuple(pixels.shape[-2:]), smooth=True))

@@ -1,1 +1,4 @@
-"""timm models: by name, with weights of any trainer, and with the card that says what they are."""
+"""Builds timm models by name, and loads weights into them from any trainer's file or from one with a JSON card.
+
+May use `errors`, and nothing else of the package.
+"""

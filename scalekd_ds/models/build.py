@@ -1,4 +1,4 @@
-"""timm models by name, with weights from a hub or a file, and errors that say what to type instead."""
+"""Builds timm models by name, with weights from a hub or a file, and errors that say what to type instead."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from timm.models import load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers them with timm
-from scalekd_ds.errors import UserError, suggest
+import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models with timm
+from scalekd_ds.errors import UserError, first_line, suggest
 from scalekd_ds.models.card import card_path, read_card
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
 
-# timm's own prefixes for models outside its registry
-HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+# timm's prefixes of names that are not in its registry
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that timm does not have, with the nearest ones."""
-    if name.startswith(HUBS):
-        origin_of(name)
+    """Checks that timm has a model of this name.
+
+    Raises:
+        UserError: It has not; the message names the most similar ones.
+    """
+    if name.startswith(HUB_PREFIXES):
+        architecture_and_kwargs(name)
     elif name.endswith(TORCH_SUFFIXES) or (not timm.is_model(name) and Path(name).exists()):
         raise UserError(
             f"{name!r} is a file of weights, which does not say what model it is: give the model's timm name, and the "
@@ -35,11 +39,15 @@ def check_name(name: str) -> None:
         raise UserError(f"unknown timm model {name!r}.{suggest(architecture, timm.list_models())}")
 
 
-def origin_of(name: str) -> tuple[str, dict[str, Any]]:
-    """timm's name and constructor arguments behind a name, a hub's `config.json`, or a consolidated file's card.
+def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
+    """The timm name and the constructor arguments that a model's name stands for.
+
+    Args:
+        name: A timm name, which stands for itself; a hub's name (`hf-hub:` or `local-dir:`), whose `config.json` has
+            them; or the path of a consolidated .safetensors, whose card has them.
 
     Raises:
-        UserError: Such a config or card cannot be had.
+        UserError: The config or the card cannot be read.
     """
     if name.endswith(".safetensors"):
         card = read_card(name)
@@ -48,7 +56,7 @@ def origin_of(name: str) -> tuple[str, dict[str, Any]]:
                 raise UserError(f"{card_path(name)} has no {key!r}: consolidate the checkpoint again.")
         return card["architecture"], dict(card.get("model_kwargs") or {})
     source, _, where = name.partition(":")
-    if not name.startswith(HUBS):
+    if not name.startswith(HUB_PREFIXES):
         return name, {}
     read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
     try:
@@ -56,10 +64,9 @@ def origin_of(name: str) -> tuple[str, dict[str, Any]]:
         return architecture, dict(arguments or {})
     # the hub raises its own, requests' and the system's errors
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name} has no model of timm's that can be read ({first}): it needs config.json and weights, as timm's "
-            "push_to_hf_hub and save_for_hf write them."
+            f"{name} has no model of timm's that can be read ({first_line(error)}): it needs config.json and weights, "
+            "as timm's push_to_hf_hub and save_for_hf write them."
         ) from None
 
 
@@ -73,7 +80,7 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"{name} cannot be built with {shown}: {error}") from None
 
 
-# timm's modules of models that are built for one grid of patches, though some of them also run on others
+# names of timm's modules whose models are built for one image size, though some of them also run on others
 _GRID_FAMILIES = (
     *("vision_transformer", "swin", "eva", "beit", "deit", "mlp_mixer", "byoanet", "byobnet", "cait", "coat", "convit"),
     *("efficientformer_v2", "gcvit", "hiera", "levit", "maxxvit", "nest", "pit", "tnt", "visformer", "volo"),
@@ -81,8 +88,14 @@ _GRID_FAMILIES = (
 
 
 def constructor_kwargs(name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
-    """`kwargs` over those of the model's origin, with the image size where its grid of patches depends on it."""
-    architecture, own = origin_of(name)
+    """All constructor arguments of a model.
+
+    Args:
+        name: As in `architecture_and_kwargs`.
+        kwargs: Arguments that override those that the name stands for.
+        image_size: Side or (h, w) in pixels, added as `img_size` where the model is built for one size; or None.
+    """
+    architecture, own = architecture_and_kwargs(name)
     module = timm.model_entrypoint(architecture.split(".", 1)[0]).__module__.rpartition(".")[2]
     if image_size is None or "img_size" in kwargs or not module.startswith(_GRID_FAMILIES):
         return {**own, **kwargs}
@@ -99,24 +112,24 @@ def build_model(
     """A timm model.
 
     Args:
-        name: timm name (`hf-hub:` and `local-dir:` ones too), or the path of a consolidated .safetensors with its card
-            beside it (weights, and what kwargs do not say, are then the card's).
-        num_classes: Width of the head; one that `weights` does not have starts fresh. None keeps the model's own, or
-            that of the file in `weights`.
+        name: timm name, also a hub's (`hf-hub:` or `local-dir:`), or the path of a consolidated .safetensors with its
+            card beside it, which then gives the weights, and the arguments that `kwargs` does not have.
+        num_classes: Width of the classifier, which is initialised anew where `weights` has another width. None keeps
+            the model's own, or that of the file in `weights`.
         kwargs: Further constructor arguments; a `num_classes` here must be the file's.
-        weights: `pretrained`, `none`, or a file of weights as `weights.load_weights` takes them; what had to be resized
-            or left fresh is printed.
+        weights: `pretrained`, `none`, or a file of weights that `load_weights` takes; rank 0 prints what had to be
+            resized or initialised anew.
         image_size: Side or (h, w) of the images in pixels, for models that are built for one size.
 
     Raises:
-        UserError: Unknown name, arguments that the constructor refuses, weights that do not fit or cannot be had.
+        UserError: An unknown name, arguments that the constructor refuses, weights that do not fit or cannot be read.
     """
     if name.endswith(".safetensors"):
-        architecture, own = origin_of(name)
+        architecture, own = architecture_and_kwargs(name)
         card = read_card(name)
         own["num_classes"] = card["num_classes"]
         if num_classes is not None and image_size is not None:
-            # a teacher keeps the size that it knows; a student takes that of its new images
+            # with classes given, it is a student, which is built for its new images; a teacher keeps the card's size
             own.pop("img_size", None)
         model = build_model(architecture, num_classes, {**own, **(kwargs or {})}, name, image_size)
         model.pretrained_cfg = dict(
@@ -137,9 +150,8 @@ def build_model(
             raise
         # the hub raises its own, requests' and the system's errors; what a user can do is the same for all of them
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"pretrained weights of {name} could not be loaded ({first}): check the network, or give a "
+                f"pretrained weights of {name} could not be loaded ({first_line(error)}): check the network, or give a "
                 ".safetensors or .pth file with --teacher_weights or --student_weights."
             ) from None
     model = _create(name, pretrained=False, **kwargs)
@@ -152,5 +164,5 @@ def build_model(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of a module, whole ones also where ZeRO-3 has sharded them."""
+    """Number of parameters of a module, also where ZeRO-3 has sharded them."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

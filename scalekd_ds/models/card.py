@@ -1,4 +1,4 @@
-"""Reads the JSON card beside plain weights."""
+"""The JSON card beside a consolidated .safetensors: which model the weights are of, its classes, mean, std and size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from scalekd_ds.errors import UserError
 
 
 def card_path(weights: str | Path) -> Path:
-    """The JSON card beside a consolidated weights file."""
+    """Where the card of a consolidated weights file lies: beside it, with the suffix .json."""
     return Path(weights).with_suffix(".json")
 
 
 def read_card(weights: str | Path) -> dict[str, Any]:
-    """The card of a consolidated file.
+    """Reads the card of a consolidated weights file.
 
     Raises:
-        UserError: No weights file, no card, or one that is not JSON.
+        UserError: There is no such weights file, it has no card, or the card is not JSON.
     """
     weights, card = Path(weights), card_path(weights)
     if not weights.is_file():

@@ -1,8 +1,8 @@
-"""Fits weights from a file into a timm model: prefixes, layouts, position tables and heads, or one line that says why not.
+"""Loads weights from a file into a timm model, or says in one line why they do not fit.
 
-In order: wrapper prefixes go, mmpretrain's names become timm's, timm's own filter of the model's family converts what it
-knows (Microsoft's Swin, DINOv2, DINOv3, CLIP, ...) and resizes position tables, the classifier is settled, and what is
-left must fit name by name.
+In this order: prefixes of wrappers are stripped, mmpretrain's names become timm's, timm's own filter for the family of
+models converts the releases that it knows (Microsoft's Swin, DINOv2, DINOv3, CLIP, ...) and resizes position tables,
+the classifier is fitted, and the result must agree with the model in every name and shape.
 """
 
 from __future__ import annotations
@@ -18,85 +18,90 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.models import mmpretrain
-from scalekd_ds.models.mismatch import Mismatch, reason
+from scalekd_ds.models.mismatch import Mismatch, likely_cause
 from scalekd_ds.models.weights_file import read_tensors
 
-# of DistributedDataParallel, torch.compile, mmpretrain and other frameworks; and of distillers, which hold more than it
+# put before names by DistributedDataParallel, torch.compile, mmpretrain and other frameworks, and by distillers
 PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
 
-# buffers that follow from a model's shape, which older releases saved
-_DERIVED = ("relative_position_index", "attn_mask", "relative_coords_table", "num_batches_tracked")
+# buffers that follow from a model's shape or that evaluation does not read; older releases saved them
+_DERIVED_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table", "num_batches_tracked")
 
-_POSITIONS = ("pos_embed", "relative_position_bias_table")
+_POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 
 State = dict[str, torch.Tensor]
 Head = Literal["exact", "file", "new"]
 
 
 def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> list[str]:
-    """Loads a .safetensors, .pth or .pt file into a timm model, every parameter of it.
+    """Loads every parameter of a timm model from a .safetensors, .pth or .pt file.
 
     Args:
-        model: Its `reset_classifier` is called for `head="file"`.
-        path: Names may have a wrapper's prefix, or be mmpretrain's or those of a first release that timm converts.
-        head: Which classifier the model ends with: `exact` its own, which the file must have; `file` the file's number
-            of classes, none included (a teacher that is named without classes); `new` the file's where it fits, else a
-            fresh one (fine-tuning).
+        model: The model, whose `reset_classifier` is called for `head="file"`.
+        path: The file. Its names may have a wrapper's prefix, or be mmpretrain's or of a release that timm converts.
+        head: Which classifier the model ends up with. `exact`: its own, which the file must have. `file`: one with the
+            file's number of classes, which may be none. `new`: the file's where it has the model's number of classes,
+            else a newly initialised one, for fine-tuning.
 
     Returns:
-        One line for each thing that was changed on the way: what was unwrapped, resized or left fresh.
+        One line for each change on the way: averaged weights that were chosen, what was resized or initialised anew.
 
     Raises:
-        UserError: The file is missing or damaged or needs code (`weights_file`), or does not fit: the first five names
+        UserError: The file cannot be read (see `read_tensors`), or does not fit; the message has the first five names
             of each kind of difference, and what they suggest.
     """
     state, wrapper = read_tensors(path)
     notes = [f"took {wrapper!r}, of averaged weights"] if "ema" in wrapper else []
     state = strip_prefixes(state, model.state_dict(), path)
-    state = _without_derived(mmpretrain.to_timm(state, model.state_dict()), model)
-    state = _settle_head(model, _filtered(model, state, notes), head, notes)
+    state = _drop_derived_buffers(mmpretrain.to_timm(state, model.state_dict()), model)
+    state = _fit_head(model, _apply_timm_filter(model, state, notes), head, notes)
     mismatch = Mismatch.between(state, model.state_dict())
-    # BatchNorm's count of batches is younger than some files, and no evaluation reads it
+    # files older than BatchNorm's count of batches lack it, and evaluation does not read it
     mismatch = mismatch.without_missing("num_batches_tracked")
     if mismatch:
-        raise UserError(
-            f"{path} does not fit {type(model).__name__}: {mismatch}. {reason(mismatch, state, model.state_dict())}"
-        )
+        cause = likely_cause(mismatch, state, model.state_dict())
+        raise UserError(f"{path} does not fit {type(model).__name__}: {mismatch}. {cause}")
     model.load_state_dict(state, strict=False)
     return notes
 
 
-def strip_prefixes(state: State, own: Iterable[str], path: str | Path) -> State:
-    """Names without the prefixes in `PREFIXES` that the model's own names do not have.
+def strip_prefixes(state: State, model_names: Iterable[str], path: str | Path) -> State:
+    """`state` without those prefixes of `PREFIXES` that no name of the model has.
 
-    Under `student.` only what carries it is kept: a distiller's state holds projectors and a teacher too.
+    Where names start with `student.`, all others are dropped: a distiller's state also holds projectors and a teacher.
+
+    Args:
+        state: Tensors by name.
+        model_names: Names of the model's parameters.
+        path: The file, for the message.
 
     Raises:
-        UserError: Two names become one.
+        UserError: Two names would become the same.
     """
-    own = list(own)
+    model_names = list(model_names)
     changed = True
     while changed:
         changed = False
         for prefix in PREFIXES:
-            if not any(k.startswith(prefix) for k in state) or any(k.startswith(prefix) for k in own):
+            if not any(k.startswith(prefix) for k in state) or any(k.startswith(prefix) for k in model_names):
                 continue
             names = [k for k in state if k.startswith(prefix) or prefix != "student."]
             bare = {k: k.removeprefix(prefix) for k in names}
             if len(set(bare.values())) < len(bare):
-                twice = next(v for k, v in bare.items() if k != v and v in bare)
-                raise UserError(f"{path} has {twice!r} twice, also as {prefix + twice!r}: keep one of the two models.")
+                name = next(v for k, v in bare.items() if k != v and v in bare)
+                raise UserError(f"{path} has {name!r} twice, also as {prefix + name!r}: keep one of the two models.")
             state, changed = {bare[k]: state[k] for k in names}, True
     return state
 
 
-def _without_derived(state: State, model: nn.Module) -> State:
-    own = model.state_dict()
-    return {k: v for k, v in state.items() if k in own or not k.endswith(_DERIVED)}
+def _drop_derived_buffers(state: State, model: nn.Module) -> State:
+    """`state` without the derived buffers that the model does not save."""
+    model_state = model.state_dict()
+    return {k: v for k, v in state.items() if k in model_state or not k.endswith(_DERIVED_BUFFERS)}
 
 
 def _timm_filter(model: nn.Module) -> Callable[[State, nn.Module], State] | None:
-    """timm's conversion of released checkpoints of this family, which it applies to what it downloads."""
+    """timm's conversion of downloaded checkpoints for the model's family, or None where the family has none."""
     for cls in type(model).__mro__:
         if cls.__module__.startswith("timm.models."):
             found = getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None)
@@ -105,22 +110,27 @@ def _timm_filter(model: nn.Module) -> Callable[[State, nn.Module], State] | None
     return None
 
 
-def _filtered(model: nn.Module, state: State, notes: list[str]) -> State:
-    convert, own = _timm_filter(model), model.state_dict()
-    if convert is None or not Mismatch.between(state, own) or _other_patches(state, own):
+def _apply_timm_filter(model: nn.Module, state: State, notes: list[str]) -> State:
+    """`state` after timm's filter, where it does not fit as it is; adds a note where position tables were resized."""
+    convert, model_state = _timm_filter(model), model.state_dict()
+    if convert is None or not Mismatch.between(state, model_state) or _patch_size_differs(state, model_state):
         return state
     options = {}
     if "adapt_layer_scale" in inspect.signature(convert).parameters:
-        options["adapt_layer_scale"] = any("ls1.gamma" in k for k in own)
+        options["adapt_layer_scale"] = any("ls1.gamma" in k for k in model_state)
     try:
         converted = convert(dict(state), model, **options)
-    # a filter reads names and shapes that another architecture does not have: the comparison says which
+    # filters fail on names and shapes of another architecture, which `load_weights` then reports as differences
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError):
         return state
-    converted = _without_derived(converted, model)
-    resized = [k for k in converted if k in state and k.endswith(_POSITIONS) and converted[k].shape != state[k].shape]
-    # a table that still does not fit is reported as it was in the file
-    resized = [k for k in resized if k in own and converted[k].shape == own[k].shape]
+    converted = _drop_derived_buffers(converted, model)
+    tables = [k for k in converted if k in state and k.endswith(_POSITION_TABLES)]
+    # a table that still does not fit is no success to note, and is reported as a difference
+    resized = [
+        k
+        for k in tables
+        if converted[k].shape != state[k].shape and k in model_state and converted[k].shape == model_state[k].shape
+    ]
     if resized:
         first, others = resized[0], len(resized) - 1
         notes.append(
@@ -130,41 +140,43 @@ def _filtered(model: nn.Module, state: State, notes: list[str]) -> State:
     return converted
 
 
-def _other_patches(state: State, own: State) -> bool:
-    # timm would resample the kernel of another patch size; here it is a mistake in the model's name
+def _patch_size_differs(state: State, model_state: State) -> bool:
+    """Whether the file has patches of another size: timm would resample their kernel, but it is a wrong model name."""
     name = "patch_embed.proj.weight"
-    mine, theirs = own.get(name), state.get(name)
-    return mine is not None and theirs is not None and theirs.dim() == 4 and mine.shape[2:] != theirs.shape[2:]
+    ours, loaded = model_state.get(name), state.get(name)
+    return ours is not None and loaded is not None and loaded.dim() == 4 and ours.shape[2:] != loaded.shape[2:]
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the modules that turn features into classes (DeiT's distilled ones have two), empty where unknown."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
-    found = found if isinstance(found, tuple | list) else (found,)
-    return [name for name, module in model.named_modules() if any(module is f for f in found)]
+    """Names of the modules that turn features into logits: two in a distilled DeiT, none where a model has none."""
+    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    classifiers = classifiers if isinstance(classifiers, tuple | list) else (classifiers,)
+    return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
-def _settle_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> State:
+def _fit_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> State:
+    """Makes the classifiers of model and `state` agree where `head` allows it, and notes how."""
     names = classifier_names(model)
     if not names:
         return state
     weight = state.get(f"{names[0]}.weight")
-    theirs = 0 if weight is None else weight.shape[0]
-    mine = int(getattr(model, "num_classes", 0) or 0)
-    if theirs == mine:
+    file_classes = 0 if weight is None else weight.shape[0]
+    model_classes = int(getattr(model, "num_classes", 0) or 0)
+    if file_classes == model_classes:
         return state
+    prefixes = tuple(f"{name}." for name in names)
     if head == "file":
-        model.reset_classifier(theirs)
-        if not theirs:
+        model.reset_classifier(file_classes)
+        if not file_classes:
             notes.append("it has no classifier: features only")
-    elif mine == 0:
-        state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{n}." for n in names))}
-        notes.append(f"its classifier of {theirs} classes is left out, as num_classes is 0")
+    elif model_classes == 0:
+        state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        notes.append(f"its classifier of {file_classes} classes is left out, as num_classes is 0")
     elif head == "new":
-        own = model.state_dict()
-        fresh = {k: v for k, v in own.items() if k.startswith(tuple(f"{n}." for n in names))}
-        state = {**state, **fresh}
-        notes.append(f"it has {theirs or 'no'} classes: the classifier ({names[0]}) of {mine} starts fresh")
+        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}}
+        notes.append(
+            f"it has {file_classes or 'no'} classes: the classifier ({names[0]}) of {model_classes} starts fresh"
+        )
     return state
 
 

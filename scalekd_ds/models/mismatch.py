@@ -1,4 +1,4 @@
-"""How the tensors of a file differ from a model's, and what the difference suggests."""
+"""How the tensors of a file differ from those of a model, and what the difference suggests."""
 
 from __future__ import annotations
 
@@ -10,63 +10,74 @@ import torch
 
 State = Mapping[str, torch.Tensor]
 
-SHOWN = 5
+# how the names of classifiers begin in timm's models
+_CLASSIFIERS = ("head", "fc.", "classifier")
+
+# names of each kind of difference that a message lists
+MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Names of the model that the file lacks, names that only the file has, and (name, file's shape, model's shape)."""
+    """The differences between a file and a model; false where there are none.
+
+    Attributes:
+        missing: Names that only the model has.
+        unexpected: Names that only the file has.
+        shapes: (name, shape in the file, shape in the model) of tensors whose shapes differ.
+    """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
-    def between(cls, state: State, own: State) -> Mismatch:
-        """Of a file's state and a model's own."""
+    def between(cls, state: State, model_state: State) -> Mismatch:
+        """Compares a file's tensors with a model's state-dict."""
+        shared = [k for k in model_state if k in state]
         return cls(
-            tuple(k for k in own if k not in state),
-            tuple(k for k in state if k not in own),
+            tuple(k for k in model_state if k not in state),
+            tuple(k for k in state if k not in model_state),
             tuple(
-                (k, tuple(state[k].shape), tuple(own[k].shape))
-                for k in own
-                if k in state and state[k].shape != own[k].shape
+                (k, tuple(state[k].shape), tuple(model_state[k].shape))
+                for k in shared
+                if state[k].shape != model_state[k].shape
             ),
         )
 
     def without_missing(self, suffix: str) -> Mismatch:
-        """Without the missing names that end in `suffix`."""
+        """The same differences without the missing names that end in `suffix`."""
         return replace(self, missing=tuple(k for k in self.missing if not k.endswith(suffix)))
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.shapes)
 
     def __str__(self) -> str:
-        """The first five of each kind, on one line."""
-        shapes = [f"{name} {list(theirs)}, not {list(mine)}" for name, theirs, mine in self.shapes]
+        """The first `MAX_NAMES` of each kind, on one line."""
+        shapes = [f"{name} {list(loaded)}, not {list(ours)}" for name, loaded, ours in self.shapes]
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
         return "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+            f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
             for kind, names in kinds
             if names
         )
 
 
-def reason(mismatch: Mismatch, state: State, own: State) -> str:
-    """A sentence: what most likely happened and what to do."""
-    shared = len(own) - len(mismatch.missing)
-    found = _foreign(mismatch, state, own) if shared * 2 < len(own) else None
-    found = found or _patches(mismatch) or _depth(state, own) or _width(mismatch) or _classes(mismatch)
-    return found or "Is it another architecture, or a variant with other parts?"
+def likely_cause(mismatch: Mismatch, state: State, model_state: State) -> str:
+    """One sentence for the user: what most likely happened, and what to do."""
+    shared = len(model_state) - len(mismatch.missing)
+    cause = _other_layout(state, model_state) if shared * 2 < len(model_state) else None
+    cause = cause or _patch_size(mismatch) or _depth(state, model_state) or _width(mismatch) or _classes(mismatch)
+    return cause or "Is it another architecture, or a variant with other parts?"
 
 
-def _foreign(mismatch: Mismatch, state: State, own: State) -> str | None:
-    """Other people's names."""
+def _other_layout(state: State, model_state: State) -> str:
+    """Whose layout of names the file has, where fewer than half of the model's names are in it."""
     names = list(state)
     wrappers = {m[0] for m in (re.match(r"^[A-Za-z_]\w*\.", n) for n in names) if m}
     for wrapper in sorted(wrappers):
-        # one or two hits are chance: norm.weight is also in patch_embed.norm.weight
-        if sum(n.removeprefix(wrapper) in own for n in names if n.startswith(wrapper)) * 2 > len(own):
+        # more than half of the names, because a few agree by chance: patch_embed.norm.weight ends in norm.weight
+        if sum(n.removeprefix(wrapper) in model_state for n in names if n.startswith(wrapper)) * 2 > len(model_state):
             return f"Its names start with {wrapper!r}, a wrapper's (an average, or another trainer): save them without."
     if any(n.startswith(("embeddings.", "encoder.layer.", "swin.", "vit.", "beit.", "dinov2.")) for n in names):
         return "The names are Hugging Face transformers': take timm's copy (hf-hub:timm/NAME), which has timm's names."
@@ -78,22 +89,22 @@ def _foreign(mismatch: Mismatch, state: State, own: State) -> str | None:
 
 
 def mmpretrain_like(names: Iterable[str]) -> bool:
-    """Whether names are in the manner of mmpretrain and mmcv."""
+    """Whether some names have the form of mmpretrain's or mmcv's."""
     return any(
         re.search(r"\.ffn\.layers\.|\.w_msa\.|_conv\.bn\.|\.conv\.bn\.|^head\.layers\.|\.ln1\.", n) for n in names
     )
 
 
-def _depth(state: State, own: State) -> str | None:
-    theirs, mine = _blocks(state), _blocks(own)
-    for group in mine:
-        if group in theirs and theirs[group] != mine[group]:
-            return f"Another depth: {group} has {theirs[group]} blocks in the file and {mine[group]} in the model."
+def _depth(state: State, model_state: State) -> str | None:
+    loaded, ours = _block_counts(state), _block_counts(model_state)
+    for group in ours:
+        if group in loaded and loaded[group] != ours[group]:
+            return f"Another depth: {group} has {loaded[group]} blocks in the file and {ours[group]} in the model."
     return None
 
 
-def _blocks(names: Iterable[str]) -> dict[str, int]:
-    """Name of a list of blocks -> its length."""
+def _block_counts(names: Iterable[str]) -> dict[str, int]:
+    """The length of each list of modules, by its name: 12 for `blocks` where `blocks.11.norm1.weight` is the last."""
     groups: dict[str, int] = {}
     for name in names:
         for m in re.finditer(r"\.(\d+)(?=\.)", name):
@@ -102,22 +113,22 @@ def _blocks(names: Iterable[str]) -> dict[str, int]:
     return groups
 
 
-def _patches(mismatch: Mismatch) -> str | None:
-    for name, theirs, mine in mismatch.shapes:
-        if name == "patch_embed.proj.weight" and theirs[2:] != mine[2:]:
-            return f"Another patch size: {theirs[-1]} pixels in the file and {mine[-1]} in the model."
+def _patch_size(mismatch: Mismatch) -> str | None:
+    for name, loaded, ours in mismatch.shapes:
+        if name == "patch_embed.proj.weight" and loaded[2:] != ours[2:]:
+            return f"Another patch size: {loaded[-1]} pixels in the file and {ours[-1]} in the model."
     return None
 
 
 def _width(mismatch: Mismatch) -> str | None:
-    for name, theirs, mine in mismatch.shapes:
-        if len(theirs) > 1 and name.endswith("weight") and not name.startswith(("head", "fc.", "classifier")):
-            return f"Another width: {name} has {theirs[0]} outputs in the file and {mine[0]} in the model."
+    for name, loaded, ours in mismatch.shapes:
+        if len(loaded) > 1 and name.endswith("weight") and not name.startswith(_CLASSIFIERS):
+            return f"Another width: {name} has {loaded[0]} outputs in the file and {ours[0]} in the model."
     return None
 
 
 def _classes(mismatch: Mismatch) -> str | None:
-    for name, theirs, mine in mismatch.shapes:
-        if name.startswith(("head", "fc.", "classifier")) and name.endswith(("weight", "bias")):
-            return f"Another number of classes: {theirs[0]} in the file and {mine[0]} in the model (num_classes)."
+    for name, loaded, ours in mismatch.shapes:
+        if name.startswith(_CLASSIFIERS) and name.endswith(("weight", "bias")):
+            return f"Another number of classes: {loaded[0]} in the file and {ours[0]} in the model (num_classes)."
     return None

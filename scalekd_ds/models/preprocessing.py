@@ -1,4 +1,4 @@
-"""How a model wants its pixels."""
+"""The mean, std and size of the images that a model was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its pixels: mean and std in units of 0 to 1, None where nothing says; size (h, w) in pixels."""
+    """The images that a model was trained on. Each attribute is None where the model does not say.
+
+    Attributes:
+        mean: Mean of each channel that its images are normalised with, for pixels from 0 to 1.
+        std: Standard deviation of each channel that they are normalised with.
+        size: (h, w) of its images in pixels.
+    """
 
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -18,7 +24,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
-        """Read from a timm model's `pretrained_cfg` and, for the size, from its patch embedding where it has one."""
+        """Reads a timm model's `pretrained_cfg` and, for the size, its patch embedding where it has one."""
         cfg = getattr(model, "pretrained_cfg", None) or {}
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (0, 0, 0))[1:]
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -27,6 +33,6 @@ class Preprocessing:
 
 
 def normalisation_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the model's pixels are normalised with, in units of 0 to 1; ImageNet's where it says nothing."""
+    """(mean, std) that a model's images are normalised with, for pixels from 0 to 1; by default ImageNet's."""
     own = Preprocessing.of(model)
     return own.mean or IMAGENET_DEFAULT_MEAN, own.std or IMAGENET_DEFAULT_STD

@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, first_line
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
-# where training scripts keep weights beside other things; an average comes first, as in timm
+# keys under which training scripts keep the weights, beside other things; averaged weights first, as in timm
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "student", "module")
 
-CONVERT = (
+# a shell command that takes the path of a pickle and the path of the .safetensors to write
+CONVERT_COMMAND = (
     "python -c 'import sys,torch; from safetensors.torch import save_file; "
     'd=torch.load(sys.argv[1],"cpu",weights_only=False); '
     'd=d.get("state_dict",d.get("model",d)) if isinstance(d,dict) else d.state_dict(); '
@@ -28,39 +29,37 @@ CONVERT = (
 )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _read_torch(path: Path) -> Any:
     try:
-        # timm's training script keeps its arguments beside the weights; a Namespace holds values and runs nothing
+        # timm's training script keeps its arguments beside the weights in a Namespace, which runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "Unsupported" not in str(error):
-            raise UserError(f"{path} is damaged or cut short ({_first_line(error)}): fetch it again.") from None
+            raise UserError(f"{path} is damaged or cut short ({first_line(error)}): fetch it again.") from None
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # this is for the message alone: a file in torch's older format has no such list
+        # the names are for the message only, and torch cannot list them for its older file format
         except Exception:
             names = []
-        what = f" ({', '.join(sorted(names)[:5])})" if names else ""
+        paths = f"{shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('.safetensors')))}"
+        listed = f" ({', '.join(sorted(names)[:5])})" if names else ""
         raise UserError(
-            f"{path} needs pickled code{what}, which could do anything and is not run. Where you trust its source, "
-            f"convert it once: {CONVERT} {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('.safetensors')))}"
+            f"{path} needs pickled code{listed}, which could do anything and is not run. Where you trust its source, "
+            f"convert it once: {CONVERT_COMMAND} {paths}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         if "TorchScript" in str(error):
             raise UserError(f"{path} is a TorchScript program: save its state_dict() as .safetensors.") from None
-        raise UserError(f"{path} is damaged or cut short ({_first_line(error)}): fetch it again.") from None
+        raise UserError(f"{path} is damaged or cut short ({first_line(error)}): fetch it again.") from None
 
 
 def _read_any(path: Path) -> Any:
+    """The content of a weights file, whatever its format: tensors by name, or what was pickled."""
     if path.is_dir():
         raise UserError(
-            f"weights file {str(path)!r} is a folder: give a file in it; launch/consolidate.py makes one from a run."
+            f"weights file {str(path)!r} is a folder: give a file in it; launch/consolidate.py makes one from a "
+            "checkpoint."
         )
     if not path.is_file():
         raise UserError(f"weights file {str(path)!r} does not exist.")
@@ -68,19 +67,21 @@ def _read_any(path: Path) -> Any:
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
     if not start:
         raise UserError(f"{path} is empty: fetch it again.")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it came from.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UserError(f"{path} is a web page, not weights: fetch the file itself (a `raw` or `resolve` link).")
-    # by content, since both kinds are found under either name
+    # told by content, because either format is found under the other's suffix
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable .safetensors file ({_first_line(error)}).") from None
+            raise UserError(
+                f"{path} is not a readable .safetensors file ({first_line(error)}): fetch it again."
+            ) from None
     if path.suffix == ".npz":
         raise UserError(f"{path} is a NumPy archive of a JAX model: use timm's own conversion of it from the hub.")
     if start.startswith((b"PK\x03\x04", b"\x80")):
@@ -89,25 +90,27 @@ def _read_any(path: Path) -> Any:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors of a weights file by name, on the CPU and in at least 32 bits, and the wrapper that they were under.
+    """Reads the tensors of a weights file. Pickles are read by torch's restricted unpickler.
 
-    Wrapped dicts are opened (`WRAPPERS`), averaged weights first. A pickle is read by torch's restricted unpickler.
+    Returns:
+        The tensors by name, on the CPU, floating point ones in at least 32 bits; and the keys of `WRAPPERS` that they
+        were found under, joined by dots, or an empty string.
 
     Raises:
-        UserError: No such file, a folder, a file that is damaged, needs code, or holds no weights.
+        UserError: There is no such file, or it is a folder, is damaged, needs code, or holds no weights.
     """
     path = Path(path)
     content, wrapper = _read_any(path), ""
     while isinstance(content, Mapping):
-        inner = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping) and content[k]), None)
-        if inner is None:
+        key = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping) and content[k]), None)
+        if key is None:
             break
-        content, wrapper = content[inner], f"{wrapper}.{inner}".lstrip(".")
+        content, wrapper = content[key], f"{wrapper}.{key}".lstrip(".")
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name: save a state_dict().")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         found = f" (its keys: {', '.join(map(str, list(content)[:5]))})" if content else ""
         raise UserError(f"{path} holds no weights{found}: save a state_dict(), or give another file.")
-    # half-precision weights are resized and loaded like others
+    # so that the position tables of half-precision files can be resized like any others
     return {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in tensors.items()}, wrapper

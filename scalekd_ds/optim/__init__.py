@@ -1,1 +1,4 @@
-"""Optimizers and schedules, right under every ZeRO stage."""
+"""Builds optimizers and learning rate schedules that are correct under every ZeRO stage.
+
+This package may use `engine` and the layers below it.
+"""

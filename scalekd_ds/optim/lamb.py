@@ -1,8 +1,9 @@
-"""LAMB whose layer-wise norms stay layer-wise under ZeRO.
+"""LAMB whose layer-wise norms are those of whole layers under ZeRO too.
 
-ZeRO hands an optimizer flat shards that cut through layers, so an ordinary LAMB takes the norms of the wrong things
-(18 to 33% off after three steps). Here each rank sums the squares of its segment of every layer, and one all-reduce a
-call makes them whole: the update equals the unsharded one on any stage and any number of ranks.
+ZeRO gives an optimizer flat shards that cut through layers, so an ordinary LAMB takes the norms of parts of several
+layers (its weights are 18 to 33% off after three steps). Here each rank sums the squares of its segment of every layer,
+and one all-reduce in each call adds them up: the update equals the unsharded one at any stage and on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from scalekd_ds.engine.zero_layout import Segment, Shard, shards_of
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., 2020) as timm has it, gradient clipping left to DeepSpeed.
+    """LAMB (You et al., 2020) as in timm, except that gradients are clipped by DeepSpeed.
 
-    The trust ratio |w| / |update| applies to groups with weight decay alone (timm's `always_adapt=False`).
+    The trust ratio |w| / |update| applies only to groups with weight decay (timm's `always_adapt=False`). Call `attach`
+    once the engine exists.
 
     Args:
-        params: Parameters or groups.
+        params: Parameters or parameter groups.
         lr: Learning rate.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Added to the update as weight_decay * w.
+        betas: Decay rates of the first and second moment.
+        eps: Term added to the root of the second moment.
+        weight_decay: Factor of the decay term weight_decay * w in the update.
     """
 
     def __init__(
@@ -42,17 +44,21 @@ class Lamb(torch.optim.Optimizer):
         self._shards: dict[int, Shard] = {}
 
     def _shard(self, parameter: torch.Tensor) -> Shard:
+        """The layout of one of the tensors that the optimizer updates."""
         if self._engine is None or self._engine.zero_optimization_stage() == 0:
             return Shard(parameter, [parameter], [Segment(0, 0, parameter.numel(), 0)])
         if id(parameter) not in self._shards:
-            # a checkpoint that was loaded may have put other tensors in place
+            # loading a checkpoint may have replaced the tensors
             self._shards = {id(shard.flat): shard for shard in shards_of(self._engine)}
         if id(parameter) not in self._shards:
-            raise RuntimeError(f"LAMB was given a shard that DeepSpeed {deepspeed.__version__} does not account for.")
+            raise RuntimeError(
+                f"LAMB got a shard that is not among the engine's in DeepSpeed {deepspeed.__version__}: use a version "
+                "that the tests cover."
+            )
         return self._shards[id(parameter)]
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Adam's direction with decay, before the trust ratio."""
+    def _adam_direction(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Adam's update with weight decay, before the trust ratio; it advances the moments."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -68,7 +74,14 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step over the shards that are given; collective under ZeRO, which calls it once a sub-group."""
+        """One step over all shards that have gradients; collective under ZeRO, which calls it once for each sub-group.
+
+        Args:
+            closure: Function that computes the loss again, or None.
+
+        Returns:
+            The loss of `closure`, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,7 +90,7 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    work.append((group, parameter, self._update(parameter, group), self._shard(parameter)))
+                    work.append((group, parameter, self._adam_direction(parameter, group), self._shard(parameter)))
         if not work:
             return loss
         ratios = self._trust_ratios(work)
@@ -100,7 +113,7 @@ class Lamb(torch.optim.Optimizer):
             flat, step = parameter.view(-1), update.view(-1)
             for segment in shard.segments:
                 part = slice(segment.start, segment.start + segment.count)
-                # one kernel a norm; float64 for the sum over segments and ranks
+                # norm() is one kernel; the sums over segments and ranks are in float64
                 squares[0, first + segment.layer] += flat[part].norm().double().square()
                 squares[1, first + segment.layer] += step[part].norm().double().square()
             first += len(shard.parameters)
@@ -111,10 +124,10 @@ class Lamb(torch.optim.Optimizer):
 
 
 def attach(optimizer: Lamb, engine: Any) -> None:
-    """Tells LAMB how DeepSpeed has sharded its parameters; call it after `deepspeed.initialize`.
+    """Gives LAMB the layout of its parameters in DeepSpeed's shards; call it after `deepspeed.initialize`.
 
     Raises:
-        RuntimeError: This DeepSpeed keeps its shards in other fields than the ones known here.
+        RuntimeError: The installed DeepSpeed keeps its shards in other fields than the versions known here.
     """
     optimizer._engine = engine
     if engine.zero_optimization_stage() > 0:

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, and the learning rate as a pure function of the step."""
+"""Builds the parameter groups and the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import nn
 from scalekd_ds.config import OptimConfig
 from scalekd_ds.optim.lamb import Lamb
 
-# the names that the published Mixer recipes list, and nothing else beside them
+# endings of the names that the published Mixer recipes exempt from decay
 _EMBEDDINGS = ("pos_embed", "cls_token")
-# position embeddings, tokens and the projectors' learned queries
+# endings of the names of position embeddings, tokens and the projectors' learned queries
 _NO_DECAY = (*_EMBEDDINGS, "relative_position_bias_table", "reg_token", "dist_token", "query.weight")
 
 
 def _no_decay_names(module: nn.Module) -> set[str]:
-    """Names that models below `module` ask for by timm's `no_weight_decay()`."""
+    """Names of parameters that the models in `module` exempt from decay by timm's `no_weight_decay()`."""
     names = set()
     for prefix, child in module.named_modules():
         if hasattr(child, "no_weight_decay"):
@@ -24,19 +24,20 @@ def _no_decay_names(module: nn.Module) -> set[str]:
 
 
 def param_groups(module: nn.Module, cfg: OptimConfig) -> list[dict]:
-    """Groups with and without weight decay, in the module's order; none is empty.
+    """The trainable parameters in a group with and one without weight decay; an empty group is left out.
 
-    What has no decay is `cfg.no_decay`'s choice, the three that the published settings have: `1d` (AdamW on transformers
-    and ConvNeXt) also takes what a model asks for by timm's `no_weight_decay()`, `embeddings` (the Mixers) position
-    embeddings and class tokens by name, `none` (SGD and LAMB) nothing.
+    `cfg.no_decay` chooses the parameters without decay, as the published settings do. `1d` (AdamW on transformers and
+    ConvNeXt): those of one dimension, embeddings, tokens, learned queries, and what a model names in timm's
+    `no_weight_decay()`. `embeddings` (the Mixers): position embeddings and class tokens. `none` (SGD and LAMB): no
+    parameter.
     """
-    asked = _no_decay_names(module)
+    model_names = _no_decay_names(module)
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = {
-            "1d": parameter.ndim <= 1 or name.endswith(_NO_DECAY) or name in asked,
+            "1d": parameter.ndim <= 1 or name.endswith(_NO_DECAY) or name in model_names,
             "embeddings": name.endswith(_EMBEDDINGS),
             "none": False,
         }
@@ -46,7 +47,7 @@ def param_groups(module: nn.Module, cfg: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, AdamW, or a LAMB that is right under every ZeRO stage."""
+    """The optimizer `cfg.name`: SGD with momentum, AdamW, or a LAMB that is correct under every ZeRO stage."""
     groups = param_groups(module, cfg)
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)

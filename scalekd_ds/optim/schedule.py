@@ -10,10 +10,17 @@ from scalekd_ds.config import ScheduleConfig
 
 
 def learning_rate_factor(step: int, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float) -> float:
-    """Learning rate at optimizer step `step` (counted from 0), as a share of `lr`.
+    """The learning rate at an optimizer step, as a share of `lr`.
 
-    Warm-up is linear from `warmup_factor` at step 0. Cosine runs from the end of warm-up to `min_lr` at `total_steps`;
-    multistep multiplies by `gamma` from each milestone on.
+    Warm-up is linear from `warmup_factor` at step 0. The cosine runs from the end of warm-up to `min_lr` at
+    `total_steps`; multistep multiplies by `gamma` at each milestone.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        cfg: Kind of schedule, and its epochs and factors.
+        steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
+        total_steps: Optimizer steps of the run.
+        lr: Base learning rate.
     """
     warmup = cfg.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -30,7 +37,7 @@ def learning_rate_factor(step: int, cfg: ScheduleConfig, steps_per_epoch: float,
 def build_schedule(
     optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`learning_rate_factor` as a scheduler that DeepSpeed steps and saves."""
+    """A torch scheduler of `learning_rate_factor`, which DeepSpeed steps; the arguments are the same."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, cfg, steps_per_epoch, total_steps, lr)
     )

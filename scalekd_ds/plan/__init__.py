@@ -1,1 +1,4 @@
-"""What a run needs before it is started: memory by part, bytes on the wire, hours; from shapes alone."""
+"""Plans a run before it starts: its memory by part, the bytes it communicates, and its hours, from shapes alone.
+
+It may import `checkpoint` and `optim` and everything below them, but not `inspection` or `evaluation` beside it.
+"""

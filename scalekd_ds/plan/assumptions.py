@@ -1,4 +1,4 @@
-"""What the model of a step takes for granted, apart from it: the command line lists it without importing torch."""
+"""The assumptions of the throughput model, in a module that does not import torch, for the help of `scalekd plan`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _MAY_BE_ZERO = ("half_batch", "latency_us", "overlap", "jitter", "reserve_gib", 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the model takes for granted; none of it was measured on the cluster that is planned for.
+    """What the throughput model assumes; none of it was measured on the cluster that is planned for.
 
     Attributes:
-        peak_tflops: A GPU's dense matmul rate in 16 bits (A100: 312, H100: 989).
-        mfu: Share of that rate that forward and backward passes reach on large micro batches.
-        half_batch: Images in a micro batch at which half of that is reached: small ones leave a GPU waiting.
-        memory_gb_s: A GPU's memory bandwidth, for the optimizer, in 10^9 bytes/s.
-        intra_gb_s: What one rank sends within a node (NVLink), in 10^9 bytes/s.
-        inter_gb_s: What a node sends to other nodes, all its network cards together, in 10^9 bytes/s.
-        host_gb_s: Host to GPU (PCIe), in 10^9 bytes/s for each GPU.
-        latency_us: Of a collective, for each level of its tree, in microseconds.
-        overlap: Share of what may hide behind computation that does.
-        jitter: Standard deviation of a rank's computation from step to step; all wait for the slowest of W.
-        reserve_gib: GPU memory that is none of ours: CUDA context, NCCL, libraries' workspaces, in GiB.
-        dali_gib: What DALI's decoder takes on a GPU, in GiB.
+        peak_tflops: Rate of a GPU's dense matrix products in 16 bits, in 10^12 FLOP/s (A100: 312, H100: 989).
+        mfu: Share of that rate that forward and backward passes reach with large micro batches.
+        half_batch: Images in a micro batch with which half of `mfu` is reached, since small ones do not fill a GPU.
+        memory_gb_s: A GPU's memory bandwidth, which limits the optimizer, in 10^9 bytes/s.
+        intra_gb_s: Bandwidth of one rank within a node (NVLink), in 10^9 bytes/s.
+        inter_gb_s: Bandwidth of a node to other nodes, all its network cards together, in 10^9 bytes/s.
+        host_gb_s: Bandwidth from host to GPU (PCIe) for each GPU, in 10^9 bytes/s.
+        latency_us: Latency of a collective for each level of its tree, in microseconds.
+        overlap: Share of the communication beside computation that hides behind it.
+        jitter: Standard deviation of a rank's computation time, as a share of it; all ranks wait for the slowest.
+        reserve_gib: GPU memory of the CUDA context, NCCL and workspaces of libraries, in GiB.
+        dali_gib: GPU memory of DALI's decoder, in GiB.
         fragmentation: Share of GPU memory that the allocator cannot use.
-        host_memory_gib: A node's memory, for a teacher that is offloaded, in GiB.
+        host_memory_gib: Memory of a node, which limits an offloaded teacher, in GiB.
     """
 
     peak_tflops: float = 312.0

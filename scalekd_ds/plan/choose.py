@@ -1,4 +1,4 @@
-"""Which ZeRO stage, which place for the teacher and which micro batch: the fastest by the model that fits."""
+"""Chooses ZeRO stage, teacher placement and micro batch: the fastest that fits, by the memory and throughput models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.plan.throughput import Assumptions, StepTime, step_time
 
 GIB = 2**30
-# what is simpler wins unless the other is faster by more than the model can tell
+# the simpler of two plans is taken unless the other is faster by this factor, about the error of the model
 MARGIN = 1.05
 
 
@@ -24,8 +24,8 @@ class Cluster:
     """The GPUs that are planned for.
 
     Attributes:
-        gpus: Ranks.
-        gpu_memory: Of one, in GiB.
+        gpus: Number of GPUs, with one rank on each.
+        gpu_memory: Memory of one GPU in GiB.
         nodes_of: GPUs in a node.
     """
 
@@ -42,31 +42,32 @@ class Cluster:
             raise UserError(f"--nodes-of is {self.nodes_of}: it must be at least 1 GPU in a node.")
 
     def room(self, assume: Assumptions) -> int:
-        """Bytes of one GPU that are ours."""
+        """Bytes of one GPU that a run can use."""
         usable = self.gpu_memory * (1.0 - assume.fragmentation) - assume.reserve_gib - assume.dali_gib
         return max(0, round(usable * GIB))
 
-    def memory_for(self, count: int, assume: Assumptions) -> float:
-        """GiB of a GPU that has `count` bytes of room."""
-        return (count / GIB + assume.reserve_gib + assume.dali_gib) / (1.0 - assume.fragmentation)
+    def memory_for(self, num_bytes: int, assume: Assumptions) -> float:
+        """Memory in GiB that a GPU must have for a run to use `num_bytes` of it."""
+        return (num_bytes / GIB + assume.reserve_gib + assume.dali_gib) / (1.0 - assume.fragmentation)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run, and what it takes.
+    """One way to run, with its memory and time.
 
     Attributes:
-        layout: ZeRO stage, ranks, teacher's place.
+        layout: ZeRO stage, number of ranks and teacher placement.
         ds_config: Name of the DeepSpeed JSON.
         micro_batch: Images in a forward pass on one rank.
         accumulation: Micro batches in an optimizer step.
-        largest_micro_batch: That fits; the run takes the largest one up to it that divides its share of the global batch.
+        largest_micro_batch: Largest micro batch that fits. `micro_batch` is the largest one up to it that divides a rank's
+            share of the global batch.
         memory: Bytes on one rank by part.
-        room: Bytes of a GPU that are ours.
+        room: Bytes of a GPU that a run can use.
         sent: Transfers of one optimizer step.
-        time: Of one optimizer step.
-        images_per_s: Over all ranks.
-        hours: Of the whole schedule, without evaluation and saving.
+        time: Seconds of one optimizer step by part.
+        images_per_s: Training images per second of all ranks together.
+        hours: Hours of the whole schedule, without evaluation and saving.
     """
 
     layout: Layout
@@ -92,38 +93,39 @@ def make_plan(
     stage: int | None = None,
     measured: Measured | None = None,
 ) -> tuple[Plan, list[Plan]]:
-    """The plan to follow, and all that fit.
+    """The plan to follow, and all plans that fit.
 
     Args:
         cfg: The run.
-        cluster: Its GPUs.
-        num_classes: Classes of its data.
-        train_images: Images in an epoch.
-        assume: What the model takes for granted.
-        placement: Where the teacher goes; `auto` chooses.
-        stage: ZeRO stage; None chooses.
-        measured: The pair where it has been counted already.
+        cluster: The GPUs.
+        num_classes: Classes of the run's data.
+        train_images: Training images in an epoch.
+        assume: The assumptions of the throughput model.
+        placement: Teacher placement; `auto` tries all.
+        stage: ZeRO stage; None tries all.
+        measured: The measurements of the run, if there are any already.
 
     Raises:
-        UserError: A pair that does not fit together, a batch that cannot be shared, or nothing that fits into the GPUs,
-            with the smallest memory that would do.
+        UserError: The models cannot be built, the ranks cannot share the global batch evenly, or no plan fits into the GPUs;
+            the message has the smallest memory that would do.
     """
-    own = ds_config.read(cfg.run.ds_config)
+    config = ds_config.read(cfg.run.ds_config)
     cfg.batches(cluster.gpus)
-    measured = measured or measure(cfg, num_classes, ds_config.autocast_dtype(own))
+    measured = measured or measure(cfg, num_classes, ds_config.autocast_dtype(config))
     plans, smallest = [], []
-    for where in PLACEMENTS if placement == "auto" else (placement,):
+    for teacher_placement in PLACEMENTS if placement == "auto" else (placement,):
         if placement == "auto" and (
-            (where == "sharded" and cluster.gpus == 1) or (where != "replica" and cfg.teacher == "none")
+            (teacher_placement == "sharded" and cluster.gpus == 1)
+            or (teacher_placement != "replica" and cfg.teacher == "none")
         ):
             continue
-        if where == "offload" and _host_bytes(measured, cluster) > assume.host_memory_gib * GIB:
+        if teacher_placement == "offload" and _host_bytes(measured, cluster) > assume.host_memory_gib * GIB:
             continue
-        for number in range(4) if stage is None else (stage,):
-            name = cfg.run.ds_config if ds_config.stage_of(own) == number else f"zero{number}"
-            layout = Layout.of(ds_config.read(name), cluster.gpus, where)
-            smallest.append((sum(memory_parts(measured, cfg, layout, 1).values()), number, where))
-            plan = _plan(measured, cfg, cluster, layout, name, train_images, assume)
+        for zero_stage in range(4) if stage is None else (stage,):
+            name = cfg.run.ds_config if ds_config.stage_of(config) == zero_stage else f"zero{zero_stage}"
+            layout = Layout.of(ds_config.read(name), cluster.gpus, teacher_placement)
+            smallest.append((sum(memory_parts(measured, cfg, layout, 1).values()), zero_stage, teacher_placement))
+            plan = _plan_for(measured, cfg, cluster, layout, name, train_images, assume)
             if plan is not None:
                 plans.append(plan)
     if plans:
@@ -133,24 +135,28 @@ def make_plan(
             f"the teacher does not fit into a node's memory: {_host_bytes(measured, cluster) / GIB:.0f} GiB on the host for "
             f"{cluster.nodes_of} ranks; set --assume.host_memory_gib or another --teacher-placement."
         )
-    count, number, where = min(smallest)
+    num_bytes, zero_stage, teacher_placement = min(smallest)
     raise UserError(
         f"{cfg.student} with {cfg.teacher} fits into no GPU of {cluster.gpu_memory:g} GiB, whatever the stage: with one image "
-        f"it takes {cluster.memory_for(count, assume):.1f} GiB at ZeRO {number}, teacher {where}, on {cluster.gpus} GPUs."
+        f"it takes {cluster.memory_for(num_bytes, assume):.1f} GiB at ZeRO {zero_stage}, teacher {teacher_placement}, "
+        f"on {cluster.gpus} GPUs."
     )
 
 
 def placement_that_fits(
     cfg: RunConfig, config: dict[str, Any], num_classes: int, world_size: int, gpu_memory: float
 ) -> TeacherPlacement:
-    """The first place for the teacher with which a run fits as it is configured; the smallest one where none does.
+    """The first teacher placement with which a run fits as it is configured, or the one of least memory if none fits.
 
     Args:
-        cfg: The run, its micro batch included.
+        cfg: The run, with its micro batch.
         config: The DeepSpeed JSON.
-        num_classes: Of its data.
-        world_size: Ranks.
-        gpu_memory: Of one, in GiB.
+        num_classes: Classes of the run's data.
+        world_size: Number of ranks.
+        gpu_memory: Memory of one GPU in GiB.
+
+    Raises:
+        UserError: The models cannot be built, or the ranks cannot share the global batch evenly.
     """
     measured = measure(cfg, num_classes, ds_config.autocast_dtype(config))
     room = Cluster(world_size, gpu_memory).room(Assumptions())
@@ -163,17 +169,17 @@ def placement_that_fits(
 
 
 def _host_bytes(measured: Measured, cluster: Cluster) -> int:
-    """Of a node: the shares of its ranks."""
+    """Bytes of host memory that an offloaded teacher takes on a node: the shares of its ranks."""
     return -(-measured.teacher.bytes * min(cluster.gpus, cluster.nodes_of) // cluster.gpus)
 
 
 def _best(plans: list[Plan]) -> Plan:
-    """The first, in order of simplicity, that no other beats by more than the margin."""
+    """The first plan, in order of simplicity, than which no other is faster by more than the margin."""
     fastest = max(plan.images_per_s for plan in plans)
     return next(plan for plan in plans if plan.images_per_s * MARGIN >= fastest)
 
 
-def _plan(
+def _plan_for(
     measured: Measured,
     cfg: RunConfig,
     cluster: Cluster,
@@ -182,6 +188,7 @@ def _plan(
     train_images: int,
     assume: Assumptions,
 ) -> Plan | None:
+    """The plan of a layout with the largest micro batch that fits; None if no image fits."""
     room, share = cluster.room(assume), cfg.global_batch_size // cluster.gpus
     largest = largest_micro_batch(measured, cfg, layout, room)
     if largest == 0:
@@ -206,7 +213,7 @@ def _plan(
 
 
 def largest_micro_batch(measured: Measured, cfg: RunConfig, layout: Layout, room: int) -> int:
-    """Most images in a micro batch whose step fits into `room` bytes; 0 where not even one does."""
+    """Most images in a micro batch whose step fits into `room` bytes; 0 if not even one fits."""
 
     def fits(images: int) -> bool:
         return sum(memory_parts(measured, cfg, layout, images).values()) <= room

@@ -1,4 +1,4 @@
-"""A plan as tables, and as plain data."""
+"""Shows plans as tables and as plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalekd_ds.plan.throughput import Assumptions
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """Plain data; bytes and seconds."""
+    """A plan as plain data, in bytes, seconds, images/s and hours."""
     return {
         "zero_stage": plan.layout.stage,
         "ds_config": plan.ds_config,
@@ -42,10 +42,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def document(
+def plans_as_dict(
     cfg: RunConfig, cluster: Cluster, measured: Measured, assume: Assumptions, best: Plan, plans: list[Plan]
 ) -> dict[str, Any]:
-    """Everything that the tables show and what they rest on, for JSON."""
+    """Plain data with everything that the tables show, and with the assumptions, for JSON."""
     return {
         "recipe": cfg.recipe,
         "student": cfg.student,
@@ -63,8 +63,8 @@ def document(
     }
 
 
-def size(count: float) -> str:
-    """1234567 -> 1.2 MiB."""
+def format_bytes(count: float) -> str:
+    """Bytes as text, such as `1.2 MiB`."""
     for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= factor:
             return f"{count / factor:.{2 if unit == 'GiB' else 1}f} {unit}"
@@ -80,11 +80,11 @@ def print_plan(
     best: Plan,
     plans: list[Plan],
 ) -> None:
-    """The choice, memory and transfers of the best plan, all plans that fit, and the assumptions."""
+    """Prints the best plan with its memory and transfers, all plans that fit, and the assumptions."""
     w = best.layout.world_size
     console.print(
         f"{cfg.recipe or 'run'}: {cfg.teacher} -> {cfg.student}, {w} GPUs of {cluster.gpu_memory:g} GiB, "
-        f"{measured.numel / 1e6:.1f} M trainable parameters, teacher {size(measured.teacher.bytes)}"
+        f"{measured.numel / 1e6:.1f} M trainable parameters, teacher {format_bytes(measured.teacher.bytes)}"
     )
     console.print(
         f"take --run.ds_config {best.ds_config} --micro_batch_size {best.micro_batch} "
@@ -92,25 +92,25 @@ def print_plan(
         f"{best.images_per_s:,.0f} images/s, {best.hours:,.1f} h (at most {best.largest_micro_batch} images fit)",
         style="bold",
     )
-    memory = Table(title=f"memory of a rank, {size(best.room)} of which are ours", title_justify="left")
+    memory = Table(title=f"memory of a rank, of which a run can use {format_bytes(best.room)}", title_justify="left")
     memory.add_column("part")
     memory.add_column("bytes", justify="right")
     for part, count in best.memory.items():
         if count:
-            memory.add_row(part, size(count))
-    memory.add_row("total", size(sum(best.memory.values())), style="bold")
+            memory.add_row(part, format_bytes(count))
+    memory.add_row("total", format_bytes(sum(best.memory.values())), style="bold")
     console.print(memory)
     sent = Table(title=f"sent in an optimizer step of {best.accumulation} micro batches", title_justify="left")
     for name in ("what", "how", "tensor", "by a rank"):
         sent.add_column(name, justify="left" if name in ("what", "how") else "right")
     for c in best.sent:
-        sent.add_row(c.what, c.operation, size(c.bytes), size(c.wire(w)))
+        sent.add_row(c.what, c.operation, format_bytes(c.bytes), format_bytes(c.wire(w)))
     console.print(sent)
-    console.print(_table_of(plans, best))
+    console.print(_table_of_plans(plans, best))
     console.print("assumed (--assume.NAME VALUE): " + ", ".join(f"{k} {v:g}" for k, v in asdict(assume).items()))
 
 
-def _table_of(plans: list[Plan], best: Plan) -> Table:
+def _table_of_plans(plans: list[Plan], best: Plan) -> Table:
     table = Table(title="what fits", title_justify="left")
     for name in ("ZeRO", "teacher", "micro batch", "accumulated", "memory", "ms a step", "images/s", "hours"):
         table.add_column(name, justify="right" if name != "teacher" else "left")
@@ -120,7 +120,7 @@ def _table_of(plans: list[Plan], best: Plan) -> Table:
             plan.layout.placement,
             str(plan.micro_batch),
             str(plan.accumulation),
-            size(sum(plan.memory.values())),
+            format_bytes(sum(plan.memory.values())),
             f"{1e3 * plan.time.total:,.1f}",
             f"{plan.images_per_s:,.0f}",
             f"{plan.hours:,.1f}",

@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step from a stated model: every assumption is a field that the command line can set."""
+"""The throughput model: seconds of an optimizer step, from FLOP, bytes and the fields of `Assumptions`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class StepTime:
     """Seconds of one optimizer step by part; `total` is their sum.
 
     Attributes:
-        teacher, student: Computation.
-        waiting: For the slowest rank.
-        optimizer: Update of this rank's share.
-        communication: What does not hide behind computation.
+        teacher: The teacher's targets.
+        student: Forward and backward passes of student and projectors.
+        waiting: Waiting for the slowest rank.
+        optimizer: The update of this rank's share of the parameters.
+        communication: Communication that does not hide behind computation.
     """
 
     teacher: float
@@ -31,6 +32,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return self.teacher + self.student + self.waiting + self.optimizer + self.communication
 
 
@@ -44,44 +46,47 @@ def step_time(
     assume: Assumptions,
     nodes_of: int,
 ) -> StepTime:
-    """The model: FLOP over the rate that is assumed, bytes over bandwidths, and the slowest of W normal deviates.
+    """Seconds of an optimizer step: FLOP over the assumed rate, bytes over bandwidths, and waiting for the slowest rank.
 
     Args:
-        measured: The pair, counted.
+        measured: The measurements of the run.
         cfg: The run.
-        layout: ZeRO stage, ranks, teacher's place.
-        sent: `collectives` of the step.
+        layout: ZeRO stage, number of ranks and teacher placement.
+        sent: The transfers of the step, from `collectives`.
         micro_batch: Images in a forward pass.
         accumulation: Micro batches in a step.
         assume: The assumptions.
         nodes_of: GPUs in a node.
     """
-    w, filled = layout.world_size, micro_batch / (micro_batch + assume.half_batch)
-    rate = assume.peak_tflops * 1e12 * assume.mfu * filled
+    w, utilisation = layout.world_size, micro_batch / (micro_batch + assume.half_batch)
+    rate = assume.peak_tflops * 1e12 * assume.mfu * utilisation
     teacher = accumulation * measured.teacher_flop(micro_batch) / rate
     student = accumulation * measured.student_flop(micro_batch) / rate
-    # expectation of the largest of W normal deviates, to first order
+    # the expected largest of W normal deviates, to first order
     waiting = (teacher + student) * assume.jitter * math.sqrt(2.0 * math.log(w)) if w > 1 else 0.0
     updated = measured.numel / (w if layout.stage else 1)
-    # weights, gradient and each moment: read, and all but the gradient written
-    touched = FLOAT * updated * (3 + 2 * MOMENTS[cfg.optim.name])
-    hidden = seen = 0.0
+    # the update reads weights, gradient and each moment, and writes all but the gradient
+    optimizer_bytes = FLOAT * updated * (3 + 2 * MOMENTS[cfg.optim.name])
+    behind_compute = exposed = 0.0
     for transfer in sent:
         seconds = _seconds(transfer, w, assume, nodes_of)
         if transfer.behind_compute:
-            hidden += seconds
+            behind_compute += seconds
         else:
-            seen += seconds
-    # no more can hide than there is computation to hide behind
-    hides = min(assume.overlap * hidden, teacher + student)
-    return StepTime(teacher, student, waiting, touched / (assume.memory_gb_s * 1e9), seen + hidden - hides)
+            exposed += seconds
+    # at most as much as there is computation to hide behind
+    hidden = min(assume.overlap * behind_compute, teacher + student)
+    return StepTime(
+        teacher, student, waiting, optimizer_bytes / (assume.memory_gb_s * 1e9), exposed + behind_compute - hidden
+    )
 
 
 def _seconds(transfer: Collective, world_size: int, assume: Assumptions, nodes_of: int) -> float:
+    """Seconds of one kind of transfer, all its calls in a step together."""
     if transfer.operation == "host_to_device":
         bandwidth = assume.host_gb_s
     else:
-        # as many rings as a node has cards: each crosses to the next node once, so that a node sends what a rank does
+        # a ring crosses from each node to the next once, so with all rings together a node sends what one rank sends
         bandwidth = assume.intra_gb_s if world_size <= nodes_of else min(assume.intra_gb_s, assume.inter_gb_s)
     latency = transfer.messages * assume.latency_us * 1e-6 * math.ceil(math.log2(max(2, world_size)))
     return transfer.wire(world_size) / (bandwidth * 1e9) + latency

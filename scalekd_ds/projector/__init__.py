@@ -1,4 +1,7 @@
-"""CAP, the cross attention projector: equations 1 to 3 of the paper, for one view and for both in one pass."""
+"""The projectors that bring student maps onto the teacher's grid: CAP, and a linear one to compare it with.
+
+They may use `kernels`, and nothing else of the package.
+"""
 
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 

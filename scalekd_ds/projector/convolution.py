@@ -1,4 +1,4 @@
-"""The projector's 3x3 convolution, with its patches laid out once for all views that read the same map."""
+"""The projector's 3x3 convolution, and the patches that all views of one map can share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def patches_of(x: torch.Tensor) -> torch.Tensor | None:
-    """(B, h, w, 9C) zero-padded 3x3 patches of a map (B, C, h, w), in the order of a convolution's weight.
+    """Zero-padded 3x3 patches (B, h, w, 9C) of a map (B, C, h, w), in the order of a convolution's weight.
 
-    None where the convolution is the faster of the two: on accelerators, and in float32. On CPUs the library's 16-bit
-    convolution backward is far from its matrix product on such small maps: measured 2.7 times its time at 7x7x2048.
+    None on accelerators and in float32, where the convolution itself is faster than patches and a matrix product. In 16
+    bits on a CPU, the backward of the convolution took 2.7 times as long as that of the product at 7x7x2048.
     """
     dtype = _autocast_dtype(x)
     if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
@@ -28,17 +28,17 @@ def patches_of(x: torch.Tensor) -> torch.Tensor | None:
 
 
 class PatchConv(nn.Conv2d):
-    """A 3x3 convolution that keeps the grid and the number of channels.
+    """A 3x3 convolution that keeps the grid and the number of channels, and can start from patches.
 
     Args:
-        channels: C of its maps (B, C, h, w).
+        channels: C of the maps (B, C, h, w) that it takes and gives.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, h, w), in channels-last where `patches` (of the same map, by `patches_of`) are given."""
+        """(B, C, h, w) -> (B, C, h, w), in channels-last where `patches`, `patches_of(x)`, are given."""
         if patches is None:
             # the CPU's convolution is 10% slower in channels-last on maps as small as these, unlike the student's own
             return super().forward(x.contiguous() if x.device.type == "cpu" else x)

@@ -1,4 +1,4 @@
-"""CAP, the cross attention projector: a student map becomes tokens on the teacher's grid."""
+"""CAP, the cross attention projector: it turns a student map into tokens on the teacher's grid."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from scalekd_ds.projector.convolution import PatchConv, patches_of
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, C, h, w) map."""
+    """LayerNorm over the channels of a map (B, C, h, w)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
 
 def _split_windows(x: torch.Tensor, grid: tuple[int, int], windows: tuple[int, int]) -> torch.Tensor:
-    """(B, h*w, C) tokens -> (B*a*b, tokens of one window, C), windows row by row."""
-    (h, w), (a, b) = grid, windows
-    x = x.reshape(x.shape[0], a, h // a, b, w // b, x.shape[-1])
+    """(B, h*w, C) tokens -> (B*rows*columns, tokens of one window, C), windows row by row."""
+    (h, w), (rows, columns) = grid, windows
+    x = x.reshape(x.shape[0], rows, h // rows, columns, w // columns, x.shape[-1])
     return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
 
@@ -40,10 +41,10 @@ class CrossAttentionProjector(nn.Module):
         query_grid: (h, w) of the teacher's tokens.
         num_heads: Attention heads; must divide teacher_dim.
         softmax_scale: gamma in softmax(gamma q k^T / sqrt(d)).
-        learned_query: True holds a query of its own, the same for the whole batch; False is given one (TPP).
-        norm: `batch` or `layer`, after the convolution.
-        windows: (a, b) windows that queries and keys attend in; both grids must divide by them. With more than one,
-            tokens come out window by window, as the published code leaves them.
+        learned_query: True learns one query for all images; False expects a query in each call (TPP).
+        norm: Norm after the convolution, `batch` or `layer`.
+        windows: (rows, columns) of windows that attention stays within; they must divide both grids. With more than one
+            window, tokens come out window by window, as the published code leaves them.
 
     Raises:
         ValueError: Heads that do not divide the width, a grid that the windows do not divide, an unknown norm.
@@ -88,23 +89,34 @@ class CrossAttentionProjector(nn.Module):
         self.fc1 = nn.Linear(teacher_dim, 4 * teacher_dim)
         self.fc2 = nn.Linear(4 * teacher_dim, teacher_dim)
 
-    def _heads(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _split_heads(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, h*w, C) tokens -> (B * windows, tokens of one window, heads, head size)."""
         if self.windows != (1, 1):
             x = _split_windows(x, grid, self.windows)
         return x.unflatten(-1, (self.num_heads, -1))
 
     def keys(self, x: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, h*w, student_dim) tokens of a map (B, student_dim, h, w): a view where the map is in channels-last."""
+        """Tokens (B, h*w, student_dim) of a map (B, student_dim, h, w), from which keys and values are projected.
+
+        They are no copy where the map is in channels-last.
+
+        Raises:
+            ValueError: A map of another grid than `key_grid`.
+        """
         if tuple(x.shape[-2:]) != self.key_grid:
             raise ValueError(f"x has grid {tuple(x.shape[-2:])}: this projector was built for {self.key_grid}.")
         f = F.relu(self.norm(self.conv(x, patches)))
-        # in the map's precision: promotion to float32 would double the bytes of everything up to k and v
+        # in the map's type: promotion to float32 would double the memory traffic of everything up to k and v
         return (f + self.pos_embed.to(f.dtype)).flatten(2).transpose(1, 2)
 
     def attend(
         self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The attention block alone, (B, N_q, teacher_dim), before the norm and the feed-forward part."""
+        """The attention alone, (B, P, teacher_dim), before norm and feed-forward part; takes what `forward` takes.
+
+        Raises:
+            ValueError: A map of another grid, or a query that is missing or not expected.
+        """
         f = self.keys(x, patches)
         if self.query is not None:
             if query is not None:
@@ -112,9 +124,9 @@ class CrossAttentionProjector(nn.Module):
             # one query for the whole batch: its layers run once, not per image
             query = self.query.weight[None]
         elif query is None:
-            raise ValueError("query is missing: this projector has none of its own.")
-        q = self._heads(self.q(F.relu(self.query_mlp(query))), self.query_grid)
-        k, v = self._heads(self.k(f), self.key_grid), self._heads(self.v(f), self.key_grid)
+            raise ValueError("query is missing: this projector has no learned one.")
+        q = self._split_heads(self.q(F.relu(self.query_mlp(query))), self.query_grid)
+        k, v = self._split_heads(self.k(f), self.key_grid), self._split_heads(self.v(f), self.key_grid)
         if self.windows != (1, 1) and q.shape[0] != k.shape[0]:
             q = q.repeat(x.shape[0], 1, 1, 1)
         y = kernels.cap_attention(q, k, v, self.scale).flatten(2)
@@ -127,14 +139,14 @@ class CrossAttentionProjector(nn.Module):
 
         Args:
             x: (B, student_dim, h, w) student map on `key_grid`.
-            query: (B, N_q, teacher_dim) tokens from TPP, where there is no learned query.
-            patches: `patches_of(x)`, where another view has them already.
+            query: (B, P, teacher_dim) tokens from TPP, where there is no learned query.
+            patches: `patches_of(x)`, where the caller has them already.
 
         Returns:
-            (B, N_q, teacher_dim) tokens, row by row (window by window with windows).
+            (B, P, teacher_dim) tokens, row by row, or window by window where there are several windows.
 
         Raises:
-            ValueError: A map of another grid, or a query missing or not wanted.
+            ValueError: A map of another grid, or a query that is missing or not expected.
         """
         n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
         return n + self.fc2(F.relu(self.fc1(n)))

@@ -1,4 +1,4 @@
-"""The projector that CAP is compared with: a linear map to the teacher's width, resized to its grid."""
+"""The projector that CAP is compared with: a 1x1 convolution to the teacher's width, resized to its grid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 class LinearProjector(nn.Module):
-    """1x1 convolution to the teacher's channels, and bilinear resizing to its grid, as feature distillation commonly has it.
+    """1x1 convolution to the teacher's channels and bilinear resizing to its grid, common in feature distillation.
 
     Args:
         student_dim: Channels of the student's map.
         teacher_dim: Channels of the teacher's tokens.
-        query_grid: The teacher's grid (h, w).
+        query_grid: (h, w) of the teacher's tokens.
     """
 
     def __init__(self, student_dim: int, teacher_dim: int, query_grid: tuple[int, int]) -> None:
@@ -24,7 +24,7 @@ class LinearProjector(nn.Module):
         self.proj = nn.Conv2d(student_dim, teacher_dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C_s, h_s, w_s) -> (B, P, C_t), row by row."""
+        """(B, student_dim, h, w) -> (B, P, teacher_dim), row by row."""
         x = self.proj(x)
         if x.shape[-2:] != self.query_grid:
             x = F.interpolate(x, self.query_grid, mode="bilinear", align_corners=False)
@@ -32,7 +32,7 @@ class LinearProjector(nn.Module):
 
 
 class LinearPair(nn.Module):
-    """The linear projectors of one stage, in the place of a `ProjectorPair`; queries mean nothing to them.
+    """The linear projectors of one stage, called like a `ProjectorPair`, whose queries they ignore.
 
     Args:
         views: One projector for each view, by name.
@@ -45,9 +45,9 @@ class LinearPair(nn.Module):
             self.add_module(name, projector)
 
     def forward(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C_s, h, w) -> (V, B, P, C_t)."""
+        """(B, student_dim, h, w) -> (V, B, P, teacher_dim), V views."""
         return self.one_by_one(x, ())
 
     def one_by_one(self, x: torch.Tensor, queries: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Same as `forward`."""
+        """The same as `forward`."""
         return torch.stack([getattr(self, name)(x) for name in self.names])

@@ -1,4 +1,4 @@
-"""The projectors of one stage, both views in one pass over the student's map."""
+"""The projectors of one stage, which run both views in one pass over the student's map."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from scalekd_ds.projector.convolution import patches_of
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector, LayerNorm2d
 
 
-def _linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
-    """(V, M, in) -> (V, M, out): layer v on x[v], as one batched product; several lists give their outputs side by side."""
+def _batched_linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
+    """(V, M, in) -> (V, M, out): applies layer v to x[v], all in one batched matrix product.
+
+    With several lists of V layers, their outputs are concatenated along the last axis.
+    """
     weight = torch.cat([torch.stack([layer.weight for layer in group]) for group in layers], 1)
     bias = torch.cat([torch.stack([layer.bias for layer in group]) for group in layers], 1)
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
 def _batch_norm(x: torch.Tensor, norms: list[nn.BatchNorm2d]) -> torch.Tensor:
-    """BatchNorm of V views side by side on the channel axis, each with its own statistics."""
+    """BatchNorm of V views that are concatenated along the channels, each with its own statistics."""
     first = norms[0]
     mean, var, weight, bias = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
@@ -37,10 +40,10 @@ def _batch_norm(x: torch.Tensor, norms: list[nn.BatchNorm2d]) -> torch.Tensor:
 
 
 class ProjectorPair(nn.Module):
-    """The views of one stage (ScaleKD section 3.1): one convolution, batched projections, one attention for all of them.
+    """The views of one stage (ScaleKD section 3.1) by one convolution, batched projections and one attention.
 
-    The state-dict is that of the views' own `CrossAttentionProjector`s, which are also the reference: `one_by_one`
-    runs them as they are.
+    Its parameters are those of one `CrossAttentionProjector` for each view. These are also its reference: `one_by_one`
+    runs them separately, `stacked` in one pass, and the results are equal up to rounding.
 
     Args:
         views: One projector for each view, by name; all of the same shape.
@@ -54,10 +57,19 @@ class ProjectorPair(nn.Module):
 
     @property
     def views(self) -> list[CrossAttentionProjector]:
+        """The projectors, in the order of `names`."""
         return [getattr(self, name) for name in self.names]
 
     def one_by_one(self, x: torch.Tensor, queries: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The reference: each view's projector alone, with its query or None where it has one of its own."""
+        """The reference for `forward`: runs each view's projector separately.
+
+        Args:
+            x: (B, student_dim, h, w) student map.
+            queries: For each view (B, P, teacher_dim), or None where its projector has a learned query.
+
+        Returns:
+            (V, B, P, teacher_dim), V views.
+        """
         patches = patches_of(x)
         return torch.stack([view(x, query, patches) for view, query in zip(self.views, queries, strict=True)])
 
@@ -66,44 +78,46 @@ class ProjectorPair(nn.Module):
 
         Args:
             x: (B, student_dim, h, w) student map.
-            queries: (V, B, N_q, teacher_dim) from TPP, where the projectors have none of their own.
+            queries: (V, B, P, teacher_dim) from TPP, where the projectors have no learned queries.
 
         Returns:
-            (V, B, N_q, teacher_dim).
+            (V, B, P, teacher_dim), V views.
         """
         views = self.views
-        plain = views[0].windows == (1, 1) and isinstance(views[0].norm, nn.BatchNorm2d | LayerNorm2d)
-        if len(views) == 1 or not plain or isinstance(views[0].norm, nn.SyncBatchNorm) or x.device.type == "cpu":
+        # not SyncBatchNorm, which shares its statistics over ranks and is no BatchNorm2d
+        can_stack = views[0].windows == (1, 1) and isinstance(views[0].norm, nn.BatchNorm2d | LayerNorm2d)
+        # on CPUs, one pass saves nothing and costs copies of the weights
+        if len(views) == 1 or not can_stack or x.device.type == "cpu":
             return self.one_by_one(x, [None] * len(views) if queries is None else queries.unbind(0))
         return self.stacked(x, queries)
 
     def stacked(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` in one pass; the views must not use windows."""
+        """`forward` in one pass for all views, whose projectors must not use windows."""
         views = self.views
         count, batch, heads = len(views), x.shape[0], views[0].num_heads
         tokens = self._keys(x, views)
 
-        kv = _linear(tokens, [v.k for v in views], [v.v for v in views])
-        # (V, B*S, 2C) -> two strided views (V*B, S, A, d)
+        kv = _batched_linear(tokens, [v.k for v in views], [v.v for v in views])
+        # (V, B*S, 2 * teacher_dim) -> k and v without a copy, (V*B, S, heads, head size) each
         k, v = kv.unflatten(1, (batch, -1)).flatten(0, 1).unflatten(-1, (2, heads, -1)).unbind(2)
 
         if queries is None:
             queries = torch.stack([view.query.weight for view in views])
         else:
             queries = queries.flatten(1, 2)
-        q = _linear(F.relu(_linear(queries, [v.query_mlp for v in views])), [v.q for v in views])
+        q = _batched_linear(F.relu(_batched_linear(queries, [v.query_mlp for v in views])), [v.q for v in views])
         grid = views[0].query_grid
         q = q.reshape(-1, grid[0] * grid[1], heads, q.shape[-1] // heads)
 
         y = kernels.cap_attention(q, k, v, views[0].scale).flatten(2).unflatten(0, (count, batch)).flatten(1, 2)
-        y = _linear(y, [v.out for v in views])
+        y = _batched_linear(y, [v.out for v in views])
         weight, bias = (torch.stack([getattr(v.out_norm, name) for v in views])[:, None] for name in ("weight", "bias"))
         n = F.layer_norm(y, y.shape[-1:], eps=views[0].out_norm.eps) * weight + bias
-        out = n + _linear(F.relu(_linear(n, [v.fc1 for v in views])), [v.fc2 for v in views])
+        out = n + _batched_linear(F.relu(_batched_linear(n, [v.fc1 for v in views])), [v.fc2 for v in views])
         return out.unflatten(1, (batch, -1))
 
     def _keys(self, x: torch.Tensor, views: list[CrossAttentionProjector]) -> torch.Tensor:
-        """(V, B*S, C_s) tokens of both views from one convolution; a view of its output in channels-last."""
+        """Tokens (V, B*S, student_dim) of all views from one convolution, whose output they are without a copy."""
         if tuple(x.shape[-2:]) != views[0].key_grid:
             raise ValueError(f"x has grid {tuple(x.shape[-2:])}: these projectors were built for {views[0].key_grid}.")
         weight, bias = (torch.cat([getattr(v.conv, name) for v in views]) for name in ("weight", "bias"))

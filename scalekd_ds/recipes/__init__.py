@@ -1,4 +1,7 @@
-"""Recipes: functions that return a RunConfig, by name."""
+"""The recipes: functions that return a `RunConfig`, by name, and the command line that starts from one.
+
+May use `models`, `config` and `errors`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from scalekd_ds.config import RunConfig
 from scalekd_ds.recipes import fashion, imagenet
 
+# name on the command line -> the function that returns the run
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "fashion-teacher": fashion.fashion_teacher,
     "fashion-ce": fashion.fashion_ce,

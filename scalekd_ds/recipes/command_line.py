@@ -1,4 +1,4 @@
-"""From the command line to a RunConfig: `--recipe NAME`, then any field as `--dotted.key value`."""
+"""Reads a run from the command line: `--recipe NAME`, then any field of `RunConfig` as `--dotted.key value`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from scalekd_ds.config import RunConfig
-from scalekd_ds.config.parser import instantiate, one_line, read_config, run_parser
+from scalekd_ds.config.parser import describe_error, instantiate, read_config, run_parser
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.recipes import RECIPES
 
 
-def _base(args: list[str]) -> RunConfig:
-    """The recipe or file that the arguments start from."""
+def _starting_config(args: list[str]) -> RunConfig:
+    """The run that the arguments change: that of --config or --recipe, or the defaults."""
     chosen: dict[str, str] = {}
     for flag in ("--recipe", "--config"):
         for position, arg in enumerate(args):
@@ -41,13 +41,19 @@ def parse_run(
     extend: Callable[[ArgumentParser], None] | None = None,
     epilog: str | None = None,
 ) -> tuple[RunConfig, Path | None] | None:
-    """Parses a training command line; `prog`, `extend` and `epilog` are as in `run_parser`.
+    """Parses a training command line.
+
+    Args:
+        args: Its arguments; None takes those of this process.
+        prog: As in `run_parser`.
+        extend: As in `run_parser`.
+        epilog: As in `run_parser`.
 
     Returns:
-        The run, and the file that --dump-config asks for; None where the arguments only asked for a listing.
+        The run, and the file that --dump-config asks for or None; or None alone where --list-recipes has been answered.
 
     Raises:
-        UserError: Unknown recipe, key or value.
+        UserError: An unknown recipe or option, or a value that its field cannot have.
     """
     args = sys.argv[1:] if args is None else args
     warnings.filterwarnings("ignore", module="jsonargparse")
@@ -57,11 +63,10 @@ def parse_run(
         print_recipes()
         return None
     parser = run_parser(prog, extend, epilog)
-    base = _base(args)
-    parser.set_defaults(base.as_dict())
+    parser.set_defaults(_starting_config(args).as_dict())
     try:
         parsed = parser.parse_args(args)
         run = instantiate(parser, parsed)
     except ArgumentError as error:
-        raise UserError(one_line(error, parser)) from None
+        raise UserError(describe_error(error, parser)) from None
     return run, Path(parsed.dump_config) if parsed.dump_config else None

@@ -1,28 +1,28 @@
-"""What the published file of a setting does otherwise than the setting says, read from the official code as it runs."""
+"""How the published file of each setting differs from the setting itself, read from the official code as it runs."""
 
 from __future__ import annotations
 
 from scalekd_ds.config import RunConfig
 
-_POOLED = "stops in its first step (the teacher's pooled vector is taken for its last map)"
-# beside what follows from a recipe's fields
-_OF_ONE_FILE = {
+_STOPS_ON_POOLED_VECTOR = "stops in its first step (the teacher's pooled vector is taken for its last map)"
+# by recipe: the departures that do not follow from the recipe's fields
+_FILE_DEPARTURES = {
     "swin_b-resnet50-traditional": ("stops in its first step (softmax_scale is a number where the loss wants a pair)",),
     "swin_s-resnet50-advanced": (
         "is filed as advanced and trains by the traditional strategy",
         "names Swin-L's weights for a Swin-S",
     ),
     "swin_l-swin_t-advanced": ("stops in its first step (the student's maps are taken one stage too early)",),
-    "eva_l-resnet50-advanced": (_POOLED,),
-    "eva_l-mixer_b14-advanced": (_POOLED,),
+    "eva_l-resnet50-advanced": (_STOPS_ON_POOLED_VECTOR,),
+    "eva_l-mixer_b14-advanced": (_STOPS_ON_POOLED_VECTOR,),
     "eva_l-vit_b14-advanced": ("does not build (it says alpha_jfd where the loss takes alpha)",),
-    "eva_l-eva02_s14_336-advanced": (_POOLED,),
+    "eva_l-eva02_s14_336-advanced": (_STOPS_ON_POOLED_VECTOR,),
 }
 
 
 def departures(cfg: RunConfig) -> list[str]:
-    """What the published file does otherwise than `cfg`, the unchanged recipe; each begins with a verb."""
-    found = list(_OF_ONE_FILE.get(cfg.recipe, ()))
+    """What the published file does otherwise than `cfg`, a recipe as it is: phrases that begin with a verb."""
+    found = list(_FILE_DEPARTURES.get(cfg.recipe, ()))
     if drop_path := cfg.teacher_kwargs["drop_path_rate"]:
         found.append(f"keeps the teacher in train mode, with stochastic depth {drop_path:g}")
     if cfg.mixes:

@@ -1,4 +1,4 @@
-"""The engine of a run: student and projectors with the recipe's optimizer and schedule."""
+"""Builds the DeepSpeed engine of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from scalekd_ds.optim.schedule import build_schedule
 def build_engine(
     distiller: ScaleKD, cfg: RunConfig, ds_config: dict[str, Any], steps_per_epoch: float, total_steps: int
 ) -> deepspeed.DeepSpeedEngine:
-    """One engine for student and projectors, with the recipe's optimizer and schedule.
+    """Makes one engine for student and projectors, with the recipe's optimizer and schedule; collective.
+
+    Args:
+        distiller: The module, on this rank's device.
+        cfg: The run.
+        ds_config: The DeepSpeed JSON, merged with the recipe.
+        steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
+        total_steps: Optimizer steps of the run.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.

@@ -1,4 +1,4 @@
-"""Moving average of the student, sharded as ZeRO shards its master weights."""
+"""The moving average of the student's weights, sharded as ZeRO shards its master weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from safetensors import safe_open
 from torch import nn
 
 from scalekd_ds.checkpoint.layout import WEIGHTS
-from scalekd_ds.engine.gather import average_over_ranks, gathered
+from scalekd_ds.engine.gather import average_over_ranks, gather_to_cpu
 from scalekd_ds.engine.zero_layout import shards_of
 from scalekd_ds.errors import UserError
 
 
 def start_ema(engine: Any, decay: float, checkpoint: Path | None) -> StudentEma | None:
-    """The average of `engine.module.student`, from the checkpoint that the engine has loaded if there is one; None for 0.
+    """Makes the moving average of `engine.module.student`, or returns None where `decay` is 0.
+
+    Args:
+        engine: The engine, with its checkpoint loaded if there is one.
+        decay: `ema.decay`.
+        checkpoint: That checkpoint, whose average is loaded, or None.
 
     Raises:
         UserError: The checkpoint has an average and the run keeps none, or the other way round.
@@ -26,8 +31,8 @@ def start_ema(engine: Any, decay: float, checkpoint: Path | None) -> StudentEma 
     if decay == 0.0:
         if saved and saved.is_file():
             raise UserError(
-                f"{checkpoint} holds an average of the student, which ema.decay 0 would lose: give the --ema.decay that the "
-                "run was started with."
+                f"{checkpoint} holds an average of the student, which ema.decay 0 would lose: give the --ema.decay "
+                "that the run was started with."
             )
         return None
     ema = StudentEma(engine, engine.module.student, decay)
@@ -37,39 +42,39 @@ def start_ema(engine: Any, decay: float, checkpoint: Path | None) -> StudentEma 
 
 
 class StudentEma:
-    """average <- decay * average + (1 - decay) * weights, once an optimizer step.
+    """average <- decay * average + (1 - decay) * weights, after each optimizer step.
 
-    The first step copies the weights, and the decay is the same from then on: the published setting (mmengine's
-    `ExponentialMovingAverage`), which is also torch's `AveragedModel`. BatchNorm's statistics are averaged like the
-    weights, as timm's `ModelEmaV3` does: the live ones are those of the last ten steps' weights, which are not the
-    averaged ones. (The published files copy them, but none that averages has a student with BatchNorm.) Integer buffers
-    are the live ones.
+    The first step copies the weights, and the decay is constant from then on. This is the published setting (mmengine's
+    `ExponentialMovingAverage`), and also that of torch's `AveragedModel`. BatchNorm's statistics are averaged like the
+    weights, as in timm's `ModelEmaV3`, because the current ones belong to the weights of the last ten steps or so and
+    not to the averaged weights. (The published files copy them, but no published run with an average has a student with
+    BatchNorm.) Integer buffers are copied.
 
-    Each rank averages the fp32 master weights that it updates, so an update communicates nothing, and all ranks together
-    hold one copy of the student. Projectors are left out.
+    Each rank averages the float32 master weights that it updates, so an update communicates nothing, and all ranks
+    together hold one copy of the student. Projectors are not averaged.
 
     Args:
         engine: The engine, with its checkpoint loaded if there is one.
-        student: The bare student inside it.
-        decay: Share of the old average that stays.
+        student: The student in the engine's module.
+        decay: Share of the old average in the new one.
 
     Raises:
         UserError: The master weights are on NVMe.
-        RuntimeError: This DeepSpeed keeps its shards in other fields than the ones known here.
+        RuntimeError: The installed DeepSpeed keeps its shards in other fields than the versions known here.
     """
 
     def __init__(self, engine: Any, student: nn.Module, decay: float) -> None:
         self.engine, self.student, self.decay = engine, student, decay
         self.started = False
-        self._bind()
-        self._averages = [source.clone() for source in self._sources()]
+        self._locate_student()
+        self._averages = [source.clone() for source in self._live_values()]
 
-    def _bind(self) -> None:
-        """Finds the student's part of this rank's shards, and its buffers."""
+    def _locate_student(self) -> None:
+        """Finds the student's segments in this rank's shards, and its floating-point buffers."""
         state = self.student.state_dict(keep_vars=True)
         names: dict[int, str] = {}
         for name, tensor in state.items():
-            # tied weights have one average, and every name gets it
+            # tied weights have one average, which is saved under each of their names
             names.setdefault(id(tensor), name)
         self._pieces, self._averaged = [], set()
         for shard in shards_of(self.engine):
@@ -80,8 +85,8 @@ class StudentEma:
                     continue
                 if shard.flat.numel() < segment.start + segment.count:
                     raise UserError(
-                        f"ema.decay is {self.decay}, but the DeepSpeed config keeps the weights on NVMe, where no average "
-                        "can be taken: offload to the CPU, or set --ema.decay 0."
+                        f"ema.decay is {self.decay}, but the DeepSpeed config keeps the weights on NVMe, where no "
+                        "average can be taken: offload to the CPU, or set --ema.decay 0."
                     )
                 self._pieces.append((name, shard.flat, segment))
         self._buffers = {
@@ -90,53 +95,54 @@ class StudentEma:
             if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         }
 
-    def _sources(self) -> list[torch.Tensor]:
-        """What is averaged, float32: views of the master weights, then the floating-point buffers."""
-        # views are made anew each time: DeepSpeed may give a shard other memory
+    def _live_values(self) -> list[torch.Tensor]:
+        """The tensors to average, float32: views of the master weights, then the floating-point buffers."""
+        # the views are made at each call, because DeepSpeed may move a shard to other memory
         flats = [flat.detach().reshape(-1).narrow(0, part.start, part.count) for _, flat, part in self._pieces]
         return [source.float() for source in (*flats, *self._buffers.values())]
 
     @torch.no_grad()
     def update(self) -> None:
-        """After each optimizer step; nothing where the engine skipped it."""
-        # a rank may hold no part of a small student
+        """Updates the average; call it after each optimizer step. A skipped step changes nothing."""
+        # a rank may hold no segment of a small student
         if not self._averages or not self.engine.was_step_applied():
             return
         if self.started:
-            torch._foreach_lerp_(self._averages, self._sources(), 1.0 - self.decay)
+            torch._foreach_lerp_(self._averages, self._live_values(), 1.0 - self.decay)
         else:
-            torch._foreach_copy_(self._averages, self._sources())
+            torch._foreach_copy_(self._averages, self._live_values())
             self.started = True
 
     @torch.no_grad()
     def state(self) -> dict[str, torch.Tensor]:
-        """The averaged student's whole state-dict on the CPU, timm's names; collective.
+        """The averaged student's whole state dict on the CPU, with timm's names; collective.
 
-        BatchNorm's averaged statistics become their mean over ranks.
+        The averaged statistics of BatchNorm are set to their mean over the ranks.
         """
-        pieces, buffers = self._split()
+        pieces, buffers = self._averages_by_name()
         average_over_ranks(list(buffers.values()))
         state, wholes = {}, {}
         for name, tensor in self.student.state_dict(keep_vars=True).items():
             if id(tensor) not in self._averaged:
                 source = buffers.get(name, tensor)
-                state[name] = gathered(source)
+                state[name] = gather_to_cpu(source)
                 continue
             if id(tensor) not in wholes:
-                wholes[id(tensor)] = self._whole(tensor, pieces.get(name, []))
+                wholes[id(tensor)] = self._gather_average(tensor, pieces.get(name, []))
             state[name] = wholes[id(tensor)].clone()
         return state
 
-    def _split(self) -> tuple[dict[str, list], dict[str, torch.Tensor]]:
-        """The averages by name: (offset, elements) of parameters, and buffers."""
+    def _averages_by_name(self) -> tuple[dict[str, list], dict[str, torch.Tensor]]:
+        """Name -> (offset in the flattened layer, average) of each segment, and name -> average of each buffer."""
         count, pieces = len(self._pieces), {}
         for (name, _, segment), average in zip(self._pieces, self._averages, strict=False):
             pieces.setdefault(name, []).append((segment.offset, average))
         return pieces, dict(zip(self._buffers, self._averages[count:], strict=True))
 
-    def _whole(self, parameter: nn.Parameter, pieces: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    def _gather_average(self, parameter: nn.Parameter, pieces: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """The whole average of one parameter on the CPU, from the pieces of all ranks; collective."""
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        # summed as integers, every element by one rank alone: the very bits, -0.0 included
+        # one rank has each element and the others have 0; a sum of the bits as integers is exact, even for -0.0
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self.engine.device)
         for offset, average in pieces:
             bits[offset : offset + average.numel()] = average.view(torch.int32).to(bits.device)
@@ -146,18 +152,21 @@ class StudentEma:
 
     @torch.no_grad()
     def load(self, weights: Path) -> None:
-        """Takes the average of a checkpoint's file, from any number of ranks and any ZeRO stage; each rank its own part.
+        """Loads this rank's part of a saved average, which any number of ranks wrote at any ZeRO stage.
+
+        Args:
+            weights: The file of the average in a checkpoint.
 
         Raises:
             UserError: There is no such file.
         """
         if not weights.is_file():
             raise UserError(
-                f"{weights.parent} holds no average of the student, and ema.decay is {self.decay}: go on with --ema.decay 0, "
-                "or start a new run from its student.safetensors with --student_weights."
+                f"{weights.parent} holds no average of the student, and ema.decay is {self.decay}: go on with "
+                "--ema.decay 0, or start a new run from its student.safetensors with --student_weights."
             )
-        self._bind()
-        pieces, buffers = self._split()
+        self._locate_student()
+        pieces, buffers = self._averages_by_name()
         with safe_open(weights, "pt") as file:
             for name, parts in pieces.items():
                 saved = file.get_tensor(name).view(-1)

@@ -1,4 +1,4 @@
-"""Runs as the cells of a table: one that is finished is not repeated, one that was cut goes on."""
+"""Runs a training in a process of its own, unless it is finished already; benchmarks fill tables with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,53 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.recipes.command_line import parse_run
 
 
-def finished_run(script: Path, arguments: list[str], threads: int, log: Path) -> dict[str, Any]:
-    """Runs `script`, launch/train.py, to its end, or reads the results of the same run from before.
+def fashion_runner(launch: Path, data: Path, out: Path) -> Callable[..., dict[str, Any]]:
+    """Writes Fashion-MNIST unless it is there already, and returns a function that runs a training on it.
 
     Args:
-        script: launch/train.py.
-        arguments: Of the run; a run that was cut is resumed.
-        threads: Of the process.
-        log: Where its output goes.
+        launch: The folder launch/.
+        data: The folder of the images.
+        out: The folder of the runs.
 
     Returns:
-        What `results.json` holds.
+        A function of a recipe, the name of the run's folder in `out`, a number of threads, and further command line
+        arguments of the run. It returns and raises as `finished_run`.
 
     Raises:
-        UserError: The run failed; its last line is in the message.
+        SystemExit: The images cannot be written; launch/prepare_data.py has printed why.
+    """
+    prepared = subprocess.run([sys.executable, launch / "prepare_data.py", "fashion-mnist", data])
+    if prepared.returncode:
+        raise SystemExit(prepared.returncode)
+
+    def run(recipe: str, name: str, threads: int, *more: str) -> dict[str, Any]:
+        common = ["--data.root", str(data), "--run.dir", str(out / name), "--run.progress", "plain"]
+        arguments = ["--recipe", recipe, *common, *more]
+        return finished_run(launch / "train.py", arguments, threads, out / "logs" / f"{name}.log")
+
+    return run
+
+
+def finished_run(script: Path, arguments: list[str], threads: int, log: Path) -> dict[str, Any]:
+    """The results of a run, which is started, resumed where it was cut, or not repeated where it is finished.
+
+    Args:
+        script: Path of launch/train.py.
+        arguments: Command line arguments of the run.
+        threads: Number of threads of the process (OMP_NUM_THREADS).
+        log: File for the output of the process.
+
+    Returns:
+        The contents of the run's `results.json`.
+
+    Raises:
+        UserError: The run failed; the message has the last line of its output.
     """
     command = [*arguments, "--run.resume", "auto"]
     cfg, _ = parse_run(command)
     run_dir = Path(cfg.run.dir)
     results, config = run_dir / "results.json", run_dir / "config.json"
-    # through JSON, so that tuples compare as the lists that were written
+    # converted through JSON, so that tuples equal the lists in the file
     if (
         results.is_file()
         and config.is_file()

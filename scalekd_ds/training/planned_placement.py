@@ -1,4 +1,4 @@
-"""Which placement of the teacher fits into the GPUs of this run."""
+"""Chooses the placement of the teacher that fits into the GPUs of a run, for `run.teacher_placement auto`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from scalekd_ds.teacher import Teacher
 def planned_placement(
     teacher: Teacher, cfg: RunConfig, config: dict[str, Any], num_classes: int, device: torch.device
 ) -> TeacherPlacement:
-    """The first of replica, sharded and offloaded that fits into this kind of GPU by the memory plan; collective.
+    """The first of replica, sharded and offloaded that fits into the memory of this GPU by the memory plan; collective.
+
+    Rank 0 chooses for all ranks. On CPUs the choice is always a replica.
 
     Args:
-        teacher: Built, in the dtype that it is to have.
+        teacher: The teacher in its final dtype.
         cfg: The run.
-        config: The DeepSpeed JSON of student and projectors, merged.
-        num_classes: Of the data.
-        device: Of this rank.
+        config: The DeepSpeed JSON of student and projectors, merged with the recipe.
+        num_classes: Number of classes of the data.
+        device: Device of this rank.
     """
     if device.type == "cpu":
         return "replica"
@@ -37,7 +39,7 @@ def planned_placement(
 def _first_that_fits(
     teacher: Teacher, cfg: RunConfig, config: dict[str, Any], num_classes: int, total: int
 ) -> TeacherPlacement:
-    # a plan takes seconds to count; what is small beside the GPU needs none
+    # a plan takes seconds, and a teacher that is small beside the GPU's memory needs none
     if 8 * sum(p.nbytes for p in teacher.parameters()) < total:
         return "replica"
     from scalekd_ds.plan.choose import placement_that_fits

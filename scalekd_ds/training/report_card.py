@@ -1,4 +1,4 @@
-"""What the end of a run shows."""
+"""Makes the report that the terminal shows at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from scalekd_ds.watching.terminal.report import ReportCard
 
 
 def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> ReportCard:
-    """What the end of a run shows."""
+    """The report at the end of a run.
+
+    Args:
+        cfg: The run.
+        results: Contents of its `results.json`.
+        num_classes: Number of classes of the data; a published baseline is only shown for the same number.
+    """
     run_dir = Path(cfg.run.dir)
     weights = run_dir / "student.safetensors"
     files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}

@@ -1,4 +1,4 @@
-"""What the training loop holds, and what it counts."""
+"""The state of a run, which the functions of the training loop share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,43 @@ from scalekd_ds.data.mix import Mixer
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.ema import StudentEma
-from scalekd_ds.training.nonfinite import Nonfinite
+from scalekd_ds.training.nonfinite import NonfiniteGuard
 from scalekd_ds.watching.monitor import Monitor
 
 
 @dataclass
 class Run:
-    """Everything that the loop needs, and what it counts."""
+    """Everything that the training loop needs, and its counters.
+
+    Attributes:
+        cfg: Configuration of the run.
+        device: Device of this rank.
+        engine: DeepSpeed engine of student and projectors.
+        monitor: Writer of scalars and pictures.
+        classes: Names of the classes.
+        train_loader: This rank's training batches.
+        val_loader: This rank's validation batches.
+        mixer: Mixup and cutmix, where the run uses them.
+        total_steps: Optimizer steps of the run.
+        steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
+        saver: Writer of checkpoints.
+        heartbeat: Detector of ranks that died or hang.
+        preemption: Receiver of signals that ask the run to stop.
+        nonfinite: Guard against steps with NaN or inf.
+        step: Optimizer steps done.
+        cpu_seconds: Processor time of training on this rank, with that of earlier starts.
+        grad_norm: Norm of the last step's gradients where DeepSpeed reports none.
+        unsharded_student: Copy of the student for evaluation under ZeRO-3.
+        teacher_accuracy: `top1` and `top5` of the teacher in percent, once it is evaluated.
+        accuracy: The same of the student's own weights at the last evaluation.
+        ema: Moving average of the student, where the run keeps one.
+        ema_accuracy: Accuracy of the moving average at the last evaluation.
+        best: `top1` and `step` of the best evaluation so far.
+        seconds_before: Wall-clock seconds of earlier starts of the run.
+        joules_before: Energy of earlier starts in joules.
+        picture_images: Validation images of the pictures, once they are read.
+        logs_pictures: Whether TensorBoard is on, which takes pictures.
+    """
 
     cfg: RunConfig
     device: torch.device
@@ -39,41 +69,42 @@ class Run:
     saver: Saver
     heartbeat: Heartbeat
     preemption: Preemption
-    nonfinite: Nonfinite
+    nonfinite: NonfiniteGuard
     step: int = 0
     cpu_seconds: float = 0.0
     grad_norm: torch.Tensor | None = None
-    replica: nn.Module | None = None
+    unsharded_student: nn.Module | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
     ema: StudentEma | None = None
     ema_accuracy: dict[str, float] | None = None
-    # top1 and step of the best evaluation; wall seconds and joules of earlier starts
     best: dict[str, float] | None = None
     seconds_before: float = 0.0
     joules_before: float = 0.0
-    # validation images for pictures, once they were read
-    shown: torch.Tensor | None = None
-    shows_pictures: bool = False
+    picture_images: torch.Tensor | None = None
+    logs_pictures: bool = False
 
     @property
     def distiller(self) -> ScaleKD:
+        """Student, projectors and losses: the module of the engine."""
         return self.engine.module
 
     @property
     def teacher(self) -> Teacher | None:
+        """The teacher, or None for a run without one."""
         return self.distiller.teacher
 
     @property
-    def ships(self) -> Literal["student", "ema"]:
-        """Which weights student.safetensors gets, and whose accuracy is the run's."""
+    def shipped_weights(self) -> Literal["student", "ema"]:
+        """The weights that student.safetensors gets and whose accuracy is that of the run."""
         return "ema" if self.ema is not None and self.cfg.ema.evaluate else "student"
 
-    def validation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's validation batches; each is a sign of life."""
+    def validation_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's validation batches; each one counts as progress for the heartbeat."""
         for batch in self.val_loader:
             self.heartbeat.progress()
             yield batch
 
     def accuracy_of(self, weights: Literal["student", "ema"]) -> dict[str, float] | None:
+        """Accuracy of the student's own weights or of their average at the last evaluation, None before the first."""
         return self.ema_accuracy if weights == "ema" else self.accuracy

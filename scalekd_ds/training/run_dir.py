@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""Makes the folder of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from scalekd_ds.errors import UserError
 
 
 def make_run_dir(run_dir: Path) -> Path:
-    """Makes the run's folder where it is not there, for its user alone: what a resumed run reads lies in it.
+    """Makes the run's folder where it does not exist, and returns it.
+
+    Only its user may read and write it, because a resumed run trusts the files in it.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: The folder cannot be made.
     """
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One run, put together: data, processes, models, engine, and what watches over them."""
+"""Sets a run up: data, processes, models, engine, checkpoint, and what supervises them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.run_sources import read_sources
 from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine import ds_config
+from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.models.preprocessing import normalisation_of
@@ -30,7 +31,7 @@ from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.build_engine import build_engine
 from scalekd_ds.training.ema import start_ema
-from scalekd_ds.training.nonfinite import Nonfinite, skip_nonfinite
+from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
 from scalekd_ds.training.run_dir import make_run_dir
@@ -38,10 +39,10 @@ from scalekd_ds.watching.monitor import Monitor
 
 
 def build(cfg: RunConfig) -> Run:
-    """Everything up to the first step: data index, processes, models, engine, resume.
+    """Opens the data, joins the processes, builds models and engine, and loads the checkpoint of a run; collective.
 
     Raises:
-        UserError: Whatever the user can have got wrong, before any training.
+        UserError: A setting, the data, the weights, the DeepSpeed JSON or the checkpoint cannot be used.
     """
     check_hostfile()
     ds_json = ds_config.read(cfg.run.ds_config)
@@ -52,6 +53,10 @@ def build(cfg: RunConfig) -> Run:
     device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    if device.type == "cpu" and rank == 0:
+        notice = slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config)
+        if notice is not None:
+            print(notice, flush=True)
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
@@ -61,12 +66,12 @@ def build(cfg: RunConfig) -> Run:
             nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
-    replica = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
+    unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
     skip_nonfinite(engine)
-    # ranks draw different dropout and stochastic depth
+    # each rank has another seed, so that dropout and stochastic depth differ
     seed_everything(cfg.seed + rank)
     state = load_checkpoint(engine, resume_from) if resume_from else {}
     ema = start_ema(engine, cfg.ema.decay, resume_from)
@@ -100,11 +105,11 @@ def build(cfg: RunConfig) -> Run:
         steps_per_epoch,
         Saver(run_dir, cfg.run.keep_last, cfg.run.keep_best, store),
         heartbeat,
-        Preemption(heartbeat.hurry),
-        Nonfinite(distiller, run_dir, cfg.run.max_skipped),
+        Preemption(heartbeat.shorten_timeout),
+        NonfiniteGuard(distiller, run_dir, cfg.run.max_skipped),
         step=step,
         cpu_seconds=state.get("cpu_seconds", 0.0),
-        replica=replica,
+        unsharded_student=unsharded_student,
         teacher_accuracy=state.get("teacher_accuracy"),
         accuracy=state.get("accuracy"),
         ema=ema,
@@ -112,17 +117,17 @@ def build(cfg: RunConfig) -> Run:
         best=state.get("best"),
         seconds_before=state.get("seconds", 0.0),
         joules_before=state.get("joules") or 0.0,
-        shows_pictures=monitors.get("tensorboard", {}).get("enabled", False),
+        logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
 
 
 def prepare_teacher(
     teacher: Teacher, cfg: RunConfig, ds_merged: dict[str, Any], num_classes: int, device: torch.device
 ) -> None:
-    """Lowers, places and compiles the teacher as the run asks; collective."""
+    """Converts the teacher to the compute dtype, places it and compiles it, as the run asks; collective."""
     dtype = ds_config.autocast_dtype(ds_merged)
     if dtype is not None:
-        teacher.lower(dtype)
+        teacher.lower_precision(dtype)
     placement = cfg.run.teacher_placement
     if placement == "auto":
         placement = planned_placement(teacher, cfg, ds_merged, num_classes, device)

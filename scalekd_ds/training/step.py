@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""One optimizer step of a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from scalekd_ds.training.run import Run
 
 
 def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
-    """One optimizer step; returns the mean losses of its micro batches, still on the device."""
-    part = run.distiller.part
+    """Makes one optimizer step; collective.
+
+    Args:
+        run: The run.
+        batches: Iterator of micro batches: images (B, 3, H, W), and labels (B,).
+
+    Returns:
+        The mean of each loss over the micro batches, still on the device.
+
+    Raises:
+        UserError: The gradients were not finite in too many steps in a row.
+    """
+    part = run.distiller.time_part
     sums: dict[str, torch.Tensor] = {}
     accumulation = run.engine.gradient_accumulation_steps()
     for micro in range(accumulation):
@@ -30,9 +41,9 @@ def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
         with part("backward"):
             run.engine.backward(losses["loss/total"])
         if run.engine.is_gradient_accumulation_boundary():
-            run.grad_norm = own_grad_norm(run.engine)
-            # the last checkpoint's copies are of the weights before this update
-            run.saver.copied()
+            run.grad_norm = unsharded_grad_norm(run.engine)
+            # a checkpoint copies the weights as they are before this update
+            run.saver.wait_copied()
         with part("optimizer"):
             run.engine.step()
         for name, loss in losses.items():
@@ -41,12 +52,12 @@ def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
         with part("optimizer"):
             run.ema.update()
     means = {name: loss / accumulation for name, loss in sums.items()}
-    run.nonfinite.step_done(run.engine.was_step_applied(), lambda: report_of(run, images, means))
+    run.nonfinite.step_done(run.engine.was_step_applied(), lambda: nonfinite_report(run, images, means))
     return means
 
 
-def report_of(run: Run, images: torch.Tensor, losses: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What is known of a step that was skipped: this rank's samples, and statistics of its tensors."""
+def nonfinite_report(run: Run, images: torch.Tensor, losses: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Reports on a skipped step: the samples of this rank, and statistics of its tensors."""
     sampler = run.train_loader.sampler
     micro_batches = [sampler.indices(run.step, micro)[0].tolist() for micro in range(sampler.accumulation)]
     masters = [(f"weights {number}", shard.flat) for number, shard in enumerate(shards_of(run.engine))]
@@ -58,8 +69,8 @@ def report_of(run: Run, images: torch.Tensor, losses: dict[str, torch.Tensor]) -
     }
 
 
-def own_grad_norm(engine: Any) -> torch.Tensor | None:
-    """Norm of the averaged gradients, before they are clipped, where DeepSpeed reports none: without ZeRO."""
+def unsharded_grad_norm(engine: Any) -> torch.Tensor | None:
+    """The norm of the averaged gradients before clipping, without ZeRO; None with ZeRO, where DeepSpeed reports it."""
     if engine.zero_optimization_stage() > 0:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,4 +1,4 @@
-"""The JSON card beside plain weights: everything needed to use them without this project."""
+"""The JSON card beside plain weights, which tells all that is needed to use them without this project."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.models.build import constructor_kwargs, origin_of
+from scalekd_ds.models.build import architecture_and_kwargs, constructor_kwargs
 from scalekd_ds.models.preprocessing import normalisation_of
 
 CARD_VERSION = 1
@@ -21,14 +21,21 @@ def student_card(
     teacher_accuracy: dict[str, float] | None,
     weights: Literal["student", "ema"] = "student",
 ) -> dict[str, Any]:
-    """What the weights are: `timm.create_model(architecture, num_classes=..., **model_kwargs)` takes them strictly.
+    """Describes weights that `timm.create_model(architecture, num_classes=..., **model_kwargs)` loads strictly.
 
-    `weights` says whether they are the student's own or its moving average, and `accuracy` is theirs.
+    Args:
+        cfg: The run.
+        distiller: Module with the student.
+        classes: Names of the classes.
+        step: Optimizer steps of the weights.
+        accuracy: `top1` and `top5` of these weights in percent, or None.
+        teacher_accuracy: The same of the teacher, or None.
+        weights: Whether they are the student's own weights or their moving average.
     """
     mean, std = normalisation_of(distiller.student)
     return {
         "version": CARD_VERSION,
-        "architecture": origin_of(cfg.student)[0],
+        "architecture": architecture_and_kwargs(cfg.student)[0],
         "model_kwargs": constructor_kwargs(cfg.student, cfg.student_kwargs, cfg.data.image_size),
         "num_classes": len(classes),
         "classes": classes,

@@ -1,4 +1,4 @@
-"""The training loop: steps, scalars, evaluation, checkpoints, and a clean end, whatever ends it."""
+"""The training loop: steps, scalars, evaluations, checkpoints, and a clean end of every kind."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from scalekd_ds.training.student_card import student_card
 from scalekd_ds.training.validation import validate
 from scalekd_ds.training.watch import Watch
 from scalekd_ds.watching.provenance import hyperparameters, summary
-from scalekd_ds.watching.terminal import Quiet, reporter_for
+from scalekd_ds.watching.terminal import Reporter, reporter_for
 from scalekd_ds.watching.terminal.json_lines import claim_stdout
 
 
-def save(run: Run, watch: Watch) -> Path:
-    """Begins a checkpoint of this step; collective."""
+def begin_checkpoint(run: Run, watch: Watch) -> Path:
+    """Begins a checkpoint of the current step, and returns its folder; collective."""
     state = {
         "step": run.step,
         "samples": run.step * run.cfg.global_batch_size,
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
         "cpu_seconds": run.cpu_seconds,
-        # of what the run ships: by it the best checkpoints are kept
-        "top1": (run.accuracy_of(run.ships) or {}).get("top1"),
+        # the accuracy of the weights that the run ships, by which the best checkpoints are kept
+        "top1": (run.accuracy_of(run.shipped_weights) or {}).get("top1"),
         "accuracy": run.accuracy,
         "ema_accuracy": run.ema_accuracy,
         "teacher_accuracy": run.teacher_accuracy,
@@ -49,19 +49,22 @@ def save(run: Run, watch: Watch) -> Path:
 
 
 def card_of(run: Run, weights: Literal["student", "ema"]) -> dict[str, Any]:
-    """The card beside the student's own weights, or beside their average."""
+    """The card of the student's own weights or of their average."""
     accuracy = run.accuracy_of(weights)
     return student_card(run.cfg, run.distiller, run.classes, run.step, accuracy, run.teacher_accuracy, weights)
 
 
 def train(cfg: RunConfig) -> dict[str, Any]:
-    """Runs `cfg` to its end, to `run.stop_after`, or to a signal that asks it to stop.
+    """Trains to the end of the run, to `run.stop_after`, or until a signal asks it to stop; collective.
+
+    Args:
+        cfg: The run.
 
     Returns:
-        What `results.json` holds; after a signal only `step`, `total_steps` and `stopped_by`.
+        The contents of `results.json`; after a signal only `step`, `total_steps` and `stopped_by`.
 
     Raises:
-        UserError: While training: what the user can mend.
+        UserError: The user has to change something: a setting, the data, or the disk.
         RankLostError: Another rank failed, died, or cannot be reached.
     """
     if cfg.run.progress == "json":
@@ -79,7 +82,7 @@ def train(cfg: RunConfig) -> dict[str, Any]:
             run.saver.finish()
         except UserError:
             raise
-        # a collective whose peer has gone fails with an error of the transport, which names no rank
+        # a collective with a lost rank fails with an error of the transport, which does not name the rank
         except RuntimeError as error:
             run.heartbeat.raise_if_lost(error)
             raise
@@ -89,8 +92,8 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _loop(run: Run, reporter: Quiet, watch: Watch, last: int) -> bool:
-    """Trains to step `last`; False where a signal ended it before, with the checkpoint of that step begun."""
+def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
+    """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
     cfg = run.cfg.run
     eval_steps = round(cfg.eval_every * run.steps_per_epoch)
     batches = iter(run.train_loader)
@@ -118,7 +121,7 @@ def _loop(run: Run, reporter: Quiet, watch: Watch, last: int) -> bool:
         if evaluating:
             validate(run, reporter)
         if saving:
-            save(run, watch)
+            begin_checkpoint(run, watch)
         if stopping:
             return False
         run.heartbeat.progress(run.step)
@@ -127,24 +130,26 @@ def _loop(run: Run, reporter: Quiet, watch: Watch, last: int) -> bool:
     return True
 
 
-def _stop(run: Run, reporter: Quiet) -> dict[str, Any]:
-    """After a signal: the checkpoint is finished, and the user told how to go on."""
+def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
+    """Ends a run after a signal: waits for the checkpoint, and tells the user how to resume."""
     run.saver.finish()
     reporter.line(
-        f"stopped at step {run.step} of {run.total_steps}, as a signal asked ({run.preemption.signal or 'on another rank'}); "
-        f"the same command with --run.resume auto goes on from it in {run.cfg.run.dir}"
+        f"stopped at step {run.step} of {run.total_steps}, as a signal asked "
+        f"({run.preemption.signal or 'on another rank'}); the same command with --run.resume auto goes on "
+        f"from it in {run.cfg.run.dir}"
     )
     return {"step": run.step, "total_steps": run.total_steps, "stopped_by": run.preemption.signal}
 
 
-def _finish(run: Run, reporter: Quiet, watch: Watch) -> dict[str, Any]:
+def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
+    """Ends a complete run: writes weights, card and results, and shows the report; collective."""
     run_dir = Path(run.cfg.run.dir)
-    weights = run.ema.state() if run.ships == "ema" else student_state(run.distiller)
-    shipped = run.accuracy_of(run.ships)
+    weights = run.ema.state() if run.shipped_weights == "ema" else student_state(run.distiller)
+    shipped = run.accuracy_of(run.shipped_weights)
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
-        "weights": run.ships,
+        "weights": run.shipped_weights,
         "top1": shipped["top1"],
         "top5": shipped["top5"],
         "best": run.best,
@@ -157,7 +162,7 @@ def _finish(run: Run, reporter: Quiet, watch: Watch) -> dict[str, Any]:
         "world_size": dist.get_world_size(),
     }
     if dist.get_rank() == 0:
-        write_student(run_dir / "student.safetensors", weights, card_of(run, run.ships))
+        write_student(run_dir / "student.safetensors", weights, card_of(run, run.shipped_weights))
         write_json(run_dir / "results.json", results)
         run.monitor.end()
         reporter.card(report_card(run.cfg, results, len(run.classes)))

@@ -1,4 +1,4 @@
-"""Accuracy and pictures at each evaluation of a run."""
+"""Evaluations during a run: accuracies and pictures."""
 
 from __future__ import annotations
 
@@ -10,55 +10,58 @@ from torch import nn
 from scalekd_ds.engine.gather import student_state, synchronise_buffers
 from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
 from scalekd_ds.training.run import Run
-from scalekd_ds.watching.run_pictures import draw, images_to_show
-from scalekd_ds.watching.terminal import Quiet
+from scalekd_ds.watching.run_pictures import draw_run_pictures, images_to_show
+from scalekd_ds.watching.terminal import Reporter
 
 
 def student_to_evaluate(run: Run) -> nn.Module:
-    """The student with the weights that are saved and shipped; collective.
+    """The student with exactly the weights that a checkpoint saves; collective.
 
-    Under ZeRO-3 with autocast DeepSpeed gathers weights in bf16 for each forward pass: an unsharded copy gets the
-    float32 ones, so that what is measured is what is consolidated.
+    Under ZeRO-3 with autocast DeepSpeed gathers the weights in bf16 for each forward pass. An unsharded copy then gets
+    the float32 weights, so that the accuracy is that of the saved weights.
     """
-    if run.replica is None:
+    if run.unsharded_student is None:
         return run.distiller.student
-    run.replica.load_state_dict(student_state(run.distiller))
-    return run.replica
+    run.unsharded_student.load_state_dict(student_state(run.distiller))
+    return run.unsharded_student
 
 
 def averaged_student(run: Run) -> nn.Module:
     """An unsharded student that holds the moving average; collective.
 
-    Below ZeRO-3 it lives for this evaluation alone, so that training has the memory of a whole copy.
+    Below ZeRO-3 it is a copy that exists only during the evaluation, to leave its memory to training.
     """
-    student = copy.deepcopy(run.distiller.student) if run.replica is None else run.replica
+    student = copy.deepcopy(run.distiller.student) if run.unsharded_student is None else run.unsharded_student
     student.load_state_dict(run.ema.state())
     return student
 
 
-def validate(run: Run, reporter: Quiet) -> None:
-    """Top-1 and top-5 of the student and its average, and once of the teacher, and pictures; collective."""
+def validate(run: Run, reporter: Reporter) -> None:
+    """Measures top-1 and top-5 of the student and its average, and once of the teacher, and draws pictures; collective.
+
+    The accuracies are stored in `run`, logged to the monitors and shown by `reporter`.
+    """
     synchronise_buffers(run.distiller)
     student = student_to_evaluate(run)
-    run.accuracy = evaluate_module(student, run.validation(), run.device)
-    if run.cfg.run.pictures and run.shows_pictures:
-        if run.shown is None:
-            run.shown = images_to_show(run.val_loader, run.cfg.run.pictures, run.device)
-        pictures = draw(run.distiller, student, run.shown)
+    run.accuracy = evaluate_module(student, run.validation_batches(), run.device)
+    if run.cfg.run.pictures and run.logs_pictures:
+        if run.picture_images is None:
+            run.picture_images = images_to_show(run.val_loader, run.cfg.run.pictures, run.device)
+        pictures = draw_run_pictures(run.distiller, student, run.picture_images)
         run.heartbeat.progress()
         if dist.get_rank() == 0:
             run.monitor.pictures(run.step, pictures)
     teacher = run.teacher
     if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
         run.teacher_accuracy = evaluate(
-            lambda images: run.distiller.teacher_targets(images).logits, run.validation(), run.device
+            lambda images: run.distiller.teacher_targets(images).logits, run.validation_batches(), run.device
         )
     if run.ema is not None:
-        run.ema_accuracy = evaluate_module(averaged_student(run), run.validation(), run.device)
-    top1 = run.accuracy_of(run.ships)["top1"]
+        run.ema_accuracy = evaluate_module(averaged_student(run), run.validation_batches(), run.device)
+    top1 = run.accuracy_of(run.shipped_weights)["top1"]
     if run.best is None or top1 > run.best["top1"]:
         run.best = {"top1": top1, "step": run.step}
-    # as TensorBoard and as the table name them
+    # (prefix in TensorBoard, name in the table, accuracy)
     found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
     found.append(("teacher_", "teacher", run.teacher_accuracy))
     found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]

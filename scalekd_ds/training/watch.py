@@ -1,4 +1,4 @@
-"""Measures the steps between two logged ones, and makes the scalars of a logged one."""
+"""Measures the steps of a run, and makes the scalars of a logged step."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from scalekd_ds.watching.timing import PARTS, StepTimer
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One all-reduce and one host sync; a NaN on any rank is a NaN on every rank."""
+    """The mean of each scalar over the ranks, with one all-reduce and one host sync; collective.
+
+    A NaN on any rank is a NaN on every rank.
+    """
     means = torch.stack([value.float() for value in values.values()]) / dist.get_world_size()
     dist.all_reduce(means)
     return dict(zip(values, means.tolist(), strict=True))
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
-    """Collective."""
+    """The sum of a number over the ranks; collective."""
     total = torch.tensor(float(value), device=device)
     dist.all_reduce(total)
     return total.item()
 
 
 class Watch:
-    """Around training, as a context manager; outside of it the distiller and `deepspeed.comm` are as they were.
+    """Times training and counts its energy; a context manager around the training loop.
 
-    Steps that are not logged cost the clock's readings, or events on a GPU, and no waiting.
+    On entry it instruments the distiller and `deepspeed.comm`, and on exit it restores them. A step that is not logged
+    costs readings of the clock, or events on a GPU, and never a wait for the device.
 
     Args:
         run: The run.
@@ -57,29 +61,33 @@ class Watch:
             self.peak_flops = tflops * 1e12 * dist.get_world_size() if self._flop else None
 
     def __enter__(self) -> Watch:
-        self.run.distiller.part = self.timer.part
+        self.run.distiller.time_part = self.timer.part
         self._communication.__enter__()
         self.reset()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._communication.__exit__(*error)
-        self.run.distiller.part, self.run.distiller.on_logits = untimed, None
+        self.run.distiller.time_part, self.run.distiller.on_logits = untimed, None
 
     def reset(self) -> None:
-        """What was done since the last step was not training."""
+        """Begins a new measurement; the time since the last step, such as that of an evaluation, does not count."""
         self.timer.reset()
         self._logged = self.run.step
 
     def expect(self, logged: bool) -> None:
-        """Before a step: whether `scalars` will be asked for after it."""
+        """Call it before a step; `logged` says whether `scalars` will be called after it."""
         self.run.distiller.on_logits = self._keep if logged else None
 
     def _keep(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
         self._logits = student_logits.detach(), teacher_logits
 
     def scalars(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Everything that TensorBoard gets at a logged step; collective. `losses` are means over the micro batches."""
+        """All scalars of a logged step by their names in TensorBoard; collective.
+
+        Args:
+            losses: Losses of this rank, means over the micro batches.
+        """
         run = self.run
         agreement = logit_agreement(*self._logits) if self._logits is not None else {}
         self._logits = None
@@ -99,7 +107,7 @@ class Watch:
         return scalars | self._system()
 
     def _system(self) -> dict[str, float]:
-        """This rank's step anatomy, speed and memory."""
+        """Speed, memory, and shares of the time of a step by part, of this rank since the last logged step."""
         steps = self.run.step - self._logged
         self._logged = self.run.step
         wall, shares = self.timer.read()
@@ -113,7 +121,7 @@ class Watch:
         for name in PARTS:
             if name in shares:
                 found[f"system/share_{name}"] = shares[name]
-        # a GPU works on while the host waits for data
+        # the shares of a GPU may sum to over 1, because it computes while the host waits for data
         found["system/share_other"] = max(0.0, 1.0 - sum(shares.get(name, 0.0) for name in PARTS))
         found["system/share_communication"] = shares.get("communication", 0.0)
         found["data/wait_s"] = shares.get("data_wait", 0.0) * wall / steps
@@ -122,11 +130,11 @@ class Watch:
         return found | memory(self.run.device)
 
     def seconds(self) -> float:
-        """Of the run so far, with those of earlier starts."""
+        """Wall-clock seconds of the run so far, with those of earlier starts."""
         return self.run.seconds_before + time.perf_counter() - self.started
 
     def joules(self) -> float | None:
-        """Of all ranks, with those of earlier starts; None where no rank can read any. Collective."""
+        """Energy of all ranks in joules, with that of earlier starts; None where no rank can measure it. Collective."""
         own = self.energy.update()
         total, known = (sum_over_ranks(v, self.run.device) for v in (own or 0.0, float(own is not None)))
         return total + self.run.joules_before if known else None

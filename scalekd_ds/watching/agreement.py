@@ -1,4 +1,4 @@
-"""How far student and teacher agree on a training batch, from what the step has computed anyway."""
+"""How far student and teacher agree on a training batch, from logits and losses that the step has computed anyway."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def logit_agreement(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Scalars on the device: `teacher/agreement_top1`, the share of images in percent on which both have the same class
-    first, and `teacher/kl`, KL(teacher || student) at temperature 1 in nats, the mean over images.
+    """Agreement of the logits, as scalars on the device.
 
     Args:
         student_logits: (B, K).
         teacher_logits: (B, K).
+
+    Returns:
+        `teacher/agreement_top1`: Percent of the images for which both predict the same class.
+        `teacher/kl`: KL(teacher || student) at temperature 1 in nats, the mean over images.
     """
     log_student, log_teacher = (logits.detach().float().log_softmax(-1) for logits in (student_logits, teacher_logits))
     same = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
@@ -26,16 +29,23 @@ def logit_agreement(student_logits: torch.Tensor, teacher_logits: torch.Tensor) 
 
 
 def cosines(losses: dict[str, float], distiller: ScaleKD) -> dict[str, float]:
-    """`teacher/cosine_VIEW_STAGE`, the mean cosine of a projected token and the teacher's, from the loss terms.
+    """Mean cosine similarity of projected tokens and the teacher's tokens, computed from the loss terms.
 
-    A term is weight * 2 / B * the sum of (1 - cosine) over B images of P tokens, so that the cosine is
-    1 - term / (2 * weight * P), but for tokens of zeros, whose loss is half of that of a cosine of 0.
+    A loss term is weight * 2 / B * the sum of (1 - cosine) over B images of P tokens, so the mean cosine is
+    1 - term / (2 * weight * P). Tokens of zeros are the exception: their loss is half of that of a cosine of 0.
+
+    Args:
+        losses: `loss/VIEW_STAGE` of every view and stage that has a weight.
+        distiller: Has the weights and the teacher's grid.
+
+    Returns:
+        `teacher/cosine_VIEW_STAGE` for each of them.
     """
     found = {}
     for name, weight in distiller.feature_weights.items():
         stage = name.rsplit("_", 1)[1]
-        own_target = stage == "s3" and not distiller.tpp
-        place = distiller.teacher.last_input if own_target else distiller.teacher.last_output
-        count = place.grid[0] * place.grid[1]
-        found[f"teacher/cosine_{name}"] = 1.0 - losses[f"loss/{name}"] / (2.0 * weight * count)
+        before_last_stage = stage == "s3" and not distiller.tpp
+        target = distiller.teacher.last_input if before_last_stage else distiller.teacher.last_output
+        num_tokens = target.grid[0] * target.grid[1]
+        found[f"teacher/cosine_{name}"] = 1.0 - losses[f"loss/{name}"] / (2.0 * weight * num_tokens)
     return found

@@ -1,4 +1,4 @@
-"""Time of a step's collectives, as DeepSpeed and we call them through `deepspeed.comm`."""
+"""Times the collectives of a step, those of DeepSpeed and those of this library, which all go through `deepspeed.comm`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLLECTIVES = (
 
 
 class _TimedHandle:
-    """An asynchronous collective: what counts is the time that its `wait` takes."""
+    """Handle of an asynchronous collective that also times its `wait`."""
 
     def __init__(self, handle: Any, part: Callable[[str], AbstractContextManager]) -> None:
         self._handle, self._part = handle, part
@@ -39,26 +39,26 @@ class _TimedHandle:
 
 
 class CommunicationTime:
-    """Adds the collectives of `deepspeed.comm`'s backend to a timer's part `communication`; a context manager.
+    """Context manager that times the collectives of `deepspeed.comm`'s backend as the part `communication`.
 
-    On a CPU a call counts from its begin to its end, waiting for slower ranks included. On a GPU it is the time between
-    two events on the stream that it was called from: all of it where a rank waits for the result, and where gradients are
-    reduced beside the backward pass on a stream of their own, the time that this takes there. Either way it is a part of
-    backward, optimizer and, with ZeRO-3, of the forward passes, and not beside them.
+    On a CPU the time of a call includes waiting for slower ranks. On a GPU it is the time between two events on the stream
+    of the call: the whole collective if the stream waits for it, and for gradients that are reduced beside the backward pass
+    on a stream of their own, the time on that stream. The time is also contained in the parts `backward`, `optimizer` and,
+    with ZeRO-3, in those of the forward passes.
 
     Args:
-        part: `StepTimer.part`.
+        part: `StepTimer.part`, which times a named part.
     """
 
     def __init__(self, part: Callable[[str], AbstractContextManager]) -> None:
-        self._part, self._inside = part, False
+        self._part, self._in_collective = part, False
 
     def __enter__(self) -> CommunicationTime:
         self._backend = comm.cdb
         for name in _COLLECTIVES:
             call = getattr(self._backend, name, None)
             if call is not None:
-                # on the object, in front of the class's own method
+                # an attribute of the object hides the method of its class
                 setattr(self._backend, name, self._timed(call))
         return self
 
@@ -69,15 +69,15 @@ class CommunicationTime:
     def _timed(self, call: Callable) -> Callable:
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            # a coalesced collective may call another one
-            if self._inside:
+            # a collective that is called by another one is timed with it
+            if self._in_collective:
                 return call(*args, **kwargs)
-            self._inside = True
+            self._in_collective = True
             try:
                 with self._part("communication"):
                     handle = call(*args, **kwargs)
             finally:
-                self._inside = False
+                self._in_collective = False
             return _TimedHandle(handle, self._part) if hasattr(handle, "wait") else handle
 
         return timed

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: what a step must compute, over what the device could have computed meanwhile."""
+"""Model FLOP utilisation: the FLOP of a step over those that the device could have computed in the same time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from scalekd_ds.config import RunConfig
 from scalekd_ds.rng import rng_state, set_rng_state
 
-# dense bf16 matrix products, 10^12 FLOP/s, from the vendor's data sheets; the first name that a device's begins with
+# start of a GPU's name -> 10^12 FLOP/s of dense bf16 matrix products, from the vendor's data sheets; the longest match counts
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
     "NVIDIA GH200": 989.0,
@@ -28,29 +28,42 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(name: str) -> float | None:
-    """Of a GPU by the name that its driver gives; None where it is unknown. V100's is fp16's: it has no bf16."""
-    found = [known for known in PEAK_TFLOPS if name.startswith(known)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    """Peak of a GPU in 10^12 FLOP/s, or None if the GPU is not known.
+
+    Args:
+        name: The name that the driver gives the GPU. For the V100, which has no bf16, the peak is that of fp16.
+    """
+    matches = [known for known in PEAK_TFLOPS if name.startswith(known)]
+    return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def device_tflops(cfg: RunConfig, device: torch.device) -> float | None:
-    """`run.peak_tflops`, or the device's own; None on CPUs, of which no table could know what they reach."""
+    """`run.peak_tflops` if it is set, else the peak of the GPU in 10^12 FLOP/s; None for CPUs and unknown GPUs."""
     if cfg.run.peak_tflops is not None:
         return cfg.run.peak_tflops
     return peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def flop_per_image(cfg: RunConfig, num_classes: int, micro_batch: int, autocast: torch.dtype | None) -> float | None:
-    """FLOP of one image's part in a step, teacher, forward and backward passes: as PyTorch counts them, on tensors without
-    storage. None for models that cannot be built so."""
+    """FLOP of a step for each image: teacher, forward and backward passes, as PyTorch counts them on fake tensors.
+
+    Args:
+        cfg: The run.
+        num_classes: Classes of its data.
+        micro_batch: Images in a micro batch.
+        autocast: The dtype of autocast, or None for float32.
+
+    Returns:
+        FLOP, or None if the models cannot run on fake tensors.
+    """
     from scalekd_ds.plan.measure import step_flop
 
-    # building models draws numbers, and seeds: whether somebody watches must not change the training
-    generators = rng_state()
+    # building models draws random numbers, and watching a run must not change its training
+    saved_rng_state = rng_state()
     try:
         return step_flop(cfg, num_classes, micro_batch, autocast) / micro_batch
-    # whatever a model does that tensors without storage cannot: no reason to end a run
+    # a model may do anything that fake tensors do not support, and that must not end the run
     except Exception:
         return None
     finally:
-        set_rng_state(generators)
+        set_rng_state(saved_rng_state)

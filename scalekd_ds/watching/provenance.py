@@ -1,4 +1,4 @@
-"""Where a run comes from, for whoever looks at it later: command, commit, configuration, pairing."""
+"""Records what a run was made from: its command, commit, configuration and pairing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch
 
 from scalekd_ds.config import RunConfig
 
-_SPEED = {f"data.{name}" for name in "threads prefetch keep_mb hw_decoder_load largest_image eval_batch_size".split()}
+# fields that change the speed of a run and not its results
+_SPEED_FIELDS = {
+    f"data.{name}" for name in "threads prefetch keep_mb hw_decoder_load largest_image eval_batch_size".split()
+}
 
 
 def git_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Hash of the checkout that holds `folder`, with `, changed` where tracked files differ; None outside a checkout."""
+    """Commit of the git checkout that holds `folder`, with `, changed` if tracked files differ; None outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -33,7 +36,7 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # an installed copy may lie, untracked, in a checkout of something else
+    # an installed copy of this file may lie, untracked, in the checkout of another project
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
@@ -41,13 +44,20 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def command_line() -> str:
-    """This process's, as a shell would take it, a flag a line."""
+    """The command line of this process, quoted for a shell, with each flag on a line of its own."""
     words = [Path(sys.executable).name, *sys.argv]
     return "".join((" \\\n    " if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip()
 
 
 def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device) -> str:
-    """Markdown: command, commit, versions, pairing table and the whole configuration."""
+    """The run's summary in Markdown: command, commit, versions, pairing and the whole configuration.
+
+    Args:
+        cfg: The run.
+        pairing: The table of the pairing, as plain text.
+        world_size: Number of ranks.
+        device: The device of this rank.
+    """
     import deepspeed
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -69,8 +79,10 @@ def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device)
 
 
 def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
-    """The science of a run as flat `group.field` values, for TensorBoard's table of runs; what changes speed alone is left
-    out."""
+    """A run's hyperparameters as flat `group.field` values, for TensorBoard's table of runs.
+
+    The fields of `run` and those that change the speed alone are left out.
+    """
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found = {}
@@ -82,4 +94,4 @@ def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
         return found
 
     values = flat({key: value for key, value in cfg.as_dict().items() if key != "run"})
-    return {name: value for name, value in values.items() if name not in _SPEED}
+    return {name: value for name, value in values.items() if name not in _SPEED_FIELDS}

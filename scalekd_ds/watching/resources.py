@@ -1,8 +1,9 @@
-"""Memory and energy, where the machine tells."""
+"""Memory and energy that a run uses, as far as the machine reports them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,8 +14,16 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """`system/host_rss_gib` of this process and, on a GPU, what its allocator holds: `system/gpu_peak_gib` since the last
-    call, and `system/gpu_reserved_gib`, with what it keeps for reuse."""
+    """Memory of this process in GiB, since the last call.
+
+    Args:
+        device: The device of this rank.
+
+    Returns:
+        `system/host_rss_gib`: Resident host memory now.
+        `system/gpu_peak_gib`: On a GPU, the largest memory of its tensors.
+        `system/gpu_reserved_gib`: On a GPU, the largest memory of its allocator, with what that keeps for reuse.
+    """
     found = {"system/host_rss_gib": psutil.Process().memory_info().rss / _GIB}
     if device.type == "cuda":
         found["system/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
@@ -24,28 +33,36 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 class Energy:
-    """Joules that this rank's hardware has used since this was made: its GPU (NVML), or its node's CPUs (RAPL) where it is
-    the first rank there. `joules` is None where nothing can be read.
+    """Energy that this rank's hardware has used since this object was made.
+
+    On a GPU it is that of the GPU (read by NVML). On a CPU the first rank of each node counts all CPUs of the node (read by
+    RAPL), and other ranks count nothing.
 
     Args:
-        device: Of this rank.
+        device: The device of this rank.
         powercap: The kernel's folder of RAPL counters.
+
+    Attributes:
+        joules: The energy, or None if no counter can be read.
     """
 
     def __init__(self, device: torch.device, powercap: Path = _POWERCAP) -> None:
-        self._gpu = _nvml(device) if device.type == "cuda" else None
+        self._gpu_millijoules = _nvml_counter(device) if device.type == "cuda" else None
         self._packages: list[tuple[Path, int]] = []
         if device.type == "cpu" and os.environ.get("LOCAL_RANK", "0") == "0":
-            # intel-rapl:0 is a socket; intel-rapl:0:1 is a part of it
+            # intel-rapl:0 is a socket, whose counter includes its parts, such as intel-rapl:0:1
             for folder in sorted(powercap.glob("intel-rapl:*")):
                 limit = folder / "max_energy_range_uj"
-                if folder.name.count(":") == 1 and _number(folder / "energy_uj") is not None:
-                    self._packages.append((folder / "energy_uj", _number(limit) or 0))
+                if folder.name.count(":") == 1 and _read_number(folder / "energy_uj") is not None:
+                    self._packages.append((folder / "energy_uj", _read_number(limit) or 0))
         self._last = self._read()
         self.joules: float | None = 0.0 if self._last else None
 
     def update(self) -> float | None:
-        """Adds what was used since the last call. A CPU's counter turns over: within the hour at full load."""
+        """Adds the energy since the last call, and returns `joules`.
+
+        A CPU's counter may wrap at most once in between, which takes about an hour at full load.
+        """
         now = self._read()
         if self.joules is not None and len(now) == len(self._last):
             for (value, size), (before, _) in zip(now, self._last, strict=True):
@@ -54,29 +71,29 @@ class Energy:
         return self.joules
 
     def _read(self) -> list[tuple[int, int]]:
-        """(microjoules, size of the counter) of each source."""
-        if self._gpu is not None:
-            return [(self._gpu() * 1000, 0)]
-        values = [(_number(path), size) for path, size in self._packages]
+        """(microjoules, value at which the counter wraps) of each counter."""
+        if self._gpu_millijoules is not None:
+            return [(self._gpu_millijoules() * 1000, 0)]
+        values = [(_read_number(path), size) for path, size in self._packages]
         return [(value, size) for value, size in values if value is not None]
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def _nvml(device: torch.device):
-    """A function that reads the GPU's millijoules since its driver was loaded, or None."""
+def _nvml_counter(device: torch.device) -> Callable[[], int] | None:
+    """A function that reads the GPU's millijoules since its driver was loaded, or None if they cannot be read."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    # without the library, the driver, or a GPU that counts (Volta and later do)
+    # there is no pynvml, no driver, or a GPU before Volta, which has no counter
     except Exception:
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)

@@ -1,4 +1,4 @@
-"""The pictures of a run at each evaluation: the same few validation images, seen by student and teacher."""
+"""Draws the pictures of a run at each evaluation: maps, spectra and attention of student and teacher on a few images."""
 
 from __future__ import annotations
 
@@ -10,46 +10,58 @@ from torch import nn
 
 from scalekd_ds.data import EvalLoader
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.engine.gather import gathered
+from scalekd_ds.engine.gather import gather_to_cpu
 from scalekd_ds.inspection.pictures import (
     attention_maps,
     attention_pictures,
     default_queries,
     enlarge,
-    map_of,
-    mark,
-    own_weights,
+    mark_cell,
     pca_colours,
-    sheet,
     spectrum,
     spectrum_pictures,
+    tile,
+    tokens_to_map,
     unnormalise,
+    unsharded_copy,
 )
 from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student
 
-# pixels of a picture's shorter side, so that the cells of a 4x4 map can be seen
+# least pixels of a picture's shorter side, so that the cells of a 4x4 map can be seen
 _SIDE = 160
+# query tokens whose attention is shown
 QUERIES = 4
 
 
 def images_to_show(loader: EvalLoader, count: int, device: torch.device) -> torch.Tensor:
-    """(B, 3, S, S) validation images, normalised, spread evenly over the set and so over its classes; the same on all
-    ranks."""
+    """Validation images for the pictures, spread evenly over the data set and so over its classes.
+
+    Args:
+        loader: The validation loader.
+        count: Number of images.
+        device: Where the images go.
+
+    Returns:
+        (B, 3, S, S), normalised; the same images on all ranks.
+    """
     chosen = np.unique(np.linspace(0, len(loader.source) - 1, count).astype(np.int64))
-    # one thread on the CPU: a decoder on the GPU would reserve memory for the largest image
+    # decoded by one thread on the CPU, since a decoder on the GPU would reserve memory for the largest image
     cfg, cpu = replace(loader.cfg, threads=1, prefetch=1), torch.device("cpu")
-    small = EvalLoader(loader.source.select(chosen), cfg, len(chosen), 0, 1, cpu, loader.mean, loader.std)
-    batches = iter(small)
+    picture_loader = EvalLoader(loader.source.select(chosen), cfg, len(chosen), 0, 1, cpu, loader.mean, loader.std)
+    batches = iter(picture_loader)
     images, _ = next(batches)
-    small.close()
+    picture_loader.close()
     return images.to(device)
 
 
 def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjector] | None:
-    """Stage and projector whose attention is shown: the first that has queries of its own; None for linear ones."""
+    """The projector whose attention is shown, with its stage: the first that has a learned query and no windows.
+
+    None if there is no such projector, as with linear ones.
+    """
     for stage, pair in distiller.projectors.items():
         if isinstance(pair, ProjectorPair):
             for view in pair.views:
@@ -59,39 +71,50 @@ def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjecto
 
 
 @torch.no_grad()
-def draw(distiller: ScaleKD, student: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pictures (3, H, W) by their names in TensorBoard: `pictures/maps`, `pictures/spectrum`, `pictures/attention`.
+def draw_run_pictures(distiller: ScaleKD, student: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Draws the maps, spectra and attention of student and teacher.
 
-    Collective: where ranks hold shards of teacher or projectors, all of them run the same passes. `student` is whole.
+    Collective: every rank calls it, since ranks may hold shards of the teacher or of the projectors.
+
+    Args:
+        distiller: Has the teacher and the projectors, which may be sharded.
+        student: The whole student, which may be the moving average.
+        images: (B, 3, S, S), normalised for the student.
+
+    Returns:
+        Pictures (3, H, W) in 0 to 1 by their names in TensorBoard: `pictures/maps`, `pictures/spectrum` and, if there is a
+        projector to show, `pictures/attention`.
     """
-    teacher, training = distiller.teacher, student.training
+    teacher, was_training = distiller.teacher, student.training
     student.eval()
     try:
-        seen = Student(student, taps=distiller.tapped_student.taps)(images)
+        output = Student(student, taps=distiller.tapped_student.taps)(images)
     finally:
-        student.train(training)
-    maps = {"student": seen.last}
+        student.train(was_training)
+    maps = {"student": output.last}
     attention = None
     if teacher is not None and distiller.projectors:
         tokens = distiller.teacher_targets(images).tokens
-        maps = {"teacher": map_of(tokens, teacher.last_output.grid), **maps}
+        maps = {"teacher": tokens_to_map(tokens, teacher.last_output.grid), **maps}
         if found := attending_projector(distiller):
             stage, projector = found
-            source = seen.before if stage == "s3" else seen.last
+            student_map = output.before if stage == "s3" else output.last
             queries = default_queries(projector.query_grid, QUERIES)
-            attention = attention_maps(own_weights(projector, gathered), source.float().cpu(), queries)
+            attention = attention_maps(unsharded_copy(projector, gather_to_cpu), student_map.float().cpu(), queries)
 
     shown = unnormalise(images, *normalisation_of(distiller.student))
     factor = _SIDE / min(shown.shape[-2:])
     size = tuple(round(side * max(1.0, factor)) for side in shown.shape[-2:])
     inputs = enlarge(shown, size)
     colours = [enlarge(pca_colours(values), size) for values in maps.values()]
-    pictures = {"pictures/maps": sheet([list(row) for row in zip(inputs, *colours, strict=True)])}
+    pictures = {"pictures/maps": tile([list(row) for row in zip(inputs, *colours, strict=True)])}
     spectra = spectrum_pictures([spectrum(values) for values in maps.values()])
-    pictures["pictures/spectrum"] = sheet([[enlarge(picture, (_SIDE, _SIDE)) for picture in spectra]])
+    pictures["pictures/spectrum"] = tile([[enlarge(picture, (_SIDE, _SIDE)) for picture in spectra]])
     if attention is not None:
-        looks = attention_pictures(inputs, attention)
+        overlaid = attention_pictures(inputs, attention)
         grid = projector.query_grid
-        looks = [[mark(look, query, grid) for look, query in zip(row, queries, strict=True)] for row in looks]
-        pictures["pictures/attention"] = sheet([[image, *row] for image, row in zip(inputs, looks, strict=True)])
+        marked = [
+            [mark_cell(picture, query, grid) for picture, query in zip(row, queries, strict=True)] for row in overlaid
+        ]
+        pictures["pictures/attention"] = tile([[image, *row] for image, row in zip(inputs, marked, strict=True)])
     return pictures

@@ -1,4 +1,4 @@
-"""Where a step's time goes: CUDA events on a GPU, so that measuring never waits; the clock on a CPU."""
+"""Times the parts of a step: by CUDA events on a GPU, which need no synchronisation, and by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import contextmanager
 
 import torch
 
-# one after the other in a step, so that the rest is what none of them covers; communication runs inside of them
+# parts of a step that do not overlap; `communication` is also timed, inside of these
 PARTS = ("data_wait", "teacher", "student", "projectors", "losses", "backward", "optimizer")
 
 
 class StepTimer:
-    """Adds up named parts of many steps, and the wall time between two reads.
+    """Sums the time of named parts over the steps between two calls of `read`.
 
-    On a GPU a part is measured between two events on the current stream, and read when `read` is called.
+    On a GPU a part is measured between two events on the current stream, whose times are read by `read`.
+
+    Args:
+        device: The device that computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,14 +26,14 @@ class StepTimer:
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new window now."""
+        """Starts a new window, and forgets the time of the last one."""
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.perf_counter()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Times a block; waiting for data is the host's time on a GPU too."""
+        """Context manager that times a block; `data_wait` is timed on the host, also on a GPU."""
         if self.cuda and name != "data_wait":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -43,7 +46,10 @@ class StepTimer:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin_s
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Wall seconds of the window, and the share of each part in it; starts a new window."""
+        """Wall seconds since the last read and the share of each part in them; starts a new window.
+
+        On a GPU it waits for the device.
+        """
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:

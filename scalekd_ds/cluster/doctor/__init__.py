@@ -1,1 +1,5 @@
-"""What a job over several nodes needs, looked at before it starts: `launch/doctor.py --hostfile launch/hosts`."""
+"""Checks before a job whether it can start on the nodes of a hosts file: `scalekd doctor --hostfile launch/hosts`.
+
+`agent` runs on each node, `remote` is the connection to it, `examine` asks all nodes at once, `checks` turns their answers into
+problems, and `report` prints them. As the rest of `cluster`, it may import only `errors`, `durable_files`, `rng` and `kernels`.
+"""

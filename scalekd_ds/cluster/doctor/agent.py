@@ -1,6 +1,7 @@
-"""Sent to each node over ssh and run there by its Python: answers requests, one line of JSON each, until stdin ends.
+"""The doctor's agent: sent to each node over ssh and run there by its Python.
 
-It imports nothing but the standard library and nothing of scalekd_ds: the node may have other code, or none.
+It reads requests from stdin, one line of JSON each, and prints one line of JSON for each, until stdin ends. It imports the
+standard library alone, and nothing of scalekd_ds: the node may have other code, or none.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import threading
 import time
 import zipfile
 
-# a login shell may print things of its own before an answer
+# starts every answer, since a login shell may print lines of its own
 MARK = "scalekd-doctor:"
 PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 SOURCES = (".py", ".json", ".sh")
@@ -28,7 +29,7 @@ BLOCK = 1 << 20
 
 
 def run(command, seconds=10):
-    """Standard output of a program, or None where it fails or does not exist."""
+    """Standard output of a program, or None if it fails, does not exist, or runs longer than `seconds`."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
         return done.stdout if done.returncode == 0 else None
@@ -36,21 +37,27 @@ def run(command, seconds=10):
 
 
 def versions():
+    """Name -> version of Python, the installed packages of `PACKAGES`, and `cuda`, for which torch was built."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    # torch's own word for its CUDA, without the seconds that its import takes
+    # read from torch's version file, because importing torch takes seconds
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin:
         with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(spec.origin), "version.py")) as file:
-            said = re.search(r"^cuda\b.*=\s*'([\d.]+)'", file.read(), re.M)
-            found["cuda"] = said[1] if said else None
+            match = re.search(r"^cuda\b.*=\s*'([\d.]+)'", file.read(), re.M)
+            found["cuda"] = match[1] if match else None
     return found
 
 
 def gpus():
-    """({"name", "driver", "total", "free"} of each GPU, in bytes; an error where the driver does not answer)."""
+    """The GPUs, and an error message or None.
+
+    Returns:
+        A list with `name`, `driver`, and the memory `total` and `free` in bytes of each GPU, which is empty without
+        nvidia-smi, and an error message if nvidia-smi fails.
+    """
     if not shutil.which("nvidia-smi"):
         return [], None
     fields = "name,driver_version,memory.total,memory.free"
@@ -66,14 +73,18 @@ def gpus():
 
 
 def code():
-    """The package that a job in this folder would import: where, a hash of its files and of launch/, the commit."""
+    """The scalekd_ds that a job in this folder would import.
+
+    Returns:
+        Its `folder`, a `hash` of its source files and those of launch/, and its git `commit`; each is None if unknown.
+    """
     spec = importlib.util.find_spec("scalekd_ds")
     if spec is None or not spec.origin:
         return {"folder": None, "hash": None, "commit": None}
     folder = os.path.dirname(spec.origin)
     digest = hashlib.sha256()
     for top, label in ((folder, "scalekd_ds"), (os.path.join(os.getcwd(), "launch"), "launch")):
-        # the kernels are behind a link
+        # scalekd_ds/kernels is a symbolic link
         for here, folders, files in os.walk(top, followlinks=True):
             folders[:] = sorted(name for name in folders if name != "__pycache__")
             for name in sorted(name for name in files if name.endswith(SOURCES)):
@@ -81,20 +92,21 @@ def code():
                 with contextlib.suppress(OSError), open(path, "rb") as file:
                     content = hashlib.sha256(file.read()).hexdigest()
                     digest.update(f"{label}/{os.path.relpath(path, top)} {content}\n".encode(errors="surrogateescape"))
-    # a file system of another owner is no reason to hold back the commit
+    # git refuses a checkout of another owner unless it is declared safe
     git = ["git", "-c", f"safe.directory={os.path.dirname(folder)}", "-C", os.path.dirname(folder)]
     commit = run([*git, "rev-parse", "HEAD"])
     return {"folder": folder, "hash": digest.hexdigest(), "commit": commit.strip() if commit else None}
 
 
 def memory():
+    """Available host memory in bytes."""
     with open("/proc/meminfo") as file:
-        said = dict(line.split(":", 1) for line in file)
-    return int(said["MemAvailable"].split()[0]) << 10
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) << 10
 
 
 def disk(path):
-    """Free bytes, for this user, where `path` is or would be made."""
+    """Bytes that are free for this user on the file system where `path` is or would be made."""
     path = os.path.abspath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
@@ -102,8 +114,8 @@ def disk(path):
     return state.f_bavail * state.f_frsize
 
 
-def index_of(path):
-    """A hash of the index's names, labels and lengths, or None where no index was built yet."""
+def index_hash(path):
+    """A hash of the names, labels and lengths in the data set's index, or None if no index was built yet."""
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "scalekd_ds")
     key = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]
     suffix = ".scalekd_index.npz"
@@ -115,7 +127,7 @@ def index_of(path):
     for place in (beside, os.path.join(home, f"{key}.npz")):
         with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(place) as file:
             digest = hashlib.sha256()
-            # not the stamp: copies of the same data have other times of modification
+            # the time stamp is left out, since copies of the same data have other modification times
             for member in ("names.npy", "codes.npy", "lengths.npy"):
                 digest.update(file.read(member))
             return digest.hexdigest()
@@ -123,20 +135,20 @@ def index_of(path):
 
 
 def count_files(path, deadline):
-    """Files below a folder, or those that a pattern of shards may mean; None where counting takes too long."""
+    """Number of files below a folder, or of those that match a pattern of shards; None if `deadline` passes meanwhile."""
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         pattern = re.sub(r"\{[^}]*\}|\*", "\0", os.path.basename(path))
         wanted = re.compile(".*".join(map(re.escape, pattern.split("\0"))))
         return sum(bool(wanted.fullmatch(name)) for name in os.listdir(os.path.dirname(path)))
-    files, waiting = 0, [path]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
+    files, pending = 0, [path]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append(entry.path)
+                    pending.append(entry.path)
                 else:
                     files += 1
         if time.monotonic() > deadline:
@@ -145,7 +157,12 @@ def count_files(path, deadline):
 
 
 def data(paths, seconds):
-    """For each of the data's places: whether it can be read, its files and its index."""
+    """Key -> `files` (their number) and `index` (its hash) of each path, or `error` if it cannot be read.
+
+    Args:
+        paths: Key -> path.
+        seconds: Time for counting files, all paths together.
+    """
     found = {}
     deadline = time.monotonic() + seconds
     for key, path in paths.items():
@@ -154,20 +171,20 @@ def data(paths, seconds):
         except OSError as error:
             found[key] = {"error": f"{path!r}: {error.strerror}"}
             continue
-        found[key] = {"error": f"{path!r}: no such file"} if files == 0 else {"files": files, "index": index_of(path)}
+        found[key] = {"error": f"{path!r}: no such file"} if files == 0 else {"files": files, "index": index_hash(path)}
     return found
 
 
 def first_address():
-    """What DeepSpeed's launcher takes for the master's address."""
+    """The first address of `hostname -I`, which DeepSpeed's launcher takes as the master's; None if there is none."""
     return ((run(["hostname", "-I"]) or "").split() or [None])[0]
 
 
 def own_address():
-    """The address by which the name in the hosts file led here."""
+    """The address at which ssh reached this node, else its first address."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if len(connection) == 4 and connection[2] not in ("127.0.0.1", "::1"):
-        # a scheduler hands on the variable of the machine that the user came in by
+        # a scheduler may pass on the variable of the login node, whose address cannot be bound here
         with contextlib.suppress(OSError):
             free_port(connection[2])
             return connection[2]
@@ -175,6 +192,7 @@ def own_address():
 
 
 def facts(request):
+    """Answers `facts`: everything about this node that the doctor checks."""
     found, error = gpus()
     return {
         "hostname": socket.gethostname(),
@@ -194,59 +212,72 @@ def facts(request):
 
 
 def listening(address):
+    """A server socket on a free port of `address`."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, 0), family=family, backlog=8)
 
 
 class Listener:
-    """Takes the bytes of one peer that knows the token, on one address and for some seconds."""
+    """Receives from one peer on a free port, in a thread, and measures the rate.
+
+    A connection that does not send the token first is closed, and the next one is awaited.
+
+    Args:
+        address: The address to listen on.
+        token: The secret that the peer sends first, in hexadecimal.
+        seconds: Time until it gives up.
+    """
 
     def __init__(self, address, token, seconds):
         self.socket = listening(address)
         self.port = self.socket.getsockname()[1]
         self.token, self.deadline = bytes.fromhex(token), time.monotonic() + seconds
         self.result = {"error": "no peer came"}
-        self.thread = threading.Thread(target=self.take, daemon=True)
+        self.thread = threading.Thread(target=self.receive_from_peer, daemon=True)
         self.thread.start()
 
-    def take(self):
+    def receive_from_peer(self):
+        """Body of the thread: leaves the bytes and seconds of the transfer, or an error, in `result`."""
         with self.socket:
-            peer = self.meet()
+            peer = self.accept()
         if peer is not None:
             with peer:
-                self.result = self.count(peer)
+                self.result = self.receive(peer)
 
-    def meet(self):
+    def accept(self):
+        """The connection of the first peer that knows the token, or None after the deadline."""
         while time.monotonic() < self.deadline:
             self.socket.settimeout(max(0.01, self.deadline - time.monotonic()))
             with contextlib.suppress(OSError):
                 peer, _ = self.socket.accept()
-                if self.greeted(peer):
+                if self.authenticate(peer):
                     return peer
                 peer.close()
         return None
 
-    def greeted(self, peer):
-        # a stranger may not keep the peer waiting
+    def authenticate(self, peer):
+        """Whether the peer sends the token, within a second: another connection must not keep the real peer waiting."""
         peer.settimeout(1)
-        said = b""
+        received = b""
         with contextlib.suppress(OSError):
-            while len(said) < len(self.token) and (part := peer.recv(len(self.token) - len(said))):
-                said += part
-        return hmac.compare_digest(said, self.token)
+            while len(received) < len(self.token) and (part := peer.recv(len(self.token) - len(received))):
+                received += part
+        return hmac.compare_digest(received, self.token)
 
-    def count(self, peer):
+    def receive(self, peer):
+        """Counts the `bytes` and `seconds` until the peer closes the connection or the deadline passes."""
         peer.settimeout(3)
         buffer, total, started = bytearray(BLOCK), 0, time.monotonic()
         try:
-            while (got := peer.recv_into(buffer)) and time.monotonic() < self.deadline:
-                total += got
+            while (count := peer.recv_into(buffer)) and time.monotonic() < self.deadline:
+                total += count
         except OSError as error:
             return {"error": f"the connection broke after {total} bytes: {error}"}
         return {"bytes": total, "seconds": time.monotonic() - started}
 
 
 def send(address, port, token, seconds):
+    """Answers `send`: sends the token, and then zeros for some seconds, to another node's `Listener`."""
     block = bytes(BLOCK)
     with socket.create_connection((address, port), timeout=5) as peer:
         peer.sendall(bytes.fromhex(token))
@@ -257,26 +288,37 @@ def send(address, port, token, seconds):
 
 
 def free_port(address):
+    """Answers `free_port`: a port of `address` that is free now."""
     with listening(address) as probe:
         return {"port": probe.getsockname()[1]}
 
 
 def reduce(code, ranks, env, seconds):
-    """Runs the program that joins an all-reduce, once for each (rank, local rank), and returns what went wrong."""
+    """Answers `reduce`: runs the program that takes part in an all-reduce, one process for each rank of this node.
+
+    Args:
+        code: The program's source, that of doctor/reduce.py.
+        ranks: (rank, local rank) of each process.
+        env: Variables for the processes.
+        seconds: Time after which they are killed.
+
+    Returns:
+        The `seconds` of the slowest, or an `error`.
+    """
     workers = []
     for rank, local_rank in ranks:
-        each = {**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        worker_env = {**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        workers.append(subprocess.Popen([sys.executable, "-c", code], env=each, text=True, **pipes))
+        workers.append(subprocess.Popen([sys.executable, "-c", code], env=worker_env, text=True, **pipes))
     deadline = time.monotonic() + seconds
     results = []
     try:
         for worker in workers:
             output, _ = worker.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            last = (output.strip().splitlines() or ["no output"])[-1]
+            last_line = (output.strip().splitlines() or ["no output"])[-1]
             if worker.returncode:
-                return {"error": last[-300:]}
-            results.append(json.loads(last))
+                return {"error": last_line[-300:]}
+            results.append(json.loads(last_line))
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {seconds:.0f} s"}
     finally:
@@ -288,31 +330,32 @@ def reduce(code, ranks, env, seconds):
 
 
 def main():
-    # nothing of this outlives its launcher for long, whatever becomes of that
+    """Answers requests until stdin ends."""
+    # ends this process after two minutes, should the doctor be killed and leave the connection open
     signal.alarm(120)
     listener = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        what = request.pop("do")
+        action = request.pop("do")
         try:
-            if what == "clock":
+            if action == "clock":
                 answer = {"time": time.time()}
-            elif what == "facts":
+            elif action == "facts":
                 answer = facts(request)
-            elif what == "listen":
+            elif action == "listen":
                 listener = Listener(**request)
                 answer = {"port": listener.port}
-            elif what == "received":
+            elif action == "received":
                 listener.thread.join(max(0.1, listener.deadline - time.monotonic()))
                 answer = listener.result
-            elif what == "send":
+            elif action == "send":
                 answer = send(**request)
-            elif what == "free_port":
+            elif action == "free_port":
                 answer = free_port(**request)
-            elif what == "reduce":
+            elif action == "reduce":
                 answer = reduce(**request)
             else:
-                answer = {"error": f"unknown request {what!r}"}
+                answer = {"error": f"unknown request {action!r}"}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(f"{MARK}{json.dumps(answer)}\n")

@@ -1,4 +1,4 @@
-"""What is wrong with nodes, from what their agents said: plain functions from facts to problems."""
+"""Finds what is wrong with nodes: plain functions from the facts that their agents report to problems."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a node has a problem.
+    """The limits beyond which a node has a problem.
 
     Attributes:
-        memory: Free GiB a rank.
-        disk: Free GiB where run.dir is.
-        gpu_free: Share of each GPU's memory that nobody else holds.
-        skew: Seconds by which clocks may differ.
-        bandwidth: Gbit/s from one node to the next; 0 asks for none.
-        slow: A link with less than this share of the median is a problem, where any bandwidth is asked for.
+        memory: Least free host memory for each rank, in GiB.
+        disk: Least free disk space where `run.dir` is, in GiB.
+        gpu_free: Least share of each GPU's memory that no other process holds.
+        skew: Most seconds by which clocks may differ.
+        bandwidth: Least bandwidth from one node to the next, in Gbit/s; 0 checks no bandwidth.
+        slow: Least share of the median bandwidth that a link must have, unless `bandwidth` is 0.
     """
 
     memory: float = 2.0
@@ -35,27 +35,35 @@ class Limits:
 
 @dataclass(frozen=True)
 class Problem:
-    """One line for one node: what is wrong and what to do."""
+    """A problem of one node: its name, and one line on what is wrong and what to do."""
 
     host: str
     text: str
 
 
 def needs_gpus(hosts: Mapping[str, int], facts: Mapping[str, Facts]) -> bool:
-    """Whether the job is one of GPUs, as DeepSpeed will decide: told so, or any node has one."""
-    told = {facts[name]["accelerator"] for name in facts} - {None}
-    return "cpu" not in told and (bool(told) or any(facts[name]["gpus"] for name in facts))
+    """Whether the job will run on GPUs, as DeepSpeed decides: by DS_ACCELERATOR, else if any node has a GPU."""
+    accelerators = {facts[name]["accelerator"] for name in facts} - {None}
+    return "cpu" not in accelerators and (bool(accelerators) or any(facts[name]["gpus"] for name in facts))
 
 
 def differences(
     facts: Mapping[str, Facts], what: str, cure: str, get: Callable[[Facts], Hashable], show: Callable[[Any], str] = str
 ) -> Iterator[Problem]:
-    """A problem for every node whose value is not what most nodes have; of equally many, what the first node has."""
-    values = {name: get(said) for name, said in facts.items()}
+    """Yields a problem for every node whose value differs from the most common one; in a tie the first node is right.
+
+    Args:
+        facts: Node -> its facts.
+        what: What the value is called in the message.
+        cure: What to do about it, the end of the message.
+        get: Takes the value out of a node's facts.
+        show: Formats a value for the message.
+    """
+    values = {name: get(node) for name, node in facts.items()}
     counts = Counter(values.values())
     if len(counts) < 2:
         return
-    # Counter keeps the order of first appearance, and max takes the first of equals
+    # Counter keeps the order of first appearance, and max returns the first of several maxima
     common = max(counts, key=counts.__getitem__)
     for name, value in values.items():
         if value != common:
@@ -64,114 +72,118 @@ def differences(
 
 
 def version_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
-    """Python, packages, CUDA and drivers that differ between nodes."""
-    packages = dict.fromkeys(key for said in facts.values() for key in said["versions"])
+    """Yields versions of Python, packages, CUDA and drivers that differ between nodes."""
+    packages = dict.fromkeys(key for node in facts.values() for key in node["versions"])
     for package in packages:
         cure = f"install the same {package} there"
-        yield from differences(facts, package, cure, lambda said, p=package: said["versions"].get(p), _or_missing)
-        if package == "torch" and all(said["versions"].get("torch") is None for said in facts.values()):
+        yield from differences(facts, package, cure, lambda node, p=package: node["versions"].get(p), _or_missing)
+        if package == "torch" and all(node["versions"].get("torch") is None for node in facts.values()):
             yield Problem(next(iter(facts)), "torch is installed nowhere: pip install -e . on every node")
-    drivers = {name: said for name, said in facts.items() if said["gpus"]}
+    drivers = {name: node for name, node in facts.items() if node["gpus"]}
     yield from differences(
-        drivers, "the driver", "install the same driver there", lambda said: said["gpus"][0]["driver"]
+        drivers, "the driver", "install the same driver there", lambda node: node["gpus"][0]["driver"]
     )
 
 
 def code_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
-    """Nodes that would run other code."""
+    """Yields nodes on which scalekd_ds is missing or differs from the others'."""
     cure = "copy the repository there again (git pull, or rsync)"
-    for name, said in facts.items():
-        if said["code"]["hash"] is None:
+    for name, node in facts.items():
+        if node["code"]["hash"] is None:
             yield Problem(name, "scalekd_ds cannot be imported there: put the repository at the same path")
-    there = {name: said for name, said in facts.items() if said["code"]["hash"] is not None}
-    yield from differences(there, "the code's hash", cure, lambda said: said["code"]["hash"], lambda value: value[:12])
-    known = {name: said for name, said in there.items() if said["code"]["commit"] is not None}
-    yield from differences(known, "the commit", cure, lambda said: said["code"]["commit"], lambda value: value[:12])
+    importable = {name: node for name, node in facts.items() if node["code"]["hash"] is not None}
+    yield from differences(
+        importable, "the code's hash", cure, lambda node: node["code"]["hash"], lambda value: value[:12]
+    )
+    known = {name: node for name, node in importable.items() if node["code"]["commit"] is not None}
+    yield from differences(known, "the commit", cure, lambda node: node["code"]["commit"], lambda value: value[:12])
 
 
 def gpu_problems(hosts: Mapping[str, int], facts: Mapping[str, Facts], limits: Limits) -> Iterator[Problem]:
-    """Too few GPUs for the slots, unlike ones, or ones that somebody else uses."""
-    for name, said in facts.items():
-        if said["gpu_error"]:
-            yield Problem(name, f"{said['gpu_error']}: load the driver's module or reboot the node")
-        elif needs_gpus(hosts, facts) and len(said["gpus"]) < hosts[name]:
+    """Yields nodes with fewer GPUs than slots, with another kind of GPU than the others, or with GPUs in use."""
+    for name, node in facts.items():
+        if node["gpu_error"]:
+            yield Problem(name, f"{node['gpu_error']}: load the driver's module or reboot the node")
+        elif needs_gpus(hosts, facts) and len(node["gpus"]) < hosts[name]:
             yield Problem(
                 name,
-                f"it has {len(said['gpus'])} GPUs for slots={hosts[name]}: lower slots in the hosts file, or set "
+                f"it has {len(node['gpus'])} GPUs for slots={hosts[name]}: lower slots in the hosts file, or set "
                 "DS_ACCELERATOR=cpu with --write-env",
             )
-        for number, gpu in enumerate(said["gpus"][: hosts[name]]):
+        for number, gpu in enumerate(node["gpus"][: hosts[name]]):
             if gpu["free"] < limits.gpu_free * gpu["total"]:
                 yield Problem(
                     name,
                     f"GPU {number} has {gpu['free'] / GIB:.0f} of {gpu['total'] / GIB:.0f} GiB free: end what else runs "
                     "there (nvidia-smi names it)",
                 )
-    kinds = {name: said for name, said in facts.items() if said["gpus"]}
+    kinds = {name: node for name, node in facts.items() if node["gpus"]}
     cure = "leave it out, or the others wait for the slower kind"
-    yield from differences(kinds, "the GPU", cure, lambda said: said["gpus"][0]["name"])
+    yield from differences(kinds, "the GPU", cure, lambda node: node["gpus"][0]["name"])
 
 
-def room_problems(hosts: Mapping[str, int], facts: Mapping[str, Facts], limits: Limits) -> Iterator[Problem]:
-    """Too little free memory for the ranks, or disk for the run."""
-    for name, said in facts.items():
+def capacity_problems(hosts: Mapping[str, int], facts: Mapping[str, Facts], limits: Limits) -> Iterator[Problem]:
+    """Yields nodes with too little free host memory for their ranks, or too little free disk space for the run."""
+    for name, node in facts.items():
         asked = limits.memory * hosts[name]
-        if said["memory"] < asked * GIB:
+        if node["memory"] < asked * GIB:
             yield Problem(
                 name,
-                f"{said['memory'] / GIB:.1f} GiB of memory are free, {asked:.1f} are asked for: end what else runs there "
+                f"{node['memory'] / GIB:.1f} GiB of memory are free, {asked:.1f} are asked for: end what else runs there "
                 "(--min-memory sets it)",
             )
-        if said["disk"] < limits.disk * GIB:
+        if node["disk"] < limits.disk * GIB:
             yield Problem(
                 name,
-                f"{said['disk'] / GIB:.1f} GiB are free where the run's folder goes, {limits.disk:.1f} are asked for: make "
+                f"{node['disk'] / GIB:.1f} GiB are free where the run's folder goes, {limits.disk:.1f} are asked for: make "
                 "room (--min-disk sets it)",
             )
 
 
 def clock_problems(offsets: Mapping[str, tuple[float, float]], limits: Limits) -> Iterator[Problem]:
-    """Clocks that differ from the middle node's by more than the limit and what the measurement leaves open.
+    """Yields nodes whose clock differs from the median by more than the limit and the measurement's uncertainty.
 
     Args:
-        offsets: (seconds ahead of this machine's clock, +- what the round trip leaves open) of each node.
+        offsets: Node -> (seconds ahead of this machine's clock, uncertainty in seconds).
+        limits: The limits.
     """
     if not offsets:
         return
-    middle = statistics.median_low(ahead for ahead, _ in offsets.values())
-    for name, (ahead, doubt) in offsets.items():
-        if abs(ahead - middle) - doubt > limits.skew:
-            yield Problem(name, f"its clock is {ahead - middle:+.1f} s off the others': start chrony or ntpd there")
+    median = statistics.median_low(offset for offset, _ in offsets.values())
+    for name, (offset, uncertainty) in offsets.items():
+        if abs(offset - median) - uncertainty > limits.skew:
+            yield Problem(name, f"its clock is {offset - median:+.1f} s off the others': start chrony or ntpd there")
 
 
 def data_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
-    """Data that is missing on a node, or is not the same on all."""
-    for key in dict.fromkeys(key for said in facts.values() for key in said["data"]):
-        for name, said in facts.items():
-            if "error" in said["data"][key]:
-                yield Problem(name, f"{key}: {said['data'][key]['error']}: mount or copy the data there")
+    """Yields nodes on which data is missing, or has other files or another index than on most nodes."""
+    for key in dict.fromkeys(key for node in facts.values() for key in node["data"]):
+        for name, node in facts.items():
+            if "error" in node["data"][key]:
+                yield Problem(name, f"{key}: {node['data'][key]['error']}: mount or copy the data there")
         for part, what in (("files", "the number of files"), ("index", "the index's hash")):
-            # not counted in time, or not indexed yet, is no difference
-            there = {n: said for n, said in facts.items() if said["data"][key].get(part) is not None}
+            # nodes that did not finish counting, or have no index yet, are not compared
+            comparable = {n: node for n, node in facts.items() if node["data"][key].get(part) is not None}
             cure = "copy the data there again"
             yield from differences(
-                there,
+                comparable,
                 f"{key}: {what}",
                 cure,
-                lambda said, k=key, p=part: said["data"][k][p],
+                lambda node, k=key, p=part: node["data"][k][p],
                 lambda value: str(value)[:12],
             )
 
 
 def bandwidth_problems(rates: Mapping[tuple[str, str], float], limits: Limits) -> Iterator[Problem]:
-    """Links that are slow by themselves or beside the others.
+    """Yields nodes that send to the next node below the limit, or much slower than the median link.
 
     Args:
         rates: (from, to) -> Gbit/s.
+        limits: The limits.
     """
     if not rates or limits.bandwidth == 0:
         return
-    middle = statistics.median(rates.values())
+    median = statistics.median(rates.values())
     for (source, target), rate in rates.items():
         if rate < limits.bandwidth:
             yield Problem(
@@ -179,9 +191,9 @@ def bandwidth_problems(rates: Mapping[tuple[str, str], float], limits: Limits) -
                 f"it sends {rate:.2f} Gbit/s to {target}, {limits.bandwidth:g} are asked for: look at the network "
                 "(--min-bandwidth sets it)",
             )
-        elif rate < limits.slow * middle:
+        elif rate < limits.slow * median:
             yield Problem(
-                source, f"it sends {rate:.2f} Gbit/s to {target}, others {middle:.2f}: look at its cable or port"
+                source, f"it sends {rate:.2f} Gbit/s to {target}, others {median:.2f}: look at its cable or port"
             )
 
 

@@ -1,4 +1,7 @@
-"""All nodes at once: facts, clocks, a ring of transfers and one all-reduce, each within its time."""
+"""Examines all nodes at once: their facts and clocks, then transfers in a ring, then one all-reduce.
+
+Each part has a time limit, and together they take less than a minute.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,11 @@ from scalekd_ds.cluster.doctor import checks, reduce
 from scalekd_ds.cluster.doctor.checks import Facts, Limits, Problem
 from scalekd_ds.cluster.doctor.remote import Node, NodeError, command_for
 
-# seconds: together less than a minute
-CONNECT, SEND, TRANSFER, REDUCE = 25.0, 1.0, 10.0, 20.0
+# time limits of connecting and collecting facts, of a transfer, and of the all-reduce; and how long a node sends
+FACTS_TIMEOUT_S, TRANSFER_TIMEOUT_S, REDUCE_TIMEOUT_S = 25.0, 10.0, 20.0
+SEND_S = 1.0
 _CLOCK_ROUNDS = 5
+# stands for a node's name in problems of the machine that the doctor runs on
 HERE = "this machine"
 
 T = TypeVar("T")
@@ -25,41 +30,53 @@ T = TypeVar("T")
 
 @dataclass
 class Report:
-    """What was seen, by node, in the order of the hosts file."""
+    """What was found on the nodes.
+
+    Attributes:
+        hosts: Node -> slots, in the order of the hosts file.
+        facts: Node -> facts of its agent, without nodes that did not answer.
+        offsets: Node -> (seconds that its clock is ahead of this machine's, uncertainty in seconds).
+        rates: (from, to) -> Gbit/s.
+        all_reduce_s: Seconds of the all-reduce on the slowest node, or None if it was left out or failed.
+        backend: `nccl` or `gloo`, or None without an all-reduce.
+        problems: What is wrong.
+        seconds: How long the examination took.
+    """
 
     hosts: Mapping[str, int]
     facts: dict[str, Facts] = field(default_factory=dict)
     offsets: dict[str, tuple[float, float]] = field(default_factory=dict)
     rates: dict[tuple[str, str], float] = field(default_factory=dict)
-    reduced: float | None = None
+    all_reduce_s: float | None = None
     backend: str | None = None
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
 
-    def of(self, host: str) -> list[str]:
+    def problems_of(self, host: str) -> list[str]:
+        """The texts of a node's problems."""
         return [problem.text for problem in self.problems if problem.host == host]
 
     @property
     def passed(self) -> dict[str, int]:
-        """The nodes without a problem, and their slots."""
+        """Node -> slots of the nodes without a problem."""
         bad = {problem.host for problem in self.problems}
         return {host: slots for host, slots in self.hosts.items() if host not in bad}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; bytes, seconds and Gbit/s."""
+        """The report as plain data for JSON, in bytes, seconds and Gbit/s."""
         return {
             "hosts": {
                 host: {
                     "slots": slots,
-                    "problems": self.of(host),
+                    "problems": self.problems_of(host),
                     "facts": self.facts.get(host),
                     "clock": self.offsets.get(host),
                 }
                 for host, slots in self.hosts.items()
             },
-            "problems_here": self.of(HERE),
+            "problems_here": self.problems_of(HERE),
             "bandwidth": [{"from": a, "to": b, "gbit_per_s": rate} for (a, b), rate in self.rates.items()],
-            "all_reduce": {"backend": self.backend, "seconds": self.reduced},
+            "all_reduce": {"backend": self.backend, "seconds": self.all_reduce_s},
             "passed": list(self.passed),
             "seconds": self.seconds,
         }
@@ -74,19 +91,19 @@ def examine(
     limits: Limits | None = None,
     skip: Iterable[str] = (),
 ) -> Report:
-    """Asks every node of a hosts file at once whether a job can start there.
+    """Examines every node of a hosts file at once, to find out whether a job can start there.
 
     Args:
-        hosts: As from `read_hosts`.
-        ssh: The command that takes a node's name and a command for its shell; empty runs on this machine.
-        exports: What the launcher will export.
-        data: Key -> path of what the nodes must hold.
-        run_dir: Where the run's folder will be.
-        limits: From where on there is a problem; None takes the defaults.
-        skip: `bandwidth` and `all-reduce`.
+        hosts: Node -> slots, from `read_hosts`.
+        ssh: Words of the command that takes a node's name and a command for its shell; empty runs on this machine.
+        exports: Name -> value of the variables that the launcher will export.
+        data: Key -> path of the data that every node must have.
+        run_dir: The run's folder.
+        limits: The limits; None takes the defaults.
+        skip: Checks to leave out: `bandwidth`, `all-reduce`.
 
     Returns:
-        What was found; nothing is raised for a node that fails.
+        What was found. Failures of nodes are problems in the report, and raise nothing.
     """
     started = time.monotonic()
     report = Report(hosts)
@@ -110,30 +127,30 @@ async def _examine(
 ) -> None:
     nodes = {name: Node(name, command_for(name, ssh, exports)) for name in report.hosts}
 
-    async def look(node: Node) -> tuple[Facts, tuple[float, float]]:
+    async def collect(node: Node) -> tuple[Facts, tuple[float, float]]:
         await node.start()
-        said = await node.ask("facts", CONNECT, data=data, run_dir=run_dir, data_seconds=8.0)
-        return said, await _offset(node)
+        facts = await node.ask("facts", FACTS_TIMEOUT_S, data=data, run_dir=run_dir, data_seconds=8.0)
+        return facts, await _clock_offset(node)
 
     try:
-        answers = await _all(report, nodes.values(), look)
-        report.facts = {name: said for name, (said, _) in answers.items()}
+        answers = await _on_all_nodes(report, nodes.values(), collect)
+        report.facts = {name: facts for name, (facts, _) in answers.items()}
         report.offsets = {name: offset for name, (_, offset) in answers.items()}
-        report.problems += _from_facts(report, limits)
-        there = [nodes[name] for name in report.facts]
-        if "bandwidth" not in skip and len(there) > 1:
-            await _ring(report, there)
+        report.problems += _problems_from_facts(report, limits)
+        reachable = [nodes[name] for name in report.facts]
+        if "bandwidth" not in skip and len(reachable) > 1:
+            await _measure_bandwidth(report, reachable)
             report.problems += checks.bandwidth_problems(report.rates, limits)
-        if "all-reduce" not in skip and there:
-            await _reduce(report, there)
+        if "all-reduce" not in skip and reachable:
+            await _all_reduce(report, reachable)
     finally:
         await asyncio.gather(*(node.close() for node in nodes.values()))
 
 
-async def _all(
+async def _on_all_nodes(
     report: Report, nodes: Iterable[Node], work: Callable[[Node], Awaitable[T]], prefix: str = ""
 ) -> dict[str, T]:
-    """`work` on all nodes at once; what it returned by node, and a problem for each that failed."""
+    """Runs `work` on all nodes at once: node -> its result. Each node that fails adds a problem to the report."""
     nodes = list(nodes)
     results = await asyncio.gather(*map(work, nodes), return_exceptions=True)
     done = {}
@@ -147,71 +164,71 @@ async def _all(
     return done
 
 
-async def _offset(node: Node) -> tuple[float, float]:
-    """(seconds that the node's clock is ahead, +- half of the round trip), of the quickest round of a few."""
+async def _clock_offset(node: Node) -> tuple[float, float]:
+    """(seconds that the node's clock is ahead, uncertainty in seconds), from the fastest of several round trips."""
     rounds = []
     for _ in range(_CLOCK_ROUNDS):
         sent = time.time()
-        there = (await node.ask("clock", 5))["time"]
-        took = time.time() - sent
-        rounds.append((took / 2, there - sent - took / 2))
-    doubt, ahead = min(rounds)
-    return ahead, doubt
+        node_time = (await node.ask("clock", 5))["time"]
+        round_trip = time.time() - sent
+        rounds.append((round_trip / 2, node_time - sent - round_trip / 2))
+    uncertainty, offset = min(rounds)
+    return offset, uncertainty
 
 
-def _from_facts(report: Report, limits: Limits) -> list[Problem]:
+def _problems_from_facts(report: Report, limits: Limits) -> list[Problem]:
     hosts, facts = report.hosts, report.facts
     return [
         *checks.code_problems(facts),
         *checks.version_problems(facts),
         *checks.gpu_problems(hosts, facts, limits),
-        *checks.room_problems(hosts, facts, limits),
+        *checks.capacity_problems(hosts, facts, limits),
         *checks.clock_problems(report.offsets, limits),
         *checks.data_problems(facts),
     ]
 
 
-async def _ring(report: Report, nodes: list[Node]) -> None:
-    """Every node sends to the next for a second, all at once: that is how the ranks' rings load the network."""
+async def _measure_bandwidth(report: Report, nodes: list[Node]) -> None:
+    """Every node sends to the next one for a second, all at once, which loads the network as the rings of NCCL do."""
     tokens = {node.name: secrets.token_hex(32) for node in nodes}
     address = {node.name: report.facts[node.name]["address"] for node in nodes}
 
     async def listen(node: Node) -> int:
         if address[node.name] is None:
             raise NodeError("it has no address but its loopback: `hostname -I` there must print one")
-        request = {"address": address[node.name], "token": tokens[node.name], "seconds": TRANSFER - 1}
+        request = {"address": address[node.name], "token": tokens[node.name], "seconds": TRANSFER_TIMEOUT_S - 1}
         return (await node.ask("listen", 10, **request))["port"]
 
-    ports = await _all(report, nodes, listen, "bandwidth: ")
-    pairs = {node.name: nodes[(i + 1) % len(nodes)].name for i, node in enumerate(nodes)}
+    ports = await _on_all_nodes(report, nodes, listen, "bandwidth: ")
+    next_of = {node.name: nodes[(i + 1) % len(nodes)].name for i, node in enumerate(nodes)}
 
     async def transfer(node: Node) -> None:
-        target = pairs[node.name]
+        target = next_of[node.name]
         if target not in ports:
             return
-        request = {"address": address[target], "port": ports[target], "token": tokens[target], "seconds": SEND}
+        request = {"address": address[target], "port": ports[target], "token": tokens[target], "seconds": SEND_S}
         try:
-            await node.ask("send", TRANSFER, **request)
+            await node.ask("send", TRANSFER_TIMEOUT_S, **request)
         except NodeError as error:
             raise NodeError(
                 f"it cannot send to {target} at {address[target]} ({error}): let every port through between the nodes"
             ) from None
 
-    sent = await _all(report, nodes, transfer)
-    arrived = await _all(
+    sent = await _on_all_nodes(report, nodes, transfer)
+    received = await _on_all_nodes(
         report,
-        [node for node in nodes if node.name in ports and any(pairs[a] == node.name for a in sent)],
-        lambda node: node.ask("received", TRANSFER),
+        [node for node in nodes if node.name in ports and any(next_of[source] == node.name for source in sent)],
+        lambda node: node.ask("received", TRANSFER_TIMEOUT_S),
         "bandwidth: ",
     )
-    for source, target in pairs.items():
-        if source in sent and target in arrived:
-            got = arrived[target]
-            report.rates[source, target] = got["bytes"] * 8e-9 / max(got["seconds"], 1e-9)
+    for source, target in next_of.items():
+        if source in sent and target in received:
+            transferred = received[target]
+            report.rates[source, target] = transferred["bytes"] * 8e-9 / max(transferred["seconds"], 1e-9)
 
 
-async def _reduce(report: Report, nodes: list[Node]) -> None:
-    """One all-reduce over every rank on GPUs, over one rank a node on CPUs, meeting where the launcher will make them meet."""
+async def _all_reduce(report: Report, nodes: list[Node]) -> None:
+    """One all-reduce over all ranks on GPUs, or over one rank of each node on CPUs, at the master address of a real job."""
     gpus = checks.needs_gpus(report.hosts, report.facts)
     report.backend = "nccl" if gpus else "gloo"
     first = nodes[0]
@@ -227,22 +244,22 @@ async def _reduce(report: Report, nodes: list[Node]) -> None:
     ranks: dict[str, list[tuple[int, int]]] = {}
     world_size = 0
     for node in nodes:
-        here = min(report.hosts[node.name], len(report.facts[node.name]["gpus"])) if gpus else 1
-        ranks[node.name] = [(world_size + local, local) for local in range(here)]
-        world_size += here
+        count = min(report.hosts[node.name], len(report.facts[node.name]["gpus"])) if gpus else 1
+        ranks[node.name] = [(world_size + local, local) for local in range(count)]
+        world_size += count
     env = {
         "MASTER_ADDR": master,
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
         "DOCTOR_BACKEND": report.backend,
-        "DOCTOR_SECONDS": str(REDUCE - 2),
+        "DOCTOR_SECONDS": str(REDUCE_TIMEOUT_S - 2),
     }
     code = Path(reduce.__file__).read_text()
 
     async def join(node: Node) -> float:
-        request = {"code": code, "ranks": ranks[node.name], "env": env, "seconds": REDUCE}
-        return (await node.ask("reduce", REDUCE + 5, **request))["seconds"]
+        request = {"code": code, "ranks": ranks[node.name], "env": env, "seconds": REDUCE_TIMEOUT_S}
+        return (await node.ask("reduce", REDUCE_TIMEOUT_S + 5, **request))["seconds"]
 
-    joined = await _all(report, [node for node in nodes if ranks[node.name]], join, "all-reduce: ")
+    joined = await _on_all_nodes(report, [node for node in nodes if ranks[node.name]], join, "all-reduce: ")
     if len(joined) == len(nodes):
-        report.reduced = max(joined.values())
+        report.all_reduce_s = max(joined.values())

@@ -1,4 +1,4 @@
-"""What the doctor saw, for people: a table by node, and one line a problem."""
+"""Prints the doctor's report: a table with a row for each node, and a line for each problem."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _COLUMNS = (
 
 
 def print_report(console: Console, report: Report) -> None:
-    """The table, the problems and the sum of it all; the word OK stands where a node has no problem."""
+    """Prints the table, the problems and a summary line; a row ends with OK if its node has no problem."""
     table = Table(*_COLUMNS, title=f"looked at in {report.seconds:.1f} s")
     for host in report.hosts:
         table.add_row(*_row(report, host))
     console.print(table)
-    if report.reduced is not None:
-        console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.reduced:.1f} ms", highlight=False)
+    if report.all_reduce_s is not None:
+        console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.all_reduce_s:.1f} ms", highlight=False)
     for problem in report.problems:
-        # a line of its own each, for whoever greps
+        # unwrapped, so that grep finds whole problems
         console.print(f"{problem.host}: {escape(problem.text)}", highlight=False, soft_wrap=True)
     count = len(report.problems)
     verdict = "a job can start" if not count else f"{count} problem{'s' if count > 1 else ''}"
@@ -43,13 +43,13 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _row(report: Report, host: str) -> list[str]:
-    said = report.facts.get(host)
-    verdict = "problem" if report.of(host) else "OK"
-    if said is None:
+    facts = report.facts.get(host)
+    verdict = "problem" if report.problems_of(host) else "OK"
+    if facts is None:
         return [host, str(report.hosts[host]), *[""] * (len(_COLUMNS) - 3), verdict]
-    versions, gpus = said["versions"], said["gpus"]
-    ahead, doubt = report.offsets[host]
-    files = [str(part.get("files", "?")) for part in said["data"].values()]
+    versions, gpus = facts["versions"], facts["gpus"]
+    offset, uncertainty = report.offsets[host]
+    files = [str(part.get("files", "?")) for part in facts["data"].values()]
     rates = [rate for (source, _), rate in report.rates.items() if source == host]
     return [
         host,
@@ -59,9 +59,9 @@ def _row(report: Report, host: str) -> list[str]:
         versions.get("cuda") or "none",
         gpus[0]["driver"] if gpus else "none",
         f"{len(gpus)} x {gpus[0]['name']}" if gpus else "none",
-        f"{said['memory'] / GIB:.0f} GiB",
-        f"{said['disk'] / GIB:.0f} GiB",
-        f"{1e3 * ahead:+.0f} +- {1e3 * doubt:.0f} ms",
+        f"{facts['memory'] / GIB:.0f} GiB",
+        f"{facts['disk'] / GIB:.0f} GiB",
+        f"{1e3 * offset:+.0f} +- {1e3 * uncertainty:.0f} ms",
         " ".join(files),
         f"{rates[0]:.1f} Gbit/s" if rates else "",
         verdict,

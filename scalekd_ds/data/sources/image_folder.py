@@ -1,35 +1,36 @@
-"""Which images there are and how one is read: folders of classes here, and `open_source` for every kind."""
+"""Folders of images: one sub-folder for each class."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from scalekd_ds.data.sources.index import Index, cached, file_size, in_parallel, reason
+from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
 from scalekd_ds.errors import UserError, suggest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# file systems keep times of modification to 2 s at worst: a folder that was this young may have changed unseen
-_YOUNG_NS = 2 * 10**9
+# the coarsest resolution at which file systems keep modification times: a folder that changed so shortly before it was
+# indexed may have changed again under the same time
+_MTIME_RESOLUTION_NS = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images that are files, such as those below one folder per class.
+    """Images that are files, such as those below one folder per class; a `Source`.
 
     Attributes:
-        root: The folder.
-        paths: Files, sorted by class and name, or in a table's order.
-        labels: (len(paths),) int64, the position of each file's class in `classes`.
+        root: The folder that holds all files.
+        paths: Path of each file, sorted by class and name, or in the order of a table.
+        labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (len(paths), 2) int32 height and width, 0 where not known.
-        lengths: (len(paths),) int64 bytes of each file when its size was read; a file that has another length by now
-            was written anew, and its size is then no longer known.
+        sizes: (n, 2) int32 height and width in pixels, 0 where not known.
+        lengths: (n,) int64 bytes of each file when its size was read. A file of another length was written again since,
+            and its size is then reset to 0.
     """
 
     root: Path
@@ -48,14 +49,14 @@ class ImageFolder:
         return len(self.paths)
 
     def name(self, i: int) -> str:
-        """The file's path."""
+        """The path of a file, which names it in messages."""
         return self.paths[i]
 
     def read(self, i: int) -> np.ndarray:
-        """(bytes,) uint8 of one file.
+        """The encoded bytes of one image, (bytes,) uint8.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         data = np.fromfile(self.paths[i], dtype=np.uint8)
         if len(data) != self.lengths[i]:
@@ -63,15 +64,50 @@ class ImageFolder:
         return data
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageFolder:
-        """These files alone, in this order."""
+        """A source with only these images, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        paths = [self.paths[i] for i in chosen.tolist()]
-        return ImageFolder(
-            self.root, paths, self.labels[chosen], self.classes, self.sizes[chosen], self.lengths[chosen]
+        return replace(
+            self,
+            paths=[self.paths[i] for i in chosen.tolist()],
+            labels=self.labels[chosen],
+            sizes=self.sizes[chosen],
+            lengths=self.lengths[chosen],
         )
 
 
+def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> ImageFolder:
+    """Opens a folder of class folders; its index is built, or read where an earlier run kept it.
+
+    Args:
+        folder: One sub-folder per class; further folders inside a class are walked.
+        key: Setting that names the source, for error messages.
+        classes: Names of the training classes; None takes the names of the folders.
+
+    Raises:
+        UserError: The folder is missing, has fewer than two classes, or has a class without images or not in `classes`.
+    """
+    if not folder.is_dir():
+        parent = folder.parent
+        near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        hint = suggest(folder.name, near) if parent.is_dir() else f" Not even {str(parent)!r} exists."
+        raise UserError(f"{key}: the folder {str(folder)!r} does not exist.{hint}")
+    # checked here, so that the error is the same whether or not there is an index
+    _class_folders(folder, key)
+    index = cached_index(folder, key, lambda: _build_index(folder, key), lambda stamp: _what_changed(folder, stamp))
+    labels, names = index.codes, index.raw
+    if classes is not None and names != classes:
+        if unknown := sorted(set(names) - set(classes)):
+            raise UserError(
+                f"{key}: {len(unknown)} class folders of {str(folder)!r} are not among the {len(classes)} classes of "
+                f"training ({', '.join(unknown[:5])}).{suggest(unknown[0], classes)}"
+            )
+        labels, names = np.array([classes.index(name) for name in names])[labels], classes
+    paths = [os.path.join(folder, name) for name in index.names]
+    return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
+
+
 def _class_folders(folder: Path, key: str) -> list[str]:
+    """Names of the class folders, sorted; raises UserError for fewer than two."""
     try:
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
@@ -83,12 +119,13 @@ def _class_folders(folder: Path, key: str) -> list[str]:
     return classes
 
 
-def _images(names: Sequence[str]) -> list[str]:
+def _image_names(names: Sequence[str]) -> list[str]:
+    """The names that have an image's extension, sorted."""
     return sorted(name for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def _walk_class(folder: Path, name: str, key: str) -> tuple[list[str], dict[str, list[int]]]:
-    """Files of a class, and [mtime_ns, images] of each of its folders, all relative to `folder`."""
+    """The image files of a class, and [mtime_ns, number of images] of each of its folders, by relative paths."""
     files: list[str] = []
     folders: dict[str, list[int]] = {}
     waiting = [name]
@@ -100,7 +137,7 @@ def _walk_class(folder: Path, name: str, key: str) -> tuple[list[str], dict[str,
                 found = list(entries)
         except OSError as error:
             raise UserError(f"{key}: the folder {str(folder / relative)!r} cannot be read: {reason(error)}.") from None
-        images = _images([entry.name for entry in found if not entry.is_dir()])
+        images = _image_names([entry.name for entry in found if not entry.is_dir()])
         files += [os.path.join(relative, image) for image in images]
         folders[relative] = [modified, len(images)]
         waiting += sorted((os.path.join(relative, entry.name) for entry in found if entry.is_dir()), reverse=True)
@@ -109,23 +146,25 @@ def _walk_class(folder: Path, name: str, key: str) -> tuple[list[str], dict[str,
     return files, folders
 
 
-def _build_folder(folder: Path, key: str) -> Index:
+def _build_index(folder: Path, key: str) -> Index:
+    """Walks all class folders and reads the header of every image."""
     classes = _class_folders(folder, key)
     built = time.time_ns()
     names: list[str] = []
     folders: dict[str, list[int]] = {}
     counts = []
-    for files, stamps in in_parallel(lambda name: _walk_class(folder, name, key), classes, f"folders of {folder}", 1):
+    for files, stamps in parallel_map(lambda name: _walk_class(folder, name, key), classes, f"folders of {folder}", 1):
         names += files
         folders |= stamps
         counts.append(len(files))
-    found = list(in_parallel(lambda name: file_size(os.path.join(folder, name)), names, f"images of {folder}"))
+    found = list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {folder}"))
     sizes, lengths = np.array(found)[:, :2].astype(np.int32), np.array(found)[:, 2].astype(np.int64)
     codes = np.repeat(np.arange(len(classes)), counts)
     return Index(names, codes, classes, sizes, lengths, stamp={"kind": "folder", "built": built, "folders": folders})
 
 
-def _folder_changed(folder: Path, stamp: dict) -> str | None:
+def _what_changed(folder: Path, stamp: dict) -> str | None:
+    """What changed in the folder since the stamp was taken, or None."""
     if stamp.get("kind") != "folder":
         return "it was of another kind"
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -134,41 +173,10 @@ def _folder_changed(folder: Path, stamp: dict) -> str | None:
     for name, (modified, count) in stamp["folders"].items():
         try:
             same = os.stat(folder / name).st_mtime_ns == modified
-            if same and modified > stamp["built"] - _YOUNG_NS:
-                same = len(_images([e.name for e in os.scandir(folder / name) if not e.is_dir()])) == count
+            if same and modified > stamp["built"] - _MTIME_RESOLUTION_NS:
+                same = len(_image_names([e.name for e in os.scandir(folder / name) if not e.is_dir()])) == count
         except OSError:
             same = False
         if not same:
             return f"{str(folder / name)!r} has changed"
     return None
-
-
-def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> ImageFolder:
-    """Indexes an ImageFolder, or reads the index that is kept in it.
-
-    Args:
-        folder: One sub-folder per class; further folders inside a class are walked.
-        key: What the user set to get here, for the message.
-        classes: Of the training set; None takes the names of the folders.
-
-    Raises:
-        UserError: The folder is missing, has no class or only one, a class has no image, or is not among `classes`.
-    """
-    if not folder.is_dir():
-        parent = folder.parent
-        near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        hint = suggest(folder.name, near) if parent.is_dir() else f" Not even {str(parent)!r} exists."
-        raise UserError(f"{key}: the folder {str(folder)!r} does not exist.{hint}")
-    # what is wrong with the class folders is said whether or not there is an index
-    _class_folders(folder, key)
-    index = cached(folder, key, lambda: _build_folder(folder, key), lambda stamp: _folder_changed(folder, stamp))
-    labels, names = index.codes, index.raw
-    if classes is not None and names != classes:
-        if unknown := sorted(set(names) - set(classes)):
-            raise UserError(
-                f"{key}: {len(unknown)} class folders of {str(folder)!r} are not among the {len(classes)} classes of "
-                f"training ({', '.join(unknown[:5])}).{suggest(unknown[0], classes)}"
-            )
-        labels, names = np.array([classes.index(name) for name in names])[labels], classes
-    paths = [os.path.join(folder, name) for name in index.names]
-    return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)

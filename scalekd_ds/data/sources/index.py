@@ -1,4 +1,7 @@
-"""The index of a source: what there is, built once by threads, kept beside the data and never used once it is stale."""
+"""The index of a source: what images it has and where.
+
+It is built once, by threads, and kept in a file beside the data; a stale index is built again.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SUFFIX = ".scalekd_index.npz"
 VERSION = 1
-_HEAD = 16 * 1024
+# bytes that hold the header of nearly every image
+_HEADER_BYTES = 16 * 1024
 _ARRAYS = ("codes", "sizes", "lengths", "offsets", "shards")
-# threads wait for storage, not for a core: a network file system answers many at once
+# more threads than cores, because they wait for storage: a network file system serves many requests at once
 _THREADS = 16
+# items in one task of the thread pool
 _CHUNK = 256
 
 T = TypeVar("T")
@@ -39,14 +44,14 @@ class Index:
     """All images of a source, in order.
 
     Attributes:
-        names: Of each image, relative to the source.
+        names: Name of each image, relative to the source.
         codes: (n,) int64, each image's position in `raw`.
-        raw: Labels as they are written, each once: names of classes, or numbers.
+        raw: The distinct labels as the source writes them, names or numbers.
         sizes: (n, 2) int32 height and width, 0 where the header gives none.
         lengths: (n,) int64 encoded bytes, 0 where unknown.
-        offsets: (n,) int64 first byte in the shard; 0 where each image is a file.
-        shards: (n,) int32 position of each image's shard; 0 where each image is a file.
-        stamp: What staleness is told by: plain values that survive JSON.
+        offsets: (n,) int64 first byte in the shard; empty where each image is a file.
+        shards: (n,) int32 position of each image's shard; empty where each image is a file.
+        stamp: State of the data when it was indexed, by which a stale index is recognised; values that JSON can hold.
     """
 
     names: list[str]
@@ -60,25 +65,31 @@ class Index:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in one line, without the path that the message has already."""
+    """The message of an error in one line, without the path that an OSError adds."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def image_size(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """(height, width) from an image's header, without reading its pixels; (0, 0) where it gives none."""
-    for count in (min(_HEAD, length), length):
+    """(height, width) in pixels from the header of an image; (0, 0) where the header gives none.
+
+    Args:
+        fd: Descriptor of an open file.
+        offset: First byte of the image in the file.
+        length: Encoded bytes of the image.
+    """
+    for count in (min(_HEADER_BYTES, length), length):
         try:
             with Image.open(io.BytesIO(os.pread(fd, count, offset))) as image:
                 return image.height, image.width
-        # Pillow's plugins raise much besides OSError on damaged headers; whoever decodes the image names it
+        # Pillow raises errors of many kinds on damaged headers; the image is reported when it is decoded
         except Exception:
             if count == length:
                 break
     return 0, 0
 
 
-def file_size(path: str) -> tuple[int, int, int]:
-    """(height, width, bytes) of an image file, 0 where unknown."""
+def image_file_size(path: str) -> tuple[int, int, int]:
+    """(height, width, encoded bytes) of an image file, each 0 where unknown."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:
@@ -92,14 +103,14 @@ def file_size(path: str) -> tuple[int, int, int]:
         os.close(fd)
 
 
-def in_parallel(function: Callable[[T], R], items: Sequence[T], what: str, chunk: int = _CHUNK) -> Iterator[R]:
-    """`function` of each item by threads, in order, with a bar on a terminal.
+def parallel_map(function: Callable[[T], R], items: Sequence[T], what: str, chunk: int = _CHUNK) -> Iterator[R]:
+    """Results of `function` for each item, in order, computed by threads, with a progress bar on a terminal.
 
     Args:
-        function: Run by several threads at once.
-        items: Its arguments.
-        what: Beside the bar.
-        chunk: Items of one task: a task for each of a million files would cost more than the files.
+        function: Function that several threads may call at once.
+        items: Arguments of the calls.
+        what: Text beside the progress bar.
+        chunk: Items in one task of the thread pool; a task for each of a million files would cost more than the files.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     quiet = not sys.stderr.isatty()
@@ -114,108 +125,110 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T], what: str, chunk
                 yield from done
                 bar.advance(task, len(done))
         finally:
-            # after an error the rest of a million files is not waited for
+            # after an error the tasks that have not begun are dropped
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def cached(data: Path, key: str, build: Callable[[], Index], stale: Callable[[dict], str | None]) -> Index:
-    """The index from its file, or built and written there.
+def cached_index(data: Path, key: str, build: Callable[[], Index], what_changed: Callable[[dict], str | None]) -> Index:
+    """Reads the index of `data` from its file; builds it and writes the file where there is none or a stale one.
 
-    Processes that come at once wait for the first to build it; where the file system has no locks each builds the
-    same, and the last rename wins.
+    Of several processes that need it at once, one builds the index and the others wait. Where the file system has no
+    locks, each builds the same index, and the last one to rename its file wins.
 
     Args:
-        data: What is indexed: a folder, a file, or a pattern of files.
-        key: What the user set to get here, for messages.
-        build: Makes the index, its `stamp` included; the stamp must be taken before the data is read.
-        stale: Why the data is no longer what a stamp says, or None.
+        data: A folder, a file, or a pattern of files.
+        key: Setting that names the source, for messages.
+        build: Makes the index with its stamp; the stamp must be taken before the data is read.
+        what_changed: Says what changed in the data since a stamp was taken, or None.
     """
-    places = _places(data)
-    index, why = _load(places, stale)
+    paths = _index_paths(data)
+    index, problem = _load(paths, what_changed)
     if index is not None:
         return index
-    with _locked(places) as alone:
-        if alone:
+    with _build_lock(paths) as locked:
+        if locked:
             # another process may have built it while this one waited
-            index, why = _load(places, stale)
+            index, problem = _load(paths, what_changed)
             if index is not None:
                 return index
-        if why:
-            print(f"{key}: the index of {data} is stale ({why}): building it again", file=sys.stderr)
+        if problem:
+            print(f"{key}: the index of {data} is stale ({problem}): building it again", file=sys.stderr)
         index = build()
-        _store(index, places, key, data)
+        _store(index, paths, key, data)
     return index
 
 
-def _places(data: Path) -> list[Path]:
-    """Where the index of `data` may be, the preferred place first."""
+def _index_paths(data: Path) -> list[Path]:
+    """Where the index of `data` may be: beside it, or in the user's cache where that cannot be written."""
     beside = data / SUFFIX if data.is_dir() else data.with_name(f".{data.name}{SUFFIX}")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalekd_ds"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalekd_ds"
     digest = hashlib.sha256(os.fsencode(os.path.abspath(data))).hexdigest()[:32]
-    return [beside, home / f"{digest}.npz"]
+    return [beside, cache / f"{digest}.npz"]
 
 
-def _load(places: Iterable[Path], stale: Callable[[dict], str | None]) -> tuple[Index | None, str | None]:
-    why = None
-    for place in places:
+def _load(paths: Iterable[Path], what_changed: Callable[[dict], str | None]) -> tuple[Index | None, str | None]:
+    """The first index that is up to date, or the first reason why an existing one is not used."""
+    problem = None
+    for path in paths:
         try:
-            index = _read(place)
+            index = _read(path)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            why = why or f"{place} cannot be read: {reason(error)}"
+            problem = problem or f"{path} cannot be read: {reason(error)}"
             continue
-        changed = stale(index.stamp)
+        changed = what_changed(index.stamp)
         if changed is None:
             return index, None
-        why = why or changed
-    return None, why
+        problem = problem or changed
+    return None, problem
 
 
-def _read(place: Path) -> Index:
-    with np.load(place, allow_pickle=False) as file:
+def _read(path: Path) -> Index:
+    with np.load(path, allow_pickle=False) as file:
         head = json.loads(file["head"].tobytes())
         if head["version"] != VERSION:
             raise ValueError(f"it has format {head['version']}, and this release has {VERSION}")
         arrays = {name: file[name] for name in _ARRAYS}
-        # names of files have every byte but this one
+        # a file name may hold any byte but this one
         names = os.fsdecode(file["names"].tobytes()).split("\0")
     if not len(names) == len(arrays["codes"]) == len(arrays["sizes"]):
         raise ValueError("its parts differ in length")
     return Index(names=names, raw=head["raw"], stamp=head["stamp"], **arrays)
 
 
-def _store(index: Index, places: Sequence[Path], key: str, data: Path) -> None:
+def _store(index: Index, paths: Sequence[Path], key: str, data: Path) -> None:
+    """Writes the index to the first path that takes it; a warning on stderr where none does."""
     head = json.dumps({"version": VERSION, "stamp": index.stamp, "raw": index.raw}).encode()
     texts = {"head": head, "names": os.fsencode("\0".join(index.names))}
     blobs = {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    for place in places:
-        aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+    for path in paths:
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "xb") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
                 np.savez(file, **blobs, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, place)
+            os.replace(temporary, path)
             return
         except OSError as error:
             failed = error
             with contextlib.suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
     print(f"{key}: the index of {data} cannot be kept: {reason(failed)}; it is built at each start", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _locked(places: Iterable[Path]) -> Iterator[bool]:
-    """Holds a lock while the index is built; False where no place takes one."""
+def _build_lock(paths: Iterable[Path]) -> Iterator[bool]:
+    """Holds a file lock, beside the first path that allows one; yields whether there is a lock."""
     with contextlib.ExitStack() as held:
-        for place in places:
+        for path in paths:
             with contextlib.suppress(OSError):
-                # the cache's folder may be new
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(place.with_suffix(".lock"), "ab"))
+                # the folder in the user's cache may not exist yet
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path.with_suffix(".lock"), "ab"))
                 fcntl.flock(file, fcntl.LOCK_EX)
                 break
         else:

@@ -1,4 +1,4 @@
-"""Labels as they are written, names or numbers, to positions in one list of classes."""
+"""Turns labels as a source writes them, names or numbers, into positions in one list of classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scalekd_ds.errors import UserError
 
 
 def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """(codes, raw) of an index: each distinct label once, in order of appearance."""
+    """(codes, raw) of an `Index`; `raw` has the distinct labels in order of appearance."""
     positions: dict[str, int] = {}
     codes = np.fromiter((positions.setdefault(label, len(positions)) for label in labels), np.int64, len(labels))
     return codes, list(positions)
@@ -26,23 +26,24 @@ def is_number(label: str) -> bool:
 def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str) -> tuple[np.ndarray, list[str]]:
     """Labels as positions in the list of classes.
 
-    Labels that are all names of `classes` are those; labels that are all integers are positions in it. Without
-    `classes`, names are sorted, and integers must be 0 to K-1 with each in use, so that labels counted from 1 are found out.
+    Where all labels are names in `classes`, each is the position of its name; where all are integers, they are
+    positions already. Without `classes`, names are sorted, and integers must be 0 to K-1 with each in use, so that
+    labels counted from 1 are refused.
 
     Args:
-        index: Of the source.
-        classes: Of the training set or of a classes.txt, or None.
-        key: What the user set to get here, for the message.
-        where: The source, for the message.
+        index: Index of the source.
+        classes: Names of the classes, of the training set or of a classes.txt, or None.
+        key: Setting that names the source, for error messages.
+        where: The source, for error messages.
 
     Returns:
-        labels (n,) int64 and the names of the classes.
+        (n,) int64 labels and the names of the classes.
 
     Raises:
-        UserError: A label is out of range or not among `classes`.
+        UserError: A label is out of range or not among `classes`, or there is only one class.
     """
 
-    def first(raw: str) -> str:
+    def first_image_of(raw: str) -> str:
         return index.names[int(np.flatnonzero(index.codes == index.raw.index(raw))[0])]
 
     numbers = all(is_number(label) for label in index.raw)
@@ -55,17 +56,18 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
         unknown = sorted(set(index.raw) - set(positions))
         raise UserError(
             f"{key}: {where} has {len(unknown)} classes that the list of {len(positions)} classes lacks "
-            f"({', '.join(unknown[:5])}), such as that of {first(unknown[0])!r}: they must be the training set's."
+            f"({', '.join(unknown[:5])}), such as that of {first_image_of(unknown[0])!r}: they must be the training "
+            "set's."
         )
     else:
         table = [int(label) for label in index.raw]
         count = len(classes) if classes is not None else len(set(table))
         for raw, label in zip(index.raw, table, strict=True):
             if not 0 <= label < count:
-                of = f"there are {count} classes" if classes is not None else f"{count} different labels are in use"
+                known = f"there are {count} classes" if classes is not None else f"{count} different labels are in use"
                 raise UserError(
-                    f"{key}: the label {label} of {first(raw)!r} in {where} is out of range: {of}, so labels are "
-                    f"0 to {count - 1}."
+                    f"{key}: the label {label} of {first_image_of(raw)!r} in {where} is out of range: {known}, so "
+                    f"labels are 0 to {count - 1}."
                 )
     if classes is None:
         classes = [str(label) for label in range(count)]
@@ -77,9 +79,17 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
 def labels_of(
     index: Index, folder: Path, classes: list[str] | None, key: str, where: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels as positions in `classes`, or in the folder's classes.txt, or as `resolve_labels` finds them.
+    """Labels of a source whose folder may hold a classes.txt, as `resolve_labels` returns them.
 
-    Where there are both lists, numbers are positions in the folder's, and its names are looked up in `classes`.
+    The list of classes is `classes`, or else the classes.txt. Where both exist and differ, numbers are positions in the
+    classes.txt, and its names are looked up in `classes`.
+
+    Args:
+        index: Index of the source.
+        folder: Folder that may hold a classes.txt.
+        classes: Names of the training classes, or None.
+        key: Setting that names the source, for error messages.
+        where: The source, for error messages.
 
     Raises:
         UserError: A label is out of range or not among the classes, or classes.txt cannot be read.
@@ -98,10 +108,10 @@ def labels_of(
 
 
 def read_classes(folder: Path, key: str) -> list[str] | None:
-    """Names in a folder's classes.txt, one a line, or None where there is no such file.
+    """The names in a folder's classes.txt, which has one on each line, or None where there is no such file.
 
     Raises:
-        UserError: It cannot be read, or names a class twice.
+        UserError: The file cannot be read, or names a class twice.
     """
     path = folder / "classes.txt"
     try:

@@ -1,16 +1,16 @@
-"""Images inside larger files, such as tars: each is one read at its offset."""
+"""Images inside larger files (shards), such as tars: an image is read at its offset in one call."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from scalekd_ds.data.sources.index import Index, cached, in_parallel
+from scalekd_ds.data.sources.index import Index, cached_index, parallel_map
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
 
@@ -20,19 +20,19 @@ _MAX_SHARDS = 1_000_000
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Images inside shards.
+    """Images inside shards; a `Source`.
 
     Attributes:
         root: The folder of the shards.
         files: The shards' paths.
-        stats: (size, mtime_ns) of each when it was indexed.
-        members: (n) names within the shards.
+        stats: (bytes, mtime_ns) of each shard when it was indexed.
+        members: (n,) names of the images within their shards.
         shards: (n,) int32 position of each image's shard.
         offsets: (n,) int64 first byte of each image in its shard.
-        lengths: (n,) int64 its bytes.
+        lengths: (n,) int64 encoded bytes of each image.
         labels: (n,) int64 positions in `classes`.
-        classes: Names.
-        sizes: (n, 2) int32 height and width, 0 where the header gives none.
+        classes: Names of the classes.
+        sizes: (n, 2) int32 height and width in pixels, 0 where the header gives none.
     """
 
     root: Path
@@ -50,17 +50,17 @@ class ShardSource:
         return len(self.members)
 
     def name(self, i: int) -> str:
-        """`shard.tar:member`."""
+        """The name of an image in messages, `shard.tar:member`."""
         return f"{self.files[self.shards[i]]}:{self.members[i]}"
 
     def read(self, i: int) -> np.ndarray:
-        """(bytes,) uint8 of one image.
+        """The encoded bytes of one image, (bytes,) uint8.
 
         Raises:
-            OSError: The shard cannot be read, or is no longer the one that was indexed.
+            OSError: The shard cannot be read, or has changed since it was indexed.
         """
         shard, length = int(self.shards[i]), int(self.lengths[i])
-        # opened each time: a thousand shards of a set would be a thousand open files of each process
+        # opened for each read: each process would else hold as many open files as the set has shards
         fd = os.open(self.files[shard], os.O_RDONLY)
         try:
             stat = os.fstat(fd)
@@ -74,25 +74,30 @@ class ShardSource:
         return np.frombuffer(data, dtype=np.uint8)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ShardSource:
-        """These images alone, in this order."""
+        """A source with only these images, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return ShardSource(
-            self.root,
-            self.files,
-            self.stats,
-            [self.members[i] for i in chosen.tolist()],
-            self.shards[chosen],
-            self.offsets[chosen],
-            self.lengths[chosen],
-            self.labels[chosen],
-            self.classes,
-            self.sizes[chosen],
+        return replace(
+            self,
+            members=[self.members[i] for i in chosen.tolist()],
+            shards=self.shards[chosen],
+            offsets=self.offsets[chosen],
+            lengths=self.lengths[chosen],
+            labels=self.labels[chosen],
+            sizes=self.sizes[chosen],
         )
 
 
 @dataclass
 class Sample:
-    """One image of a shard: its name there, its label as it is written, (height, width), bytes and first byte."""
+    """One image of a shard, as a scan finds it.
+
+    Attributes:
+        name: Name within the shard.
+        label: Label as the shard writes it.
+        size: (height, width) in pixels, (0, 0) where the header gives none.
+        length: Encoded bytes.
+        offset: First byte in the shard.
+    """
 
     name: str
     label: str
@@ -105,23 +110,23 @@ def open_shards(
     where: Path,
     key: str,
     classes: list[str] | None,
-    belongs: Callable[[Path], bool],
+    is_shard: Callable[[Path], bool],
     scan: Callable[[str], list[Sample]],
 ) -> ShardSource:
-    """Indexes shards of one kind, or reads the index that is kept of them.
+    """Opens shards of one kind; their index is built, or read where an earlier run kept it.
 
     Args:
         where: A folder of shards, one shard, or a pattern such as `shard-{000..012}.tar`.
-        key: What the user set to get here, for messages.
-        classes: Names, for labels that are numbers; None takes a classes.txt beside the shards, or the labels.
-        belongs: Whether a file of the folder is a shard.
-        scan: All images of one shard.
+        key: Setting that names the source, for error messages.
+        classes: Names of the classes; None takes them from a classes.txt beside the shards, or from the labels.
+        is_shard: Whether a file in the folder is a shard.
+        scan: Finds all images of one shard.
 
     Raises:
-        UserError: A shard is missing or what `scan` raises, or a label is out of range.
+        UserError: A shard is missing, `scan` refuses one, or a label is out of range.
     """
-    files = _expand(where, belongs, key)
-    index = cached(where, key, lambda: _build(files, scan), lambda stamp: _changed(files, stamp))
+    files = _shard_paths(where, is_shard, key)
+    index = cached_index(where, key, lambda: _build_index(files, scan), lambda stamp: _what_changed(files, stamp))
     root = Path(files[0]).parent
     labels, classes = labels_of(index, root, classes, key, str(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
@@ -130,13 +135,14 @@ def open_shards(
     )
 
 
-def _expand(where: Path, belongs: Callable[[Path], bool], key: str) -> list[str]:
+def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> list[str]:
+    """The paths of the shards in a folder or of a pattern, in order; raises UserError for a missing one."""
     if where.is_dir():
         if any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(where)):
             raise UserError(
                 f"{key}: {str(where)!r} has both shards and folders: name the shards, or a folder of one kind."
             )
-        files = sorted(str(path) for path in where.iterdir() if belongs(path))
+        files = sorted(str(path) for path in where.iterdir() if is_shard(path))
     else:
         files = [str(where)]
         while match := _RANGE.search(files[0]):
@@ -154,11 +160,13 @@ def _expand(where: Path, belongs: Callable[[Path], bool], key: str) -> list[str]
 
 
 def _stat(file: str) -> list[int]:
+    """[bytes, mtime_ns] of a file."""
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _changed(files: Sequence[str], stamp: dict) -> str | None:
+def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
+    """What changed in the shards since the stamp was taken, or None."""
     if stamp.get("shards") != [os.path.basename(file) for file in files]:
         return "the shards are others"
     for file, stat in zip(files, stamp["stats"], strict=True):
@@ -167,13 +175,13 @@ def _changed(files: Sequence[str], stamp: dict) -> str | None:
     return None
 
 
-def _build(files: Sequence[str], scan: Callable[[str], list[Sample]]) -> Index:
-    # before they are read: a shard that changes meanwhile is then known to have
+def _build_index(files: Sequence[str], scan: Callable[[str], list[Sample]]) -> Index:
+    # taken before the shards are read, so that a change while they are read is noticed later
     stats = [_stat(file) for file in files]
     names: list[str] = []
     labels: list[str] = []
     rows: list[tuple[int, ...]] = []
-    for shard, samples in enumerate(in_parallel(scan, files, f"shards of {Path(files[0]).parent}", chunk=1)):
+    for shard, samples in enumerate(parallel_map(scan, files, f"shards of {Path(files[0]).parent}", chunk=1)):
         for sample in samples:
             names.append(sample.name)
             labels.append(sample.label)

@@ -1,4 +1,4 @@
-"""What a source of images is, and parts of one."""
+"""The interface of a source of images, and functions that check sources and take parts of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scalekd_ds.errors import UserError, suggest
 
 
 class Source(Protocol):
-    """Encoded images with labels. Threads may share one.
+    """Encoded images with labels. Threads may share one object.
 
     Attributes:
-        root: Where it is, for messages.
+        root: Where the images are, for messages.
         labels: (n,) int64 positions in `classes`.
-        classes: Names.
-        sizes: (n, 2) int32 height and width of each image, 0 where not known.
+        classes: Names of the classes.
+        sizes: (n, 2) int32 height and width of each image in pixels, 0 where not known.
     """
 
     root: Path
@@ -29,17 +29,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """The path of an image, or `shard.tar:member`."""
+        """The name of an image in messages: its path, or `shard.tar:member`."""
 
     def read(self, i: int) -> np.ndarray:
-        """(bytes,) uint8, the encoded image.
+        """The encoded bytes of one image, (bytes,) uint8.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The image cannot be read.
         """
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Source:
-        """These images alone, in this order."""
+        """A source with only these images, in this order."""
 
 
 def check_same_classes(train: Source, val: Source) -> None:
@@ -61,7 +61,7 @@ def subset(source: Source, count: int, seed: int) -> Source:
     """`count` images drawn without replacement, in the index's order; a pure function of the seed.
 
     Raises:
-        UserError: More images than there are.
+        UserError: The source has fewer images.
     """
     if count > len(source):
         raise UserError(f"data.train_images is {count}: {source.root} has {len(source)} images.")
@@ -72,7 +72,7 @@ def per_class(source: Source, count: int, seed: int) -> Source:
     """`count` images of every class drawn without replacement, in the index's order; a pure function of the seed.
 
     Raises:
-        UserError: A class with fewer images.
+        UserError: A class has fewer images.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     chosen = []

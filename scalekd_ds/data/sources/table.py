@@ -1,4 +1,4 @@
-"""A table of path and label: CSV, TSV or Parquet. Every path stays below one folder."""
+"""Tables of paths and labels: CSV, TSV or Parquet. Every path must stay below one folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from scalekd_ds.data.sources.image_folder import ImageFolder
-from scalekd_ds.data.sources.index import Index, cached, file_size, in_parallel, reason
+from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
 
@@ -20,30 +20,34 @@ _COLUMNS = ("path", "label")
 def open_table(table: Path, key: str, classes: list[str] | None = None, root: Path | None = None) -> ImageFolder:
     """Opens a table with the columns `path` and `label`.
 
-    A file that is missing is left to the run, which replaces a small share of bad files; a table with no file that
+    A missing file is not an error here, because a run replaces a small share of bad files; a table of which no file
     exists is refused.
 
     Args:
         table: A .csv or .tsv with a line of column names, or a .parquet.
-        key: What the user set to get here, for messages.
-        classes: Names, for labels that are numbers; None takes a classes.txt beside the table, or the labels.
-        root: What the paths are relative to, and may not leave, also not by a link; None for the table's folder.
+        key: Setting that names the source, for error messages.
+        classes: Names of the classes; None takes them from a classes.txt beside the table, or from the labels.
+        root: Folder to which the paths are relative, and which none may leave, not even by a link; None is the table's
+            folder.
 
     Raises:
-        UserError: There is no such table, it lacks a column, is empty, names a file twice or one outside of `root`, or
-            a label is out of range.
+        UserError: The table is missing, empty or without a column, it names a file twice or one outside of `root`, or a
+            label is out of range.
     """
     if not table.is_file():
         near = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
         raise UserError(f"{key}: the table {str(table)!r} does not exist.{suggest(table.name, near)}")
     folder = table.parent if root is None else Path(root)
-    index = cached(table, key, lambda: _build(table, folder, key), lambda stamp: _changed(table, folder, stamp))
+    index = cached_index(
+        table, key, lambda: _build_index(table, folder, key), lambda stamp: _what_changed(table, folder, stamp)
+    )
     labels, classes = labels_of(index, table.parent, classes, key, str(table))
     paths = [os.path.join(folder, name) for name in index.names]
     return ImageFolder(folder, paths, labels, classes, index.sizes, index.lengths)
 
 
 def _stamp(table: Path, folder: Path) -> dict:
+    """The state of the table by which a stale index is recognised."""
     stat = os.stat(table)
     return {
         "kind": "table",
@@ -53,17 +57,18 @@ def _stamp(table: Path, folder: Path) -> dict:
     }
 
 
-def _changed(table: Path, folder: Path, stamp: dict) -> str | None:
+def _what_changed(table: Path, folder: Path, stamp: dict) -> str | None:
+    """What changed since the stamp was taken, or None."""
     now = _stamp(table, folder)
     if stamp.get("root") != now["root"]:
         return "its root is another"
     return None if stamp == now else "the table has changed"
 
 
-def _build(table: Path, folder: Path, key: str) -> Index:
+def _build_index(table: Path, folder: Path, key: str) -> Index:
     stamp = _stamp(table, folder)
     try:
-        names, labels = (_parquet if table.suffix.lower() == ".parquet" else _delimited)(table, key)
+        names, labels = (_read_parquet if table.suffix.lower() == ".parquet" else _read_delimited)(table, key)
     except OSError as error:
         raise UserError(f"{key}: the table {str(table)!r} cannot be read: {reason(error)}.") from None
     if not names:
@@ -71,7 +76,7 @@ def _build(table: Path, folder: Path, key: str) -> Index:
     _check_rows(names, labels, table, key)
     _check_links(names, folder, table, key)
     found = np.array(
-        list(in_parallel(lambda name: file_size(os.path.join(folder, name)), names, f"images of {table}")),
+        list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {table}")),
         dtype=np.int64,
     )
     if not found.any() and not any(os.path.exists(os.path.join(folder, name)) for name in names):
@@ -91,10 +96,11 @@ def _require_columns(found: list[str], table: Path, key: str) -> None:
             )
 
 
-def _delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
+def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
+    """(paths, labels) of a .csv or .tsv."""
     names, labels = [], []
     try:
-        # a byte order mark is what spreadsheets put first
+        # utf-8-sig, because spreadsheets write a byte order mark
         with open(table, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
             header = next(rows, [])
@@ -115,7 +121,8 @@ def _delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
     return names, labels
 
 
-def _parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
+def _read_parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
+    """(paths, labels) of a .parquet."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -126,7 +133,7 @@ def _parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
             found = file.schema_arrow.names
             read = file.read(columns=[column for column in _COLUMNS if column in found])
         columns = {column: values.to_pylist() for column, values in zip(read.column_names, read.columns, strict=True)}
-    # damage comes as any of these; OSError is for the file system's errors too
+    # a damaged file raises any of these, and the file system OSError
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{key}: the table {str(table)!r} cannot be read as Parquet: {reason(error)}.") from None
     _require_columns(found, table, key)
@@ -134,6 +141,7 @@ def _parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
 
 
 def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> None:
+    """Raises UserError for the first row whose path or label cannot be used."""
     seen: set[str] = set()
     for row, (name, label) in enumerate(zip(names, labels, strict=True), 1):
         problem = None
@@ -152,7 +160,7 @@ def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> N
 
 
 def _check_links(names: list[str], folder: Path, table: Path, key: str) -> None:
-    """Refuses what leaves the root by a link. A folder is followed once, not for each of its files."""
+    """Raises UserError for a path that leaves the root by a link; each folder is resolved only once."""
     real = os.path.realpath(folder)
 
     def outside(path: str) -> bool:
@@ -165,6 +173,6 @@ def _check_links(names: list[str], folder: Path, table: Path, key: str) -> None:
         path = os.path.join(folder, name)
         return parents[os.path.dirname(name)] or (os.path.islink(path) and outside(path))
 
-    for name, escaped in zip(names, in_parallel(escapes, names, f"paths of {table}"), strict=True):
+    for name, escaped in zip(names, parallel_map(escapes, names, f"paths of {table}"), strict=True):
         if escaped:
             raise UserError(f"{key}: {str(table)!r} has {name!r}, a link that leads out of {str(folder)!r}: refused.")

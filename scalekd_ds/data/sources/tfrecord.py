@@ -1,7 +1,8 @@
-"""TFRecord files of tf.train.Example, as ImageNet's are: found by their framing once, then read as any shard.
+"""TFRecord files of tf.train.Example, as TensorFlow's scripts write ImageNet, parsed without TensorFlow.
 
-A record is its length (uint64), a checksum, an Example, a checksum. An Example is a message of protocol buffers whose
-map `features` holds image/encoded, and image/class/synset (a name) or image/class/label (a number).
+The records of a file are scanned once for the places of their images, which are then read as in any shard. A record is
+its length (uint64), a checksum, an Example and a checksum. An Example is a protocol buffer message whose map `features`
+holds image/encoded, and image/class/synset (a name) or image/class/label (a number).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from scalekd_ds.data.sources.index import image_size, reason
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.errors import UserError
 
-_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
+_FILE_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
+# bytes before and after the Example of a record
 _HEADER, _FOOTER = 12, 4
 _IMAGE, _SYNSET, _LABEL = b"image/encoded", b"image/class/synset", b"image/class/label"
 
 
 def is_tfrecord(path: Path) -> bool:
-    """Whether a file or a pattern is named as TFRecords are."""
-    return _NAME.fullmatch(path.name) is not None and not path.is_dir()
+    """Whether the path of a file or a pattern is named as TFRecords are."""
+    return _FILE_NAME.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
@@ -31,8 +33,8 @@ def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> S
 
     Args:
         where: A folder of *.tfrecord or *-of-*, one such file, or a pattern with a range such as {000..012}.
-        key: What the user set to get here, for messages.
-        classes: Names, for labels that are numbers; None takes a classes.txt beside the files, or the labels.
+        key: Setting that names the source, for error messages.
+        classes: Names of the classes; None takes them from a classes.txt beside the files, or from the labels.
 
     Raises:
         UserError: A file is missing, cut off or no TFRecord; a record has no image or label; a label is out of range.
@@ -41,9 +43,10 @@ def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> S
 
 
 def _scan(path: str, key: str) -> list[Sample]:
+    """All images of one file."""
     samples: list[Sample] = []
     try:
-        # mapped: of an image, only the pages with its header are read
+        # mapped into memory, so that only the pages with the header of an image are read
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for start, end in _records(data):
                 samples.append(_sample(data, start, end, file.fileno(), len(samples)))
@@ -56,6 +59,7 @@ def _scan(path: str, key: str) -> list[Sample]:
 
 
 def _records(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """(first byte, end) of the Example in each record."""
     at = 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -69,6 +73,7 @@ def _records(data: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def _sample(data: mmap.mmap, start: int, end: int, fd: int, number: int) -> Sample:
+    """The image in the Example from byte `start` to `end`; raises ValueError where it is none."""
     features: dict[bytes, tuple[int, int]] = {}
     for _, first, last in _fields(data, start, end):
         for _, *entry in _fields(data, first, last):
@@ -88,6 +93,7 @@ def _sample(data: mmap.mmap, start: int, end: int, fd: int, number: int) -> Samp
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """The variable-length integer at byte `at`, and the byte after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]
@@ -99,7 +105,7 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, end) of each field of a message; a plain number is the bytes that hold it."""
+    """(field number, first byte, end) of each field of a message; for an integer these are the bytes that encode it."""
     while at < end:
         tag, at = _varint(data, at)
         kind = tag & 7
@@ -119,7 +125,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]
 
 
 def _first_bytes(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
-    """Where the first value of a Feature's bytes_list is."""
+    """(first byte, end) of the first value in the bytes_list of a Feature."""
     for field, first, last in _fields(data, start, end):
         if field == 1:
             for _, a, b in _fields(data, first, last):
@@ -128,9 +134,10 @@ def _first_bytes(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
 
 
 def _first_int(data: mmap.mmap, start: int, end: int) -> int:
+    """The first value in the int64_list of a Feature."""
     for field, first, last in _fields(data, start, end):
         if field == 3:
-            # packed or not, the first number is the first field's first bytes
+            # packed or not, the list begins with its first number
             for _, a, b in _fields(data, first, last):
                 if a == b:
                     continue

@@ -1,12 +1,13 @@
-"""What models see, as images: pure functions from tensors to (3, H, W) floats in 0 to 1, without a plotting library.
+"""Turns maps, attention and spectra into pictures: functions from tensors to (3, H, W) floats in 0 to 1.
 
-`pca` colours feature maps, `attention` shows where a projector's queries look, `spectrum` shows frequencies, and `canvas`
-enlarges, blends and lays pictures out.
+They need no plotting library, and may import what `inspection` may. `pca` colours feature maps, `attention` computes and
+colours the attention of a projector's queries, `spectrum` computes and colours frequencies, and `canvas` scales, blends and
+tiles pictures.
 """
 
-from scalekd_ds.inspection.pictures.attention import attention_maps, attention_pictures, default_queries, own_weights
-from scalekd_ds.inspection.pictures.canvas import blend, enlarge, heat, mark, sheet, to_uint8, unnormalise
-from scalekd_ds.inspection.pictures.pca import map_of, pca_colours
+from scalekd_ds.inspection.pictures.attention import attention_maps, attention_pictures, default_queries, unsharded_copy
+from scalekd_ds.inspection.pictures.canvas import blend, enlarge, heat_colours, mark_cell, tile, to_uint8, unnormalise
+from scalekd_ds.inspection.pictures.pca import pca_colours, tokens_to_map
 from scalekd_ds.inspection.pictures.spectrum import spectrum, spectrum_pictures
 
 __all__ = [
@@ -15,14 +16,14 @@ __all__ = [
     "blend",
     "default_queries",
     "enlarge",
-    "heat",
-    "map_of",
-    "mark",
-    "own_weights",
+    "heat_colours",
+    "mark_cell",
     "pca_colours",
-    "sheet",
     "spectrum",
     "spectrum_pictures",
+    "tile",
     "to_uint8",
+    "tokens_to_map",
     "unnormalise",
+    "unsharded_copy",
 ]

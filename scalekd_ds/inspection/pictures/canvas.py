@@ -1,4 +1,4 @@
-"""Numbers to colours, and pictures beside each other."""
+"""Turns numbers into colours, and scales, blends, marks and tiles pictures."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# dark blue, violet, red, orange, pale yellow: lightness rises all the way, so that it reads in grey too
+# dark blue, violet, red, orange, pale yellow: lightness rises all the way, so the order is also clear in grey
 _HEAT = ((0.02, 0.01, 0.10), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.97, 0.55, 0.15), (0.99, 0.97, 0.75))
 
 
 def unnormalise(images_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Images (B, 3, H, W) as a model gets them -> the same as 0 to 1, on the CPU in float32."""
+    """Normalised images (B, 3, H, W) -> images in 0 to 1, on the CPU in float32."""
     images = images_BCHW.detach().float().cpu()
     mean_C11, std_C11 = (torch.tensor(tuple(v))[:, None, None] for v in (mean, std))
     return (images * std_C11 + mean_C11).clamp(0.0, 1.0)
 
 
-def heat(values: torch.Tensor) -> torch.Tensor:
+def heat_colours(values: torch.Tensor) -> torch.Tensor:
     """Values (..., h, w) in 0 to 1 -> colours (..., 3, h, w), dark to light."""
     table = torch.tensor(_HEAT)
     place = values.detach().float().cpu().clamp(0.0, 1.0) * (len(table) - 1)
@@ -28,19 +28,31 @@ def heat(values: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge(pictures: torch.Tensor, size: tuple[int, int], smooth: bool = False) -> torch.Tensor:
-    """(..., 3, h, w) -> (..., 3, *size): squares by default, so that the cells of a map stay what they are."""
+    """Scales pictures (..., 3, h, w) to (..., 3, *size).
+
+    Args:
+        pictures: The pictures.
+        size: (height, width) in pixels.
+        smooth: Interpolate bilinearly; by default the cells of a map stay visible as rectangles.
+    """
     flat = pictures.reshape(-1, *pictures.shape[-3:])
     mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
     return F.interpolate(flat, size, **mode).reshape(*pictures.shape[:-2], *size).clamp(0.0, 1.0)
 
 
 def blend(image: torch.Tensor, over: torch.Tensor, share: float = 0.6) -> torch.Tensor:
-    """`over` (..., 3, h, w) laid over `image` (..., 3, h, w), of which 1 - `share` stays."""
+    """Blends two pictures (..., 3, h, w): `share` of `over` and 1 - `share` of `image`."""
     return torch.lerp(image, over, share)
 
 
-def mark(picture: torch.Tensor, cell: int, grid: tuple[int, int]) -> torch.Tensor:
-    """A copy of a picture (3, H, W) with a white frame around one cell of a grid laid over it, by number, row by row."""
+def mark_cell(picture: torch.Tensor, cell: int, grid: tuple[int, int]) -> torch.Tensor:
+    """A copy of a picture (3, H, W) with a white frame around one cell of a grid.
+
+    Args:
+        picture: The picture.
+        cell: Number of the cell, row by row.
+        grid: (rows, columns) of the grid that covers the picture.
+    """
     (h, w), (height, width) = grid, picture.shape[-2:]
     row, column = divmod(cell, w)
     top, bottom, left, right = (
@@ -57,11 +69,11 @@ def mark(picture: torch.Tensor, cell: int, grid: tuple[int, int]) -> torch.Tenso
     return framed
 
 
-def sheet(rows: Sequence[Sequence[torch.Tensor]], gap: int = 2) -> torch.Tensor:
-    """One picture (3, H, W) of rows of pictures (3, h, w), all of one size, with white lines of `gap` pixels between.
+def tile(rows: Sequence[Sequence[torch.Tensor]], gap: int = 2) -> torch.Tensor:
+    """One picture (3, H, W) of rows of pictures (3, h, w), with white lines of `gap` pixels between them.
 
     Raises:
-        ValueError: No picture, or pictures of different sizes.
+        ValueError: There is no picture, or they differ in size.
     """
     sizes = {tuple(picture.shape) for row in rows for picture in row}
     if len(sizes) != 1:

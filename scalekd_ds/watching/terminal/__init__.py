@@ -1,4 +1,7 @@
-"""What a person, or a program, sees of a run on rank 0's standard output."""
+"""Reports a run on the standard output of rank 0, for people or for programs.
+
+Its modules use the standard library and rich, and nothing else of this library.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,21 @@ import sys
 
 from scalekd_ds.watching.terminal.bar import Bar
 from scalekd_ds.watching.terminal.json_lines import JsonLines
-from scalekd_ds.watching.terminal.plain import Plain, Quiet
+from scalekd_ds.watching.terminal.plain import Plain, Reporter
 
-__all__ = ["Quiet", "reporter_for"]
+__all__ = ["Reporter", "reporter_for"]
 
 
-def reporter_for(style: str, rank: int, total: int, done: int) -> Quiet:
-    """The reporter of a style, silent on other ranks than 0.
+def reporter_for(style: str, rank: int, total: int, done: int) -> Reporter:
+    """The reporter of a style; on other ranks than 0 it shows nothing.
 
     Args:
         style: `auto` (a bar on a terminal, lines elsewhere), `bar`, `plain`, `quiet` (or `none`), or `json`.
         rank: This rank.
         total: Optimizer steps of the run.
-        done: Steps done before.
+        done: Steps that were done before this start of the run.
     """
     if style == "auto":
         style = "bar" if sys.stdout.isatty() else "plain"
-    kinds = {"bar": Bar, "plain": Plain, "json": JsonLines}
-    return kinds.get(style if rank == 0 else "quiet", Quiet)(total, done)
+    reporters = {"bar": Bar, "plain": Plain, "json": JsonLines}
+    return reporters.get(style if rank == 0 else "quiet", Reporter)(total, done)

@@ -1,4 +1,4 @@
-"""A bar with the time that is left, and tables, on a terminal."""
+"""Reports on a terminal: a progress bar with the time left, and tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from scalekd_ds.watching.terminal.plain import Quiet, losses, status
+from scalekd_ds.watching.terminal.plain import Reporter, losses, status
 from scalekd_ds.watching.terminal.report import ReportCard
 
 
-class Bar(Quiet):
-    """The bar with two lines of figures below it."""
+class Bar(Reporter):
+    """A progress bar with two lines of scalars below it, which is redrawn in place."""
 
     def __init__(self, total: int, done: int) -> None:
         super().__init__(total, done)

@@ -1,4 +1,4 @@
-"""One JSON object a line, for programs: nothing else reaches standard output."""
+"""Reports for programs: one JSON object on each line, and nothing else on standard output."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import sys
 from dataclasses import asdict
 from typing import IO, Any
 
-from scalekd_ds.watching.terminal.plain import Quiet
+from scalekd_ds.watching.terminal.plain import Reporter
 from scalekd_ds.watching.terminal.report import ReportCard
 
-_stdout: list[IO[str]] = []
+# the real standard output, once `claim_stdout` was called
+_claimed_stdout: list[IO[str]] = []
 
 
 def claim_stdout() -> None:
-    """From now on standard output is for these lines alone, and what anyone else prints goes to standard error.
+    """Keeps standard output for these lines alone: whatever else this process prints goes to standard error.
 
-    By the file's number, not its name in Python: loggers hold on to it, and C libraries know no other.
+    The file descriptor is redirected rather than `sys.stdout`, since loggers keep the latter and C libraries do not know it.
     """
-    if _stdout:
+    if _claimed_stdout:
         return
     sys.stdout.flush()
-    _stdout.append(os.fdopen(os.dup(1), "w"))
+    _claimed_stdout.append(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
 
 
-class JsonLines(Quiet):
-    """Objects with `kind`: `step`, `evaluation`, `message` or `report`; names are those of TensorBoard."""
+class JsonLines(Reporter):
+    """Writes objects whose `kind` is `step`, `evaluation`, `message` or `report`; scalars have their names in TensorBoard."""
 
     def _write(self, kind: str, **values: Any) -> None:
-        # json's NaN is no JSON
-        print(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False), file=_stdout[0], flush=True)
+        # NaN and infinities, as Python writes them, are not valid JSON
+        print(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False), file=_claimed_stdout[0], flush=True)
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         left = (self.total - step) * scalars["system/step_s"]
@@ -48,7 +49,7 @@ class JsonLines(Quiet):
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as text."""
+    """A copy of plain data in which NaN and infinities are text."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list):

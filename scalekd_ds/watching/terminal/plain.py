@@ -1,4 +1,4 @@
-"""One line for each thing that happens, for logs; and nothing at all."""
+"""Reports as plain lines, for logs; and the base class of reporters, which reports nothing."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ from typing import Any
 from scalekd_ds.watching.terminal.report import ReportCard, duration
 
 
-class Quiet:
-    """Shows nothing.
+class Reporter:
+    """Reports the events of a run; this base class shows nothing.
 
     Args:
         total: Optimizer steps of the run.
-        done: Steps done before.
+        done: Steps that were done before this start of the run.
     """
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
 
     def step(self, step: int) -> None:
-        """A step was done."""
+        """Reports that an optimizer step is done."""
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Scalars of a logged step, by the names that TensorBoard has."""
+        """Reports the scalars of a logged step, by their names in TensorBoard."""
 
     def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """An evaluation: `name`, `top1`, `top5` of student, average, teacher, and the best so far with its `step`."""
+        """Reports an evaluation.
+
+        Args:
+            step: The optimizer step.
+            rows: `name`, `top1`, `top5` (percent, or None) and `step` of student, moving average, teacher, and the best.
+        """
 
     def line(self, text: str) -> None:
-        """One line of text."""
+        """Reports a line of text."""
 
     def card(self, card: ReportCard) -> None:
-        """The run is over."""
+        """Reports the end of the run."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Ends the reports, and leaves the terminal as it was."""
 
 
 def status(scalars: dict[str, float]) -> str:
-    """Loss, images/s now and since the start, data wait and memory, in few words."""
+    """One line with the loss, images/s now and since the start, the share of waiting for data, and memory."""
     memory = f"{scalars['system/host_rss_gib']:.1f} GiB"
     if "system/gpu_peak_gib" in scalars:
         memory = f"GPU {scalars['system/gpu_peak_gib']:.1f} GiB"
@@ -49,13 +54,13 @@ def status(scalars: dict[str, float]) -> str:
 
 
 def losses(scalars: dict[str, float]) -> str:
-    """Each term of the loss."""
+    """One line with each term of the loss."""
     terms = {name.removeprefix("loss/"): value for name, value in scalars.items() if name.startswith("loss/")}
     return "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
 
 
 def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
-    """A table in plain text."""
+    """The lines of an evaluation's table in plain text."""
     title = f"step {step}: validation"
     width = max(len(title) - 4, *(len(row["name"]) for row in rows))
     lines = [f"{title:<{width + 4}}    top-1    top-5"]
@@ -66,8 +71,8 @@ def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-class Plain(Quiet):
-    """Lines on standard output."""
+class Plain(Reporter):
+    """Prints lines on standard output."""
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         left = duration((self.total - step) * scalars["system/step_s"])

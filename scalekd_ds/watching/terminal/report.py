@@ -1,4 +1,4 @@
-"""The report card at the end of a run."""
+"""The report card of a run, which is shown at its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 def duration(seconds: float) -> str:
-    """`0:07:12`, or `3 d 4:00:00`."""
+    """Seconds as text, such as `0:07:12` or `3 d 4:00:00`."""
     days, rest = divmod(round(max(0.0, seconds)), 86_400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days} d {clock}" if days else clock
@@ -14,18 +14,20 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class ReportCard:
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
-        top1: Of the weights that it ships, in percent.
-        best_top1: The best of its evaluations, in percent, and the step of that.
-        weights: `student` or `ema`.
-        baseline_top1: What the same student reaches without a teacher, in percent, where it is known.
-        teacher_top1: In percent, where it was measured.
+        top1: Accuracy of the weights that the run ships, in percent.
+        best_top1: Best accuracy of all evaluations, in percent.
+        best_step: Optimizer step of the best accuracy.
+        weights: Which weights the run ships: `student` or `ema`.
+        baseline_top1: Accuracy of the same student without a teacher, in percent, or None if unknown.
+        teacher_top1: Accuracy of the teacher, in percent, or None if it was not measured.
+        steps: Optimizer steps of the run.
         seconds: Wall time of training, evaluation and saving, over all starts of the run.
         images: Training images seen, with repetition.
-        joules: All ranks' GPUs, or the nodes' CPUs; None where it could not be read.
-        files: What is where: name -> path.
+        joules: Energy of all ranks' GPUs or of the nodes' CPUs, or None if it could not be read.
+        files: Name -> path of what the run has written.
         next: Commands to type next.
     """
 
@@ -43,7 +45,7 @@ class ReportCard:
     next: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """As plain text."""
+        """The report card as lines of plain text."""
         which = "average of the weights" if self.weights == "ema" else "student"
         rows = [("top-1", f"{self.top1:.2f}%  ({which}, after {self.steps} steps)")]
         rows.append(("best", f"{self.best_top1:.2f}%  (step {self.best_step})"))

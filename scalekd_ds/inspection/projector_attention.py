@@ -1,4 +1,4 @@
-"""Where the projectors of a checkpoint look: they are read from its shards, and put between its student and teacher."""
+"""The attention of a checkpoint's projectors, which are read from its shards and put between its student and teacher."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ from scalekd_ds.teacher import Teacher
 _PREFIX = "projectors."
 
 
-class Focus(NamedTuple):
-    """weights: (B, Q, h, w) attention on the student's map; queries: their (row, column); grid: (rows, columns) of them;
-    stage: `s3` or `s4`."""
+class ProjectorAttention(NamedTuple):
+    """Attention of a projector for a few query tokens.
+
+    Attributes:
+        weights: (B, Q, h, w), the attention of each query over the student's map.
+        queries: (row, column) of each query token.
+        grid: (rows, columns) of all query tokens.
+        stage: The projector's stage, `s3` or `s4`.
+    """
 
     weights: torch.Tensor
     queries: list[tuple[int, int]]
@@ -34,10 +40,17 @@ class Focus(NamedTuple):
 def restore_distiller(
     student: Student, teacher: Teacher, cfg: RunConfig, checkpoint: Path, size: tuple[int, int]
 ) -> ScaleKD:
-    """The student and teacher of a run with the projectors of one of its checkpoints, in eval mode.
+    """The distiller of a run in eval mode, with the projectors of one of its checkpoints.
+
+    Args:
+        student: The run's student.
+        teacher: The run's teacher.
+        cfg: The run.
+        checkpoint: The checkpoint's folder.
+        size: (H, W) of the images in pixels.
 
     Raises:
-        UserError: There are none, or not for these models and this size.
+        UserError: The checkpoint has no attention projectors, or they are for other models or another size.
     """
     if not cfg.distill.features or cfg.distill.projector != "cap":
         raise UserError("the run trained without attention projectors")
@@ -58,18 +71,23 @@ def restore_distiller(
 
 
 @torch.no_grad()
-def focus_of(distiller: ScaleKD, output: StudentOutput, count: int = 3) -> Focus:
-    """Attention of the spatial view for a few of the teacher's tokens, mean over heads.
+def projector_attention(distiller: ScaleKD, output: StudentOutput, count: int = 3) -> ProjectorAttention:
+    """Attention of the spatial view's projector for a few query tokens, the mean over its heads.
 
-    Of the last stage, whose queries depend on the image, unless its map is too coarse to show anything.
+    The last stage is taken, whose queries depend on the image, unless its map is smaller than 4x4 and another stage's is not.
+
+    Args:
+        distiller: From `restore_distiller`.
+        output: The student's output for the images.
+        count: Number of query tokens.
     """
     pairs = {stage: pair for stage, pair in distiller.projectors.items() if isinstance(pair, ProjectorPair)}
-    fine = [stage for stage, pair in pairs.items() if min(pair.views[0].key_grid) >= 4]
-    stage = max(fine or pairs)
+    fine_stages = [stage for stage, pair in pairs.items() if min(pair.views[0].key_grid) >= 4]
+    stage = max(fine_stages or pairs)
     pair = pairs[stage]
     projector, view = pair.views[0], pair.names[0]
-    numbers = default_queries(projector.query_grid, count)
+    tokens = default_queries(projector.query_grid, count)
     query = distiller.project(output)["s3"][view] if projector.query is None else None
-    weights = attention_maps(projector, output.before if stage == "s3" else output.last, numbers, query)
-    places = [divmod(number, projector.query_grid[1]) for number in numbers]
-    return Focus(weights.cpu(), places, projector.query_grid, stage)
+    weights = attention_maps(projector, output.before if stage == "s3" else output.last, tokens, query)
+    positions = [divmod(token, projector.query_grid[1]) for token in tokens]
+    return ProjectorAttention(weights.cpu(), positions, projector.query_grid, stage)

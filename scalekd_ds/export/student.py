@@ -1,4 +1,4 @@
-"""What is exported: the student in memory, its card, and what its run tells of its making."""
+"""The student that is exported: the model in memory, its card, and the configuration of its run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.checkpoint.layout import read_state, resolve
+from scalekd_ds.checkpoint.layout import read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import read_card
 
-# of the logits, absolute
+# largest absolute difference of the logits that passes
 TOLERANCE = 1e-4
-# no dimension of a student has this length by chance, so that a converter cannot take one for the other
+# a batch size that no other dimension of a student has, so that a converter cannot confuse the two
 _EXAMPLE_BATCH = 3
 CHECKED_BATCHES = (1, 8)
 
 
 class Normalised(nn.Module):
-    """The model behind its own normalisation: pixels (B, 3, H, W) in [0, 1] -> logits (B, K)."""
+    """A model with its normalisation in front: pixels (B, 3, H, W) in [0, 1] -> logits (B, K)."""
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -38,8 +38,15 @@ class Normalised(nn.Module):
 
 
 @dataclass(frozen=True)
-class Subject:
-    """model: timm's, float32, in eval mode; network: the same or `Normalised`; config: of the run, where it is known."""
+class LoadedStudent:
+    """A student to export.
+
+    Attributes:
+        model: timm's model, in float32 and eval mode.
+        network: The module that is exported: `model`, or `Normalised` around it.
+        card: The student's card.
+        config: The configuration of its run, or None if unknown.
+    """
 
     model: nn.Module
     network: nn.Module
@@ -48,9 +55,15 @@ class Subject:
 
     @property
     def normalised(self) -> bool:
+        """Whether the exported network normalises its images itself."""
         return self.network is not self.model
 
-    def images(self, batch: int = _EXAMPLE_BATCH, seed: int = 0) -> torch.Tensor:
+    @property
+    def input_range(self) -> str:
+        """What the values of an input image must be, for the code in the model card."""
+        return "in [0, 1]" if self.normalised else "normalised with the mean and std above"
+
+    def example_images(self, batch: int = _EXAMPLE_BATCH, seed: int = 0) -> torch.Tensor:
         """Random images (batch, 3, S, S) in the range that the network takes."""
         size = self.card["image_size"]
         generator = torch.Generator().manual_seed(seed)
@@ -58,25 +71,29 @@ class Subject:
         return draw(batch, 3, size, size, generator=generator)
 
     @torch.no_grad()
-    def check(self, run: Callable[[torch.Tensor], torch.Tensor], what: str) -> float:
-        """The largest difference of the logits that `run` gives from the student's, at batches of 1 and 8.
+    def check_logits(self, run: Callable[[torch.Tensor], torch.Tensor], what: str) -> float:
+        """The largest absolute difference between the logits of an exported program and of the student.
+
+        Args:
+            run: The exported program: images (B, 3, S, S) -> logits (B, K). It is called with batches of 1 and 8.
+            what: What the program is called in error messages.
 
         Raises:
-            UserError: It is above 1e-4, or `run` fails.
+            UserError: The difference is above 1e-4, or the program fails or returns another shape.
         """
         worst = 0.0
         for batch in CHECKED_BATCHES:
-            images = self.images(batch, seed=batch)
-            wanted = self.network(images)
+            images = self.example_images(batch, seed=batch)
+            expected = self.network(images)
             try:
                 given = run(images)
-            # what runs is another program, which raises what it likes
+            # an exported program may raise any error
             except Exception as error:
                 raise UserError(f"{what} fails at batch {batch}, and is not kept: {first_line(error)}.") from None
-            if given.shape != wanted.shape:
-                raise UserError(f"{what} gives {tuple(given.shape)} at batch {batch}, not {tuple(wanted.shape)}.")
-            difference = (given - wanted).abs().max().item()
-            # NaN is not below anything
+            if given.shape != expected.shape:
+                raise UserError(f"{what} gives {tuple(given.shape)} at batch {batch}, not {tuple(expected.shape)}.")
+            difference = (given - expected).abs().max().item()
+            # written so that NaN is refused too
             if not difference <= TOLERANCE:
                 raise UserError(
                     f"{what} differs from the student by {difference:.2g} at batch {batch}, more than {TOLERANCE:g}, and is "
@@ -87,18 +104,18 @@ class Subject:
 
 
 def first_line(error: Exception) -> str:
-    """Of an error of another library, for a line of ours."""
+    """The first line of an error of another library, without its full stop, to quote in an error message."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
-def cannot(subject: Subject, format: str, error: Exception) -> UserError:
-    """For a converter that fails."""
-    return UserError(f"{subject.card['architecture']} cannot be exported as {format}: {first_line(error)}.")
+def export_error(student: LoadedStudent, format: str, error: Exception) -> UserError:
+    """The UserError for a converter that failed with `error`."""
+    return UserError(f"{student.card['architecture']} cannot be exported as {format}: {first_line(error)}.")
 
 
-def _run_beside(file: Path, card: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration beside a run's own student.safetensors, if it is of the same run."""
+def _config_beside(file: Path, card: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration in the folder of a run's student.safetensors, or None if it is missing or of another run."""
     try:
         config = json.loads((file.parent / "config.json").read_text())
         step = json.loads((file.parent / "results.json").read_text())["step"]
@@ -107,15 +124,20 @@ def _run_beside(file: Path, card: dict[str, Any]) -> dict[str, Any] | None:
     return config if step == card.get("step") and config.get("recipe") == card.get("recipe") else None
 
 
-def load_subject(source: str | Path, weights: str | None = None, with_preprocessing: bool = False) -> Subject:
-    """The student of a run, a checkpoint or a consolidated file, built by timm and loaded strictly.
+def load_student(source: str | Path, weights: str | None = None, with_preprocessing: bool = False) -> LoadedStudent:
+    """Loads the student of a run, a checkpoint or a consolidated file; every weight must match.
+
+    Args:
+        source: A run's folder, a checkpoint's, or a consolidated .safetensors with its card beside it.
+        weights: `student` or `ema` of a checkpoint; None takes what the run ships.
+        with_preprocessing: Put the normalisation into the exported network.
 
     Raises:
-        UserError: None of these, a damaged one, or a card that lacks what is needed.
+        UserError: The source is none of these or is damaged, or its card lacks a field.
     """
     source = Path(source)
     if source.is_dir():
-        checkpoint = resolve(source)
+        checkpoint = resolve_checkpoint(source)
         file = weights_file(checkpoint, weights)
         config = read_state(checkpoint).get("config")
     elif source.suffix == ".safetensors":
@@ -133,8 +155,8 @@ def load_subject(source: str | Path, weights: str | None = None, with_preprocess
         if card.get(key) is None:
             raise UserError(f"the card of {file} has no {key!r}: consolidate the checkpoint again.")
     model = build_model(str(file)).eval().float().requires_grad_(False)
-    # a published card tells nobody's folders
+    # a path is shortened to its file name, since the card is published
     teacher = str(card.get("teacher") or "none")
     card = {**card, "teacher": Path(teacher).name if teacher.endswith((".safetensors", ".pth", ".pt")) else teacher}
     network = Normalised(model, card["mean"], card["std"]).eval() if with_preprocessing else model
-    return Subject(model, network, card, config or _run_beside(file, card))
+    return LoadedStudent(model, network, card, config or _config_beside(file, card))

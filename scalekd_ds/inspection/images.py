@@ -1,4 +1,4 @@
-"""The images of a sheet: found, chosen, read, and cut as validation images are."""
+"""Finds, chooses and reads the images of a sheet, and crops them as validation images are cropped."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ _FILTERS = {
 }
 
 
-class Cut(NamedTuple):
-    """How an image becomes a square: resize the shorter side to `shorter`, by `filter`, and take the middle `side`."""
+class Crop(NamedTuple):
+    """How an image is made a square.
+
+    Attributes:
+        side: Side of the centre crop in pixels.
+        shorter: Length to which the shorter side of the image is resized first, in pixels.
+        filter: Interpolation of the resize, such as `bicubic`.
+    """
 
     side: int
     shorter: int
@@ -31,10 +37,12 @@ class Cut(NamedTuple):
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
-    """Files of folders (with everything below; of val/ where a folder has one), files and globs, each once, sorted.
+    """The image files that folders, files and globs name, each once.
+
+    A folder stands for all images below it, or below its val/ if it has one. The files of each folder and glob are sorted.
 
     Raises:
-        UserError: One of them names no image.
+        UserError: One of the names has no image.
     """
     found: dict[Path, None] = {}
     for name in given:
@@ -54,48 +62,53 @@ def find_images(given: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """All of `paths`, those first that show most: one of each folder in turn, from evenly over each folder."""
+def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
+    """All of `paths`, ordered so that the first `count` are spread over the folders, and evenly over each folder.
+
+    Args:
+        paths: Files.
+        count: How many of them will be shown.
+    """
     folders: dict[Path, list[Path]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path)
-    rounds = -(-count // len(folders))
+    per_folder = -(-count // len(folders))
     for folder, files in folders.items():
-        step = max(1, len(files) // rounds)
+        step = max(1, len(files) // per_folder)
         first = files[::step]
         folders[folder] = first + [f for f in files if f not in set(first)]
     longest = max(map(len, folders.values()))
     return [files[i] for i in range(longest) for files in folders.values() if i < len(files)]
 
 
-def read(path: Path, cut: Cut) -> torch.Tensor:
-    """(3, side, side) in 0 to 1.
+def read_image(path: Path, crop: Crop) -> torch.Tensor:
+    """Reads and crops an image: (3, side, side) in 0 to 1.
 
     Raises:
-        OSError: It cannot be read or decoded.
+        OSError: The file cannot be read or decoded.
     """
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
-    scale = cut.shorter / min(image.size)
-    w, h = (max(cut.side, round(length * scale)) for length in image.size)
-    left, top = (w - cut.side) // 2, (h - cut.side) // 2
-    image = image.resize((w, h), _FILTERS.get(cut.filter, Image.Resampling.BICUBIC))
-    square = np.asarray(image.crop((left, top, left + cut.side, top + cut.side)))
+    scale = crop.shorter / min(image.size)
+    w, h = (max(crop.side, round(length * scale)) for length in image.size)
+    left, top = (w - crop.side) // 2, (h - crop.side) // 2
+    image = image.resize((w, h), _FILTERS.get(crop.filter, Image.Resampling.BICUBIC))
+    square = np.asarray(image.crop((left, top, left + crop.side, top + crop.side)))
     return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255
 
 
-def readable(paths: Iterable[Path], cut: Cut) -> Iterator[tuple[Path, torch.Tensor]]:
-    """(path, pixels) of each file that can be read; one that cannot is named and skipped."""
+def readable_images(paths: Iterable[Path], crop: Crop) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yields (path, pixels (3, side, side) in 0 to 1) of each file; one that cannot be read is skipped with a message."""
     for path in paths:
         try:
-            yield path, read(path, cut)
+            yield path, read_image(path, crop)
         except OSError as error:
             print(f"skipped {path}: {' '.join(str(error).split())}", flush=True)
 
 
 def true_class(path: Path, folders: Sequence[str] | None) -> int | None:
-    """The class that the file's folder names, or None."""
+    """The class whose folder name is that of the file's folder, or None if it is none of `folders`."""
     return folders.index(path.parent.name) if folders and path.parent.name in folders else None

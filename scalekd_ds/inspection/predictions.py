@@ -1,0 +1,99 @@
+"""Compares the predictions of the models, and finds the images on which student and baseline disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from scalekd_ds.inspection.images import spread_over_folders
+from scalekd_ds.inspection.inspected_models import InspectedModel
+
+
+def top_classes(logits: torch.Tensor, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """(classes, probabilities) of the `count` most likely classes, (B, count) each, the most likely first.
+
+    Args:
+        logits: (B, K).
+        count: Number of classes; K if there are fewer.
+    """
+    values, classes = logits.float().softmax(-1).topk(min(count, logits.shape[-1]), -1)
+    return classes.cpu(), values.cpu()
+
+
+def batches(items: Iterable, size: int) -> Iterable[list]:
+    """Yields lists of `size` items; the last one may be shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def correctness(
+    models: Sequence[InspectedModel],
+    images: Iterable[tuple[Path, torch.Tensor]],
+    label: Callable[[Path], int | None],
+    batch_size: int = 32,
+) -> list[tuple[Path, list[bool]]]:
+    """For each image of a known class, whether the first prediction of each model is right.
+
+    Args:
+        models: The student, and models with the same classes, which may be in another order.
+        images: (path, pixels (3, H, W) in 0 to 1).
+        label: Path -> its class in the order of the student's, or None if unknown; such images are left out.
+        batch_size: Images in a forward pass.
+
+    Returns:
+        (path, whether each of `models` is right) of each image.
+    """
+    found = []
+    known = ((path, pixels, truth) for path, pixels in images if (truth := label(path)) is not None)
+    for batch in batches(known, batch_size):
+        device = next(models[0].model.parameters()).device
+        pixels = torch.stack([item[1] for item in batch]).to(device)
+        columns = []
+        for model in models:
+            first = model.run(pixels).logits.argmax(-1).tolist()
+            columns.append([is_correct(models[0], model, c, item[2]) for c, item in zip(first, batch, strict=True)])
+        found += [(item[0], list(right)) for item, right in zip(batch, zip(*columns, strict=True), strict=True)]
+    return found
+
+
+def is_correct(student: InspectedModel, model: InspectedModel, predicted: int, truth: int) -> bool:
+    """Whether a class of `model` is the true one, which is a class of `student`; they are compared by name if possible."""
+    if student.classes and model.classes and set(student.classes) == set(model.classes):
+        return model.classes[predicted] == student.classes[truth]
+    return predicted == truth
+
+
+def order_by_disagreement(found: Sequence[tuple[Path, list[bool]]]) -> list[Path]:
+    """Paths ordered by how well they show why a student is worse than its baseline.
+
+    The images that the student alone gets wrong come first, then its mistakes in the order of how many other models are
+    right, then the rest. Images of equal rank alternate between the folders.
+
+    Args:
+        found: From `correctness`, with the student as the first model.
+    """
+    by_rank: dict[tuple[bool, int], list[Path]] = {}
+    for path, (student, *others) in found:
+        by_rank.setdefault((student, -sum(others)), []).append(path)
+    return [path for rank in sorted(by_rank) for path in spread_over_folders(by_rank[rank], len(by_rank[rank]))]
+
+
+def crosstable(found: Sequence[tuple[Path, list[bool]]], other: str, column: int) -> str:
+    """One line that counts the images on which the student, another model, both or neither are right.
+
+    Args:
+        found: From `correctness`, with the student as the first model.
+        other: What the other model is called.
+        column: Its position among the models.
+    """
+    counts = {(a, b): 0 for a in (True, False) for b in (True, False)}
+    for _, right in found:
+        counts[right[0], right[column]] += 1
+    return (
+        f"of {len(found)} images: student and {other} right {counts[True, True]}, student alone {counts[True, False]}, "
+        f"{other} alone {counts[False, True]}, neither {counts[False, False]}"
+    )
