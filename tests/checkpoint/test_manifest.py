@@ -20,7 +20,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_each_rank_reads_its_share(checkpoint):
+def test_each_rank_verifies_its_share_of_the_files(checkpoint):
     (checkpoint / "b.json").write_text("[]")
     verify(checkpoint, rank=0, world_size=2)
     with pytest.raises(UserError, match=r"b.json is damaged: its SHA-256 differs"):
@@ -52,14 +52,14 @@ def test_nothing_outside_of_the_checkpoint_is_read(checkpoint, name):
         "[" * 99999,
     ],
 )
-def test_other_contents_are_one_line(checkpoint, text):
+def test_a_manifest_of_other_content_is_refused_in_one_line(checkpoint, text):
     (checkpoint / MANIFEST).write_text(text)
     with pytest.raises(UserError, match="is damaged") as told:
         verify(checkpoint)
     assert "\n" not in str(told.value)
 
 
-def test_two_thousand_damaged_manifests(checkpoint):
+def test_nearly_all_of_two_thousand_damaged_manifests_are_refused(checkpoint):
     whole = (checkpoint / MANIFEST).read_bytes()
     rng = random.Random(0)
     refused = 0

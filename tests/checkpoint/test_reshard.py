@@ -1,23 +1,16 @@
 """Checkpoints on other numbers of ranks and other ZeRO stages, in real DeepSpeed runs."""
 
-import json
-
 import pytest
-from launching import WORKERS, launch
+from launching import WORKERS, launch, result_of
 
 WORKER = WORKERS / "reshard_worker.py"
-
-
-def result(done) -> dict[str, float]:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ")[1])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Three steps of each optimizer and stage on two ranks; the folder, and errors of going on there."""
     folder = tmp_path_factory.mktemp("shards")
-    return folder, result(launch(WORKER, folder))
+    return folder, result_of(launch(WORKER, folder))
 
 
 def test_the_same_stage_goes_on_bit_for_bit(saved):
@@ -26,14 +19,14 @@ def test_the_same_stage_goes_on_bit_for_bit(saved):
     assert set(same.values()) == {0.0}
 
 
-def test_any_other_stage_goes_on(saved):
+def test_any_other_stage_goes_on_but_for_rounding(saved):
     assert len(saved[1]) == 3 * 21
     # relative to how far the steps moved the weights; LAMB's norms are summed in another order
     assert max(saved[1].values()) < 2e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_any_other_number_of_ranks_goes_on(saved, ranks):
-    errors = result(launch(WORKER, saved[0], "--load", 2, ranks=ranks))
+def test_any_other_number_of_ranks_goes_on_but_for_rounding(saved, ranks):
+    errors = result_of(launch(WORKER, saved[0], "--load", 2, ranks=ranks))
     assert len(errors) == 3 * 21
     assert max(errors.values()) < 2e-5

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, alone, environment
+from launching import LIMIT, ROOT, alone, environment
 
 from scalekd_ds.cluster.doctor import agent, checks, examine
 from scalekd_ds.cluster.doctor.checks import GIB, Limits
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
     return root
 
 
-def test_32_nodes_in_a_minute(tmp_path, data):
+def test_six_ill_nodes_of_32_are_named_within_a_minute(tmp_path, data):
     """The command itself; six nodes are ill in six ways, and the others pass."""
     copy = tmp_path / "copy"
     shutil.copytree(
@@ -87,7 +87,7 @@ def test_32_nodes_in_a_minute(tmp_path, data):
         *("--hostfile", hosts, "--recipe", "fashion-ce", "--data.root", data, "--skip", "all-reduce"),
         *("--ssh", " ".join(fake(tmp_path, faults)), "--json", tmp_path / "report.json"),
         *("--min-memory", 0.05, "--min-disk", 0.1, "--min-bandwidth", 0, "--max-skew", 5),
-        timeout=120,
+        timeout=LIMIT,
     )
     took = time.monotonic() - started
     print(f"32 simulated nodes: {took:.1f} s\n{done.stdout}{done.stderr}")
@@ -120,21 +120,21 @@ def test_32_nodes_in_a_minute(tmp_path, data):
 def test_a_healthy_machine_passes_with_a_real_all_reduce(tmp_path):
     report = look(tmp_path, {"node1": 1, "node2": 1}, {}, skip=())
     assert [problem.text for problem in report.problems] == []
-    assert report.backend == "gloo" and 0 < report.reduced < 20
+    assert report.backend == "gloo" and 0 < report.all_reduce_s < 20
     assert set(report.rates) == {("node1", "node2"), ("node2", "node1")}
     assert all(abs(ahead) < 0.5 for ahead, _ in report.offsets.values())
 
 
 def test_a_node_that_never_answers_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(examine, "CONNECT", 3.0)
+    monkeypatch.setattr(examine, "FACTS_TIMEOUT_S", 3.0)
     started = time.monotonic()
     report = look(tmp_path, {"node1": 1, "node2": 1}, {"node2": {"hang": 50}}, skip=("bandwidth", "all-reduce"))
     assert time.monotonic() - started < 10
-    assert report.of("node1") == [] and "no answer (facts) within 3 s" in report.of("node2")[0]
+    assert report.problems_of("node1") == [] and "no answer (facts) within 3 s" in report.problems_of("node2")[0]
     assert report.passed == {"node1": 1}
 
 
-def test_gpus_are_held_against_slots_and_each_other(tmp_path):
+def test_gpus_are_compared_with_the_slots_and_with_other_nodes(tmp_path):
     def machine(name: str, lines: list[str], status: int = 0) -> dict:
         folder = tmp_path / name
         folder.mkdir()
@@ -156,12 +156,14 @@ def test_gpus_are_held_against_slots_and_each_other(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", env)
         report = look(tmp_path, dict.fromkeys(faults, 2), faults, skip=("bandwidth", "all-reduce"))
-    assert report.of("node1") == []
-    assert report.of("node2")[0].startswith("it has 1 GPUs for slots=2")
-    assert report.of("node3")[0].startswith("GPU 1 has 20 of 80 GiB free")
-    assert report.of("node4") == ["the driver is 535.1, most others have 580.65: install the same driver there"]
-    assert report.of("node5")[0].startswith("nvidia-smi fails")
-    assert "the GPU is NVIDIA A100" in report.of("node6")[0] and len(report.of("node6")) == 1
+    assert report.problems_of("node1") == []
+    assert report.problems_of("node2")[0].startswith("it has 1 GPUs for slots=2")
+    assert report.problems_of("node3")[0].startswith("GPU 1 has 20 of 80 GiB free")
+    assert report.problems_of("node4") == [
+        "the driver is 535.1, most others have 580.65: install the same driver there"
+    ]
+    assert report.problems_of("node5")[0].startswith("nvidia-smi fails")
+    assert "the GPU is NVIDIA A100" in report.problems_of("node6")[0] and len(report.problems_of("node6")) == 1
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,7 @@ def facts(data):
     return agent.facts({"run_dir": "runs/none", "data": places, "data_seconds": 8.0})
 
 
-def test_the_agent_tells_the_truth(facts, data):
+def test_the_agents_facts_are_those_of_this_machine(facts, data):
     import psutil
     import torch
 
@@ -228,7 +230,7 @@ def test_data_is_looked_for_and_compared(facts, tmp_path):
     ]
 
 
-def test_clocks_links_and_room_have_limits(facts):
+def test_clocks_links_memory_and_disk_beyond_a_limit_are_named(facts):
     limits = Limits()
     offsets = {"a": (0.1, 0.01), "b": (3.0, 0.01), "c": (-0.2, 0.01), "d": (3.0, 2.5)}
     assert [p.host for p in checks.clock_problems(offsets, limits)] == ["b"]
@@ -236,14 +238,14 @@ def test_clocks_links_and_room_have_limits(facts):
     assert [p.host for p in checks.bandwidth_problems(rates, limits)] == ["b", "c"]
     assert not list(checks.bandwidth_problems(rates, Limits(bandwidth=0)))
     nodes = {"a": {**facts, "memory": 17 * GIB, "disk": 11 * GIB}, "b": {**facts, "memory": 15 * GIB, "disk": 9 * GIB}}
-    found = [(p.host, p.text.split(":")[0]) for p in checks.room_problems({"a": 8, "b": 8}, nodes, limits)]
+    found = [(p.host, p.text.split(":")[0]) for p in checks.capacity_problems({"a": 8, "b": 8}, nodes, limits)]
     assert found == [
         ("b", "15.0 GiB of memory are free, 16.0 are asked for"),
         ("b", "9.0 GiB are free where the run's folder goes, 10.0 are asked for"),
     ]
 
 
-def test_the_listener_takes_the_token_alone_on_its_own_address():
+def test_the_listener_takes_nothing_but_the_token_and_only_on_its_address():
     token = os.urandom(32)
     listener = agent.Listener("127.0.1.9", token.hex(), 10)
     with pytest.raises(OSError):
@@ -267,7 +269,7 @@ def test_the_listener_takes_the_token_alone_on_its_own_address():
 def test_nothing_that_is_exported_is_read_by_the_shell(tmp_path):
     value = "a b;touch x$(id)`id`'\"\\"
     command = remote_command({"NCCL_X": value}).replace(" -u -c ", " -c 'import os; print(os.environ[\"NCCL_X\"])' ", 1)
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout == value + "\n"
 
 
@@ -286,7 +288,7 @@ def test_mistakes_are_one_line_before_any_ssh(tmp_path):
         (["--hostfile", "launch/hosts", "--ssh", ssh, "--write-env", "A=$(id)"], "has the character '$'"),
     ]
     for arguments, says in cases:
-        done = alone(DOCTOR, *arguments, timeout=60, env=environment(DS_ENV_FILE=str(tmp_path / "env")))
+        done = alone(DOCTOR, *arguments, env=environment(DS_ENV_FILE=str(tmp_path / "env")))
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ") and says in done.stderr
     assert not called.exists() and not (tmp_path / "env").exists()

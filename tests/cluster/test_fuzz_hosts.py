@@ -114,7 +114,7 @@ def content(rng: random.Random, left: list[str], between: list[str], right: list
     return data if good and rng.random() < 0.5 else mutated(rng, data)
 
 
-def test_hosts_files(tmp_path):
+def test_any_hosts_file_is_refused_in_one_line_or_read_as_deepspeed_reads_it(tmp_path):
     rng = random.Random(20240601)
     path = tmp_path / "hosts"
     accepted = 0
@@ -136,7 +136,7 @@ def test_hosts_files(tmp_path):
     assert CASES / 20 < accepted < CASES / 2
 
 
-def test_environment_files(tmp_path):
+def test_any_environment_file_is_refused_in_one_line_or_harmless_to_a_shell(tmp_path):
     rng = random.Random(20240602)
     accepted: list[tuple[str, str]] = []
     files = 0

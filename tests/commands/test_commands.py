@@ -5,11 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
-from launching import ROOT, environment
+from launching import LIMIT, ROOT, environment
 
 from scalekd_ds import config
 from scalekd_ds.commands.dispatch import dispatch, usage
@@ -51,12 +50,9 @@ def one_line(done) -> str:
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-def test_help_of_train_is_quick():
-    started = time.time()
+def test_help_of_train_lists_its_fields():
     done = scalekd("train", "--help")
-    seconds = time.time() - started
     assert done.returncode == 0 and "--distill.kd_weight" in done.stdout
-    assert seconds < 3.0, f"{seconds:.1f} s"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -107,7 +103,7 @@ def test_help_of_train_has_every_field_with_its_docstring_in_its_group():
 
 
 @pytest.mark.parametrize("example", [e for verb in VERBS.values() for e in verb.examples if e.startswith("scalekd")])
-def test_examples_parse(example):
+def test_every_example_of_a_verb_parses(example):
     _, verb, *words = shlex.split(example, comments=True)
     if verb == "train":
         launcher = module_of("completion").Parser(add_help=False)
@@ -147,17 +143,17 @@ def test_examples_parse(example):
         (["train", "--gpus", "2", "--deepspeed-args='"], "No closing quotation"),
     ],
 )
-def test_what_a_user_can_get_wrong(words, told):
+def test_a_mistake_is_named_in_one_line(words, told):
     with pytest.raises(UserError) as error:
         dispatch(words)
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_mistake_is_one_line_and_a_status():
+def test_a_mistake_ends_with_one_line_and_status_2():
     assert one_line(scalekd("trian")).startswith("error: unknown verb 'trian'. Did you mean 'train'?")
 
 
-def test_underscores_are_dashes(capsys):
+def test_a_verb_may_be_written_with_underscores(capsys):
     with pytest.raises(SystemExit) as end:
         dispatch(["prepare_data", "--help"])
     assert end.value.code == 0 and "usage: scalekd prepare-data" in capsys.readouterr().out
@@ -229,7 +225,7 @@ def command_on_path(tmp_path_factory):
 
 def completions(lines, env, cwd):
     done = subprocess.run(
-        ["bash", "-c", ASK, "ask", *lines], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+        ["bash", "-c", ASK, "ask", *lines], env=env, cwd=cwd, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
     answers = [line.partition(" => ") for line in done.stdout.splitlines()]
@@ -265,7 +261,7 @@ def test_bash_completes_verbs_flags_recipes_and_deepspeed_files(command_on_path,
         assert sorted(answer) == sorted(lines[line]), line
 
 
-def test_a_shell_of_another_name_gets_its_own_script(command_on_path):
+def test_bash_and_zsh_get_scripts_of_their_own(command_on_path):
     script = dict.fromkeys(("bash", "zsh"))
     for shell in script:
         done = subprocess.run(["scalekd", "completion", shell], env=command_on_path, capture_output=True, text=True)

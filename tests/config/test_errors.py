@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from image_fixtures import make_dataset, make_folder
-from launching import ROOT, alone, environment, launch
-from tiny_run import TEACHER
+from launching import ROOT, alone, environment, errors_of, launch
+from tiny_run import TEACHER, supervised_arguments
 
 from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
@@ -48,7 +48,7 @@ def error_of(*args: str) -> str:
         (("--config", "/nowhere.json"), "config file '/nowhere.json' does not exist"),
     ],
 )
-def test_the_command_line(args, words):
+def test_a_mistake_on_the_command_line_is_named(args, words):
     assert words in error_of(*args)
 
 
@@ -67,7 +67,7 @@ def test_a_dumped_config_starts_the_same_run(tmp_path):
     assert "is not JSON" in error_of("--config", str(dumped))
 
 
-def test_recipes_are_listed_and_help_is_quick():
+def test_recipes_are_listed_and_help_is_given():
     done = alone(TRAIN, "--list-recipes")
     assert done.returncode == 0
     assert re.search(r"^fashion-scalekd +A slim ResNet", done.stdout, re.M)
@@ -91,7 +91,7 @@ def test_recipes_are_listed_and_help_is_quick():
         ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer', which is the recipe's"),
     ],
 )
-def test_deepspeed_configs(tmp_path, config, words):
+def test_a_bad_deepspeed_config_is_refused(tmp_path, config, words):
     path = tmp_path / "ds.json"
     path.write_text(config)
     with pytest.raises(UserError) as error:
@@ -99,7 +99,7 @@ def test_deepspeed_configs(tmp_path, config, words):
     assert words in str(error.value)
 
 
-def test_shipped_deepspeed_configs_say_what_they_do():
+def test_shipped_deepspeed_configs_have_their_stage_bf16_and_the_runs_batches():
     for stage in range(4):
         config = ds_config.read(f"zero{stage}")
         assert ds_config.stage_of(config) == stage
@@ -113,17 +113,12 @@ def test_shipped_deepspeed_configs_say_what_they_do():
         ds_config.read("zero9")
 
 
-def test_a_global_batch_that_ranks_cannot_share():
+def test_a_global_batch_that_ranks_cannot_share_is_refused():
     cfg, _ = parse_run(["--global_batch_size", "10", "--micro_batch_size", "4"])
     assert cfg.batches(1) == (2, 5)
     assert cfg.batches(2) == (1, 5)
     with pytest.raises(UserError, match="global_batch_size is 10, which 3 ranks cannot share evenly"):
         cfg.batches(3)
-
-
-def lines_of(done) -> list[str]:
-    """Our own error lines, without the launcher's."""
-    return [line for line in done.stderr.splitlines() if line.startswith("error")]
 
 
 # (arguments, words) of whole runs in one process; each is refused before any training
@@ -158,7 +153,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_runs_that_cannot_start(data, tmp_path, case):
+def test_a_run_that_cannot_start_ends_in_one_line(data, tmp_path, case):
     args, words = RUNS[case]
     kwargs = {k: v for k, v in TEACHER.items() if case != "image size" or k != "img_size"}
     if case in ("no last stage", "teacher file", "teacher"):
@@ -172,33 +167,30 @@ def test_runs_that_cannot_start(data, tmp_path, case):
         *(a.format(data=data) for a in args),
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    errors = lines_of(done)
+    errors = errors_of(done)
     assert len(errors) == 1 and words in errors[0], done.stderr
     assert "Traceback" not in done.stderr
     assert not run_dir.exists()
 
 
 def test_both_ranks_end_at_once_with_one_line(data):
-    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data / "nowhere", timeout=60)
+    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data / "nowhere")
     assert done.returncode == 2
-    errors = lines_of(done)
+    errors = errors_of(done)
     assert len(errors) == 1 and "does not exist" in errors[0], done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_hosts_file_that_does_not_exist_is_refused(data):
     launcher = ("--hostfile", "nowhere/hosts")
-    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data, launcher=launcher, timeout=60)
+    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data, launcher=launcher)
     assert done.returncode == 2
-    assert "hosts file 'nowhere/hosts' does not exist" in lines_of(done)[0]
+    assert "hosts file 'nowhere/hosts' does not exist" in errors_of(done)[0]
     assert "Traceback" not in done.stderr
 
 
 def run_arguments(data, run_dir):
-    return [
-        *("--recipe", "fashion-ce", "--data.root", data, "--data.train_images", "null", "--run.dir", run_dir),
-        *("--global_batch_size", 4, "--schedule.epochs", 1, "--schedule.warmup_epochs", 0),
-    ]
+    return supervised_arguments(data, run_dir, "--global_batch_size", 4, "--schedule.epochs", 1)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +203,7 @@ def finished(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "manifest", "vanished"])
-def test_damaged_checkpoints_are_named(data, finished, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named(data, finished, tmp_path, damage):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     checkpoint = next((run_dir / "checkpoints").iterdir())
@@ -232,13 +224,13 @@ def test_damaged_checkpoints_are_named(data, finished, tmp_path, damage):
         checkpoint.rename(run_dir / "elsewhere")
     done = alone(TRAIN, *run_arguments(data, run_dir), "--run.resume", "auto")
     assert done.returncode == 2, done.stdout
-    assert str(named) in lines_of(done)[0] and "Traceback" not in done.stderr
+    assert str(named) in errors_of(done)[0] and "Traceback" not in done.stderr
     consolidated = alone(ROOT / "launch" / "consolidate.py", run_dir, tmp_path / "out.safetensors")
-    assert consolidated.returncode == 2 and len(lines_of(consolidated)) == 1
+    assert consolidated.returncode == 2 and len(errors_of(consolidated)) == 1
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_other_scripts(data, tmp_path):
+def test_mistakes_of_evaluate_and_consolidate_are_named(data, tmp_path):
     evaluate, consolidate = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "consolidate.py"
     for script, args, words in (
         (evaluate, ("resnet5O", "--data", data), "unknown timm model"),
@@ -249,7 +241,7 @@ def test_other_scripts(data, tmp_path):
     ):
         done = alone(script, *args)
         assert done.returncode == 2, done.stderr
-        assert words in lines_of(done)[0] and "Traceback" not in done.stderr
+        assert words in errors_of(done)[0] and "Traceback" not in done.stderr
 
 
 def test_environment_of_the_tests_is_the_tests_own():

@@ -153,7 +153,7 @@ def test_damaged_deepspeed_files_are_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{", "\0", "{}" * 2, '{"a": {"b": {}}}'])
-def test_other_json(tmp_path, text):
+def test_json_that_is_no_run_is_refused_in_one_line(tmp_path, text):
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(UserError) as told:

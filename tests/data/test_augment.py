@@ -3,26 +3,26 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from image_fixtures import make_folder, picture
+from loading import take, train_loader
 from PIL import Image
 from timm.data import Mixup
 from timm.data import auto_augment as timm_aa
 from timm.data.random_erasing import RandomErasing
-from torchvision.transforms import ColorJitter, TrivialAugmentWide
+from torchvision.transforms import ColorJitter, RandomResizedCrop, TrivialAugmentWide
 
 from scalekd_ds.config import DataConfig
+from scalekd_ds.data import augment
 from scalekd_ds.data.mix import Mixer
-from scalekd_ds.data.policy import Op, Policy, apply, erasing
-from scalekd_ds.data.sampler import StreamSampler
+from scalekd_ds.data.policy import Op, Policy, apply_ops, draw_erasing_box
 from scalekd_ds.data.sources.image_folder import index_folder
-from scalekd_ds.data.train_loader import TrainLoader
 from scalekd_ds.errors import UserError
 
-CPU = torch.device("cpu")
 HPARAMS = {"translate_const": 250, "img_mean": (128, 128, 128)}
 POLICIES = ["rand-m9-n2-mstd0.5-inc1", "rand-m7-n2-mstd0.5", "rand-m5-n3-mstd101-inc1-p0.8", "original-mstd0.5", "v0"]
 
@@ -66,7 +66,7 @@ def test_draws_are_distributed_as_timms(name, monkeypatch):
             assert x.max() == pytest.approx(y.max(), rel=0.1, abs=0.05 * (y.max() - y.min()) + 1e-6), operation
 
 
-def test_trivial_augment_is_torchvisions(monkeypatch):
+def test_trivial_augments_draws_are_distributed_as_torchvisions(monkeypatch):
     calls = []
     monkeypatch.setattr(
         "torchvision.transforms.autoaugment._apply_op",
@@ -93,7 +93,7 @@ def test_trivial_augment_is_torchvisions(monkeypatch):
             assert mine.max() - shift == pytest.approx(values.max(), abs=0.05 * spread), name
 
 
-def test_colour_jitter_is_torchvisions():
+def test_colour_jitters_draws_are_distributed_as_torchvisions():
     rng, policy = np.random.default_rng(0), Policy("", (0.4, 0.3, 0.2))
     drawn = [policy.draw(rng) for _ in range(5000)]
     torch.manual_seed(0)
@@ -110,6 +110,43 @@ def test_colour_jitter_is_torchvisions():
         assert x.std() == pytest.approx(y.std(), rel=0.05)
 
 
+def test_crops_are_distributed_as_torchvisions():
+    height, width, scale, ratio, count = 300, 500, (0.08, 1.0), (3 / 4, 4 / 3), 4000
+    ours = np.array(
+        [augment.random_resized_crop(augment.generator(0, 0, i), height, width, scale, ratio) for i in range(count)]
+    )
+    blank = Image.new("RGB", (width, height))
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(count)])
+
+    def moments(boxes):
+        y, x, h, w = boxes.T.astype(np.float64)
+        area, aspect = h * w / (height * width), np.log(w / h)
+        free_y, free_x = np.maximum(height - h, 1), np.maximum(width - w, 1)
+        return np.array(
+            [area.mean(), area.std(), aspect.mean(), aspect.std(), (y / free_y).mean(), (x / free_x).mean()]
+        )
+
+    # the standard error of the means is below 0.005 at 4,000 draws
+    assert np.abs(moments(ours) - moments(theirs)).max() < 0.02
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+def test_uniform_draws_are_uniform_and_independent():
+    indices = np.arange(100_000)
+    draws = augment.uniform(3, np.zeros_like(indices), indices, 1)
+    histogram = np.histogram(draws, 20, (0, 1))[0]
+    # chi-squared with 19 degrees of freedom: 43.8 is its 0.1% tail
+    assert ((histogram - 5000) ** 2 / 5000).sum() < 43.8
+    for other in (
+        augment.uniform(3, np.ones_like(indices), indices, 1),
+        augment.uniform(4, np.zeros_like(indices), indices, 1),
+        augment.uniform(3, np.zeros_like(indices), indices, 2),
+        np.roll(draws, 1),
+    ):
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 0.01
+
+
 @pytest.mark.parametrize(
     "name", ["Rotate", "ShearX", "TranslateYRel", "PosterizeIncreasing", "ColorIncreasing", "Equalize"]
 )
@@ -117,7 +154,7 @@ def test_operations_are_timms_own(name):
     image = np.asarray(picture(np.random.default_rng(0), 40, 48))
     arguments = {"Equalize": (), "PosterizeIncreasing": (2,), "ColorIncreasing": (1.6,)}.get(name, (0.2,))
     fill = (1, 2, 3)
-    ours = apply(image, [Op(name, arguments), Op("Invert")], fill)
+    ours = apply_ops(image, [Op(name, arguments), Op("Invert")], fill)
     picture_ = timm_aa.NAME_TO_OP[name](
         Image.fromarray(image), *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC
     )
@@ -126,12 +163,12 @@ def test_operations_are_timms_own(name):
 
 def test_posterize_to_no_bits_is_black():
     image = np.asarray(picture(np.random.default_rng(0), 8, 8))
-    assert apply(image, [Op("PosterizeIncreasing", (0,))], (0, 0, 0)).max() == 0
+    assert apply_ops(image, [Op("PosterizeIncreasing", (0,))], (0, 0, 0)).max() == 0
 
 
-def test_erasing_is_timms():
+def test_erased_boxes_are_distributed_as_timms():
     rng, side, count = np.random.default_rng(0), 64, 4000
-    boxes = [erasing(rng, side, 0.25) for _ in range(count)]
+    boxes = [draw_erasing_box(rng, side, 0.25) for _ in range(count)]
     random.seed(0)
     transform = RandomErasing(0.25, mode="const", device="cpu")
     theirs = []
@@ -150,7 +187,7 @@ def test_erasing_is_timms():
 
 
 @pytest.mark.parametrize("name", ["rand", "original", "rand-m9-x3", "nothing-m9", "rand-m9-tweights", "3a"])
-def test_unknown_policies_are_named(name):
+def test_a_policy_that_is_unknown_is_refused_by_name(name):
     if name == "rand" or name == "original":
         assert Policy(name).name == name
         return
@@ -158,16 +195,8 @@ def test_unknown_policies_are_named(name):
         Policy(name)
 
 
-def loader(source, **more):
-    cfg = DataConfig(image_size=24, auto_augment="rand-m9-n2-mstd0.5-inc1", random_erasing=0.5, **more)
-    return TrainLoader(source, cfg, StreamSampler(len(source), 0, 6, 6, 0, 1), CPU, (0.5,) * 3, (0.25,) * 3)
-
-
-def take(batches, count):
-    iterator = iter(batches)
-    taken = [next(iterator) for _ in range(count)]
-    iterator.close()
-    return taken
+def loader(source, cfg):
+    return train_loader(source, cfg, micro=6, pixels=((0.5,) * 3, (0.25,) * 3))
 
 
 @pytest.fixture
@@ -178,8 +207,9 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_batches_are_pure_functions_of_the_step(source, threads):
-    whole = take(loader(source, threads=threads), 8)
-    later = loader(source, threads=2)
+    cfg = DataConfig(image_size=24, auto_augment="rand-m9-n2-mstd0.5-inc1", random_erasing=0.5, threads=threads)
+    whole = take(loader(source, cfg), 8)
+    later = loader(source, replace(cfg, threads=2))
     later.start_step = 5
     for (x, a), (y, b) in zip(whole[5:], take(later, 3), strict=True):
         assert torch.equal(x, y) and torch.equal(a, b)
@@ -188,24 +218,18 @@ def test_batches_are_pure_functions_of_the_step(source, threads):
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_without_draws_the_policys_way_is_the_plain_one(source):
-    plain = DataConfig(image_size=24)
-    sampler = StreamSampler(len(source), 0, 6, 6, 0, 1)
-    expected = take(TrainLoader(source, plain, sampler, CPU, (0.5,) * 3, (0.25,) * 3), 3)
-    never = DataConfig(image_size=24, auto_augment="rand-m9-n2-p0.0")
-    for (x, a), (y, b) in zip(
-        take(TrainLoader(source, never, sampler, CPU, (0.5,) * 3, (0.25,) * 3), 3), expected, strict=True
-    ):
+def test_a_policy_that_draws_nothing_leaves_the_plain_pixels(source):
+    plain, never = DataConfig(image_size=24), DataConfig(image_size=24, auto_augment="rand-m9-n2-p0.0")
+    for (x, a), (y, b) in zip(take(loader(source, never), 3), take(loader(source, plain), 3), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
         assert torch.equal(a, b)
 
 
 def test_erased_boxes_are_zero_or_noise(source):
     cfg = {"image_size": 24, "random_erasing": 1.0, "random_crop": False, "hflip": 0.0}
-    sampler = StreamSampler(len(source), 0, 6, 6, 0, 1)
     bare = DataConfig(image_size=24, random_crop=False, hflip=0.0)
     plain, zero, noise = (
-        take(TrainLoader(source, c, sampler, CPU, (0.5,) * 3, (0.25,) * 3), 1)[0][0]
+        take(loader(source, c), 1)[0][0]
         for c in (bare, DataConfig(**cfg, erasing_fill="zero"), DataConfig(**cfg, erasing_fill="noise"))
     )
     for a, b, c in zip(plain, zero, noise, strict=True):
@@ -234,6 +258,6 @@ def test_mixing_is_timms_and_pure(options):
     assert torch.equal(mixed, theirs) and torch.equal(targets, their_targets)
 
 
-def test_an_odd_batch_is_not_mixed():
+def test_mixing_refuses_an_odd_batch():
     with pytest.raises(UserError, match="the micro batch has 7 images"):
         Mixer(DataConfig(mixup=0.5), 5, 7, 0, 0)

@@ -1,6 +1,7 @@
-"""Damaged files: found by `verify`, left out of training, replaced where they turn up during it."""
+"""Damaged files: found by `verify`, left out of training, replaced where they turn up during it; and files that are gone."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import pytest
 import torch
 from image_fixtures import make_dataset, make_folder, picture
 from launching import ROOT
+from loading import eval_loader, take, train_loader
 from PIL import Image
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.sampler import StreamSampler
 from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
-from scalekd_ds.data.train_loader import TrainLoader
 from scalekd_ds.data.verify import QUARANTINE, find_flaws, read_quarantine, without_quarantined, write_quarantine
 from scalekd_ds.errors import UserError
 
@@ -60,26 +61,14 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes(DAMAGE[kind])
 
 
-def loader(source, cfg, batch=10, seed=0):
-    sampler = StreamSampler(len(source), seed, batch, batch, 0, 1)
-    return TrainLoader(source, cfg, sampler, torch.device("cpu"), (0.0,) * 3, (1.0 / 255,) * 3)
-
-
-def take(batches, count):
-    iterator = iter(batches)
-    taken = [next(iterator) for _ in range(count)]
-    iterator.close()
-    return taken
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_every_kind_is_replaced_by_its_class_and_named_once(tmp_path, capfd, kind):
+def test_a_bad_file_of_any_kind_is_replaced_from_its_class_and_named_once(tmp_path, capfd, kind):
     make_folder(tmp_path, {"a": 10, "b": 10})
     source = index_folder(tmp_path, "data.train")
     bad = 13
     damage(Path(source.paths[bad]), kind)
     cfg = DataConfig(image_size=16, max_bad_share=0.1)
-    good = loader(source, cfg)
+    good = train_loader(source, cfg, micro=10)
     # two epochs, and labels as if nothing had happened
     batches = take(good, 4)
     sampler = good.sampler
@@ -90,16 +79,16 @@ def test_every_kind_is_replaced_by_its_class_and_named_once(tmp_path, capfd, kin
     assert list(good.bad_files.reasons) == [bad]
     assert capfd.readouterr().err.count(source.paths[bad]) == 1
     # the same again, bit for bit, from another loader
-    for (ours, _), (theirs, _) in zip(take(loader(source, cfg), 4), batches, strict=True):
+    for (ours, _), (theirs, _) in zip(take(train_loader(source, cfg, micro=10), 4), batches, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_file_that_only_the_decoder_finds_bad(tmp_path, capfd):
+def test_a_file_that_only_the_decoder_finds_bad_is_replaced_too(tmp_path, capfd):
     """Its first bytes are those of a TIFF: nothing stops it before DALI, which then needs a new pipeline."""
     make_folder(tmp_path, {"a": 10, "b": 10})
     source = index_folder(tmp_path, "data.train")
     Path(source.paths[13]).write_bytes(b"II*\x00" + bytes(200))
-    batches = loader(source, DataConfig(image_size=16, max_bad_share=0.1, random_crop=False))
+    batches = train_loader(source, DataConfig(image_size=16, max_bad_share=0.1, random_crop=False), micro=10)
     for step, (_, labels) in enumerate(take(batches, 6)):
         assert labels.tolist() == source.labels[batches.sampler.indices(step, 0)[0]].tolist()
     assert list(batches.bad_files.reasons) == [13]
@@ -113,7 +102,7 @@ def test_a_damaged_set_of_a_thousand_is_trained_on_to_the_end(tmp_path, capfd):
     for place, index in enumerate(chosen.tolist()):
         damage(Path(source.paths[index]), list(DAMAGE)[place % 10])
     damaged = {source.paths[i] for i in chosen}
-    batches = loader(source, DataConfig(image_size=16, max_bad_share=0.06), batch=50)
+    batches = train_loader(source, DataConfig(image_size=16, max_bad_share=0.06), micro=50)
     assert sum(len(labels) for _, labels in take(batches, 20)) == 1000
     assert {source.paths[i] for i in batches.bad_files.reasons} == damaged
     err = capfd.readouterr().err
@@ -125,16 +114,16 @@ def test_a_damaged_set_of_a_thousand_is_trained_on_to_the_end(tmp_path, capfd):
     assert set(read_quarantine(tmp_path)) == damaged
     clean = without_quarantined(source, tmp_path)
     assert set(clean.paths) == set(source.paths) - damaged
-    assert len(take(loader(clean, DataConfig(image_size=16), batch=50), 19)) == 19
+    assert len(take(train_loader(clean, DataConfig(image_size=16), micro=50), 19)) == 19
 
 
-def test_too_many_stop_the_run_with_the_list(tmp_path):
+def test_too_many_bad_files_stop_the_run_and_are_listed(tmp_path):
     make_folder(tmp_path, {"a": 10, "b": 10})
     source = index_folder(tmp_path, "data.train")
     for index in (3, 11):
         damage(Path(source.paths[index]), "text")
     with pytest.raises(UserError) as error:
-        take(loader(source, DataConfig(image_size=16, max_bad_share=0.05)), 2)
+        take(train_loader(source, DataConfig(image_size=16, max_bad_share=0.05), micro=10), 2)
     message = str(error.value)
     assert "2 of 20 training images cannot be used" in message and "\n" not in message
     assert all(source.paths[i] in message for i in (3, 11))
@@ -146,7 +135,7 @@ def test_a_class_without_a_good_file_is_named(tmp_path):
     source = index_folder(tmp_path, "data.train")
     damage(Path(source.paths[10]), "empty")
     with pytest.raises(UserError, match=r"every image of the class of .*b.*is bad"):
-        take(loader(source, DataConfig(image_size=16, max_bad_share=1.0), batch=11), 2)
+        take(train_loader(source, DataConfig(image_size=16, max_bad_share=1.0), micro=11), 2)
 
 
 def test_replacements_spread_over_the_class():
@@ -189,7 +178,7 @@ def test_modes_are_read_as_pillow_reads_them(tmp_path, mode):
         image.save(tmp_path / name / f"x.{suffix}", **options)
     source = index_folder(tmp_path, "data.train")
     cfg = DataConfig(image_size=40, random_crop=False, hflip=0.0)
-    batches = loader(source, cfg, batch=2)
+    batches = train_loader(source, cfg, micro=2)
     images, _ = take(batches, 1)[0]
     for path, ours in zip([source.paths[i] for i in batches.sampler.indices(0, 0)[0]], images, strict=True):
         theirs = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
@@ -213,3 +202,59 @@ def test_a_quarantine_that_empties_a_class_is_refused(tmp_path):
     write_quarantine(data, dict.fromkeys(source.paths[:2], "is damaged"))
     with pytest.raises(UserError, match="every image of class"):
         without_quarantined(source, data)
+
+
+# -- evaluation, which replaces nothing, and files that are gone -----------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "cut"])
+def test_evaluation_stops_at_a_damaged_image_and_names_it(tmp_path, damage):
+    make_folder(tmp_path, {"a": 3, "b": 3})
+    bad = tmp_path / "b" / "001.jpg"
+    bad.write_bytes({"text": b"not an image", "empty": b"", "cut": bad.read_bytes()[:300]}[damage])
+    source = index_folder(tmp_path, "data.train")
+    with pytest.raises(UserError) as error:
+        for _ in eval_loader(source, DataConfig(image_size=32), 6):
+            pass
+    assert str(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gif"])
+@pytest.mark.parametrize("random_crop", [True, False])
+def test_a_damaged_training_image_is_named_in_a_later_batch(tmp_path, damage, random_crop):
+    make_folder(tmp_path, {"a": 12, "b": 12})
+    source = index_folder(tmp_path, "data.train")
+    # in the third batch of four, while DALI works three ahead
+    bad = Path(source.paths[StreamSampler(24, 0, 4, 4, 0, 1).indices(2, 0)[0][1]])
+    data = io.BytesIO()
+    picture(np.random.default_rng(0), 40, 40).save(data, "GIF")
+    bad.write_bytes({"cut": bad.read_bytes()[:700], "gif": data.getvalue()}[damage])
+    with pytest.raises(UserError) as error:
+        take(train_loader(source, DataConfig(image_size=32, prefetch=3, random_crop=random_crop)), 6)
+    assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_evaluation_names_a_file_that_vanished(tmp_path):
+    make_folder(tmp_path, {"a": 3, "b": 3})
+    source = index_folder(tmp_path, "data.train")
+    (tmp_path / "a" / "002.jpg").unlink()
+    with pytest.raises(UserError, match=r"002.jpg.*cannot be read: No such file"):
+        list(eval_loader(source, DataConfig(image_size=32), 6))
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_folder_that_vanished_stops_training_and_counts_no_bad_file(tmp_path, how):
+    folder = make_folder(tmp_path / "train", {"a": 30, "b": 30})
+    source = index_folder(folder, "data.train")
+    loader = train_loader(source, DataConfig(image_size=32, keep_mb=0), micro=6)
+    batches = iter(loader)
+    next(batches)
+    folder.rename(tmp_path / "elsewhere")
+    if how == "emptied":
+        # as the mount point of a lost mount is
+        folder.mkdir()
+    # a thread may look between the two steps
+    problem = "(it is empty now|No such file or directory)" if how == "emptied" else "No such file or directory"
+    with pytest.raises(UserError, match=rf"folder .*train' cannot be read any more \({problem}\).*--run.resume auto"):
+        list(itertools.islice(batches, 20))
+    assert not len(loader.bad_files)

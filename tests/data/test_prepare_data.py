@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT
+from launching import LIMIT, ROOT
 from PIL import Image
 
 from scalekd_ds.data import fashion
@@ -36,10 +36,10 @@ def raw(tmp_path):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=LIMIT)
 
 
-def test_writes_train_and_val(raw, tmp_path):
+def test_fashion_mnist_is_written_as_folders_of_train_and_val(raw, tmp_path):
     out = tmp_path / "out"
     done = run("fashion-mnist", out, "--source", raw)
     assert done.returncode == 0, done.stderr
@@ -58,14 +58,14 @@ def test_writes_train_and_val(raw, tmp_path):
     assert again.returncode == 0 and "is there already" in again.stdout
 
 
-def test_a_limit_and_a_folder_that_is_something_else(raw, tmp_path):
+def test_a_limit_is_kept_and_a_folder_of_something_else_is_not_overwritten(raw, tmp_path):
     out = tmp_path / "out"
     sets = fashion.from_idx(raw)
     assert fashion.write(out, sets, fashion.CLASSES, "here", 15) == "15 train + 15 val images; here"
     assert len(list(out.rglob("*.jpg"))) == 30
-    assert fashion.finished(out, 15) == "15 train + 15 val images; here"
+    assert fashion.describe_existing(out, 15) == "15 train + 15 val images; here"
     with pytest.raises(UserError, match="was made with --limit 15"):
-        fashion.finished(out, None)
+        fashion.describe_existing(out, None)
     with pytest.raises(UserError, match="must be at least 10, an image of each class"):
         fashion.write(tmp_path / "none", sets, fashion.CLASSES, "here", 9)
     other = tmp_path / "other"
@@ -80,9 +80,9 @@ def test_a_limit_and_a_folder_that_is_something_else(raw, tmp_path):
 
 def test_a_limit_leaves_no_class_out():
     labels = np.sort(np.arange(100) % 10)
-    chosen = fashion._evenly(labels, 25)
+    chosen = fashion._class_balanced(labels, 25)
     assert sorted(np.bincount(labels[chosen], minlength=10)) == [2] * 5 + [3] * 5
-    assert np.array_equal(fashion._evenly(labels, None), np.arange(100))
+    assert np.array_equal(fashion._class_balanced(labels, None), np.arange(100))
 
 
 @pytest.mark.parametrize("held", ["{", "{}", '{"origin": "x", "images": {"train": 1, "val": 1}}', None])
@@ -94,7 +94,7 @@ def test_a_folder_of_something_else_is_left_alone(raw, tmp_path, held):
         out.mkdir()
         (out / "dataset.json").write_text(held)
     with pytest.raises(UserError, match="exists and is no finished data set"):
-        fashion.finished(out, None)
+        fashion.describe_existing(out, None)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_folder_of_something_else_is_left_alone(raw, tmp_path, held):
         (0, np.zeros((40, 14, 14), np.uint8), "images must be"),
     ],
 )
-def test_files_that_do_not_belong_together(raw, file, array, message):
+def test_idx_files_that_do_not_belong_together_are_refused(raw, file, array, message):
     name = fashion.FILES["train"][file]
     (raw / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
     with pytest.raises(UserError, match=f"{name}.*{message}"):

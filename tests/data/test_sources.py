@@ -35,7 +35,7 @@ def assert_whole(source, encoded, labels, shapes):
     assert picked.name(0) == source.name(3) and picked.read(1).tobytes() == encoded[1]
 
 
-def test_a_folder_of_class_folders(tmp_path):
+def test_a_folder_of_class_folders_gives_its_files_and_classes(tmp_path):
     for i, place in enumerate(("a/x.jpg", "a/deep/y.jpg", "b/u.JPEG", "b/v.jpg", "b/w.jpg", "c/z.jpg")):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(JPEGS[i])
@@ -66,7 +66,7 @@ def test_validation_has_the_classes_of_training(tmp_path):
     assert "(d)" in message(tmp_path / "odd", classes=train.classes)
 
 
-def test_tars_with_cls_json_and_class_folders(tmp_path):
+def test_tars_are_labelled_by_cls_by_json_or_by_folders(tmp_path):
     write_tar(tmp_path / "s-000.tar", labelled([1, 0, 2]))
     write_tar(
         tmp_path / "s-001.tar",
@@ -93,7 +93,7 @@ def test_tars_with_cls_json_and_class_folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", pytest.param("parquet", marks=needs_pyarrow)])
-def test_tables(tmp_path, kind):
+def test_tables_of_every_format_give_their_files_and_classes(tmp_path, kind):
     rows = [
         (f"{i // 2}/{i}, of 6.jpg" if kind != "csv" else f"{i // 2}/{i}.jpg", "dog cat".split()[i % 2])
         for i in range(6)
@@ -122,7 +122,7 @@ def test_tables(tmp_path, kind):
 
 
 @needs_datasets
-def test_hugging_face_offline(tmp_path, monkeypatch):
+def test_hugging_face_data_sets_are_read_offline(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -220,7 +220,7 @@ def records(labels, first=0):
     ]
 
 
-def test_tfrecords(tmp_path):
+def test_tfrecords_give_their_images_and_labels(tmp_path):
     write_records(tmp_path / "train-00000-of-00002", records([1, 0, 0]))
     write_records(tmp_path / "train-00001-of-00002", records([1, 0, 1], first=3))
     for where in (tmp_path, tmp_path / "train-{00000..00001}-of-00002"):
@@ -272,7 +272,7 @@ def test_dali_reads_the_same_tfrecords(tmp_path):
     assert [data[s.offset : s.offset + s.length] for s in ours] == [images.at(i).tobytes() for i in range(6)] == JPEGS
 
 
-def test_as_many_of_every_class(tmp_path):
+def test_a_choice_has_as_many_of_every_class(tmp_path):
     make_folder(tmp_path, {"a": 5, "b": 9, "c": 7})
     source = index_folder(tmp_path, "data.train")
     chosen = per_class(source, 4, seed=1)

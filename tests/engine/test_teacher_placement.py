@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from image_fixtures import make_dataset
 from launching import ROOT, WORKERS, launch
-from tiny_run import arguments, scalars
+from tiny_run import arguments, images, scalars
 
-from scalekd_ds.checkpoint.layout import resolve
+from scalekd_ds.checkpoint.layout import resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import read_weights, weights_file
 from scalekd_ds.config import RunDirConfig
 from scalekd_ds.errors import UserError
@@ -26,14 +25,13 @@ CASES = {
 def compared(request, tmp_path_factory):
     """case -> what each rank saw."""
     out = tmp_path_factory.mktemp("teachers")
-    timed = ("--rounds", 5) if request.param == 2 else ()
-    done = launch(WORKER, "--out", out, "--cases", *CASES[request.param], *timed, ranks=request.param)
+    done = launch(WORKER, "--out", out, "--cases", *CASES[request.param], ranks=request.param)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(request.param)]
     return request.param, {case: [rank[case] for rank in ranks] for case in ranks[0]}
 
 
-def test_it_is_its_replica_bit_for_bit(compared):
+def test_a_sharded_or_offloaded_teacher_equals_its_replica_bit_for_bit(compared):
     """Every loss of three steps, every weight after them, targets, logits, the last stage and its input's gradient; the
     ranks other than the first had built other weights, and have rank 0's."""
     ranks, results = compared
@@ -52,7 +50,7 @@ def test_each_rank_holds_its_share(compared):
             assert seen["resting"] == pytest.approx(seen["whole"] / ranks, rel=0.05), case
 
 
-def test_the_plan_knows_the_most_that_it_holds(compared):
+def test_the_most_that_a_rank_holds_is_as_planned(compared):
     """Share, what is kept whole, and two blocks, looked at whenever a module runs."""
     ranks, results = compared
     for case in CASES[ranks]:
@@ -63,16 +61,9 @@ def test_the_plan_knows_the_most_that_it_holds(compared):
             assert seen["peak"] == pytest.approx(seen["planned"], rel=0.1), case
 
 
-def test_a_step_takes_little_longer(compared):
-    """ViT of 11 M parameters, six blocks, on two ranks, in turn with its replica: 1.6 times at most."""
-    ranks, results = compared
-    if ranks == 2:
-        assert max(seen["ratio"] for seen in results["seconds"]) < 1.6
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"), train=40, val=11, classes=3, size=(32, 32))
+    return images(tmp_path_factory.mktemp("data"))
 
 
 def run_losses(data, run_dir, config, placement):
@@ -80,7 +71,7 @@ def run_losses(data, run_dir, config, placement):
     done = launch(TRAIN, *arguments(data, run_dir, *more))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (f"teacher: {placement}" in done.stdout) == (placement != "replica")
-    state = read_weights(weights_file(resolve(run_dir), None))
+    state = read_weights(weights_file(resolve_checkpoint(run_dir), None))
     assert sum(v.numel() for v in state.values()) < 500_000
     return {name: values for name, values in scalars(run_dir).items() if name.startswith(("loss/", "val/"))}
 
@@ -92,7 +83,7 @@ def test_a_run_with_a_sharded_teacher_is_the_run_with_its_replica(data, tmp_path
 
 
 @pytest.mark.slow
-def test_an_offloaded_teacher_beside_a_sharded_student(data, tmp_path):
+def test_an_offloaded_teacher_beside_a_sharded_student_gives_its_replicas_losses(data, tmp_path):
     """Two engines with ZeRO-3's hooks; DeepSpeed's own linear layer in the student's rounds otherwise than torch's."""
     losses = {where: run_losses(data, tmp_path / where, "zero3", where) for where in ("replica", "offload")}
     for step, value in losses["replica"]["loss/total"].items():
@@ -106,5 +97,5 @@ def test_a_sharded_teacher_is_not_compiled():
         teacher.compile()
 
 
-def test_the_default_is_a_plan():
+def test_the_default_placement_is_auto():
     assert RunDirConfig().teacher_placement == "auto"

@@ -22,7 +22,7 @@ from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.export import FORMATS, export
-from scalekd_ds.export.subject import load_subject
+from scalekd_ds.export.student import load_student
 
 DOCS = (ROOT / "docs" / "export.md").read_text()
 COMMANDS = [line.strip() for line in DOCS.splitlines() if line.startswith("    scalekd export ")]
@@ -83,7 +83,7 @@ def session(folder):
 # -- the trained student ---------------------------------------------------------------------------------------------
 
 
-def test_gpus_started_two_ranks(home):
+def test_the_flag_gpus_started_two_ranks(home):
     assert json.loads((home / "runs" / "mine" / "results.json").read_text())["world_size"] == 2
 
 
@@ -159,13 +159,13 @@ def test_the_model_card_tells_what_the_run_was(home, student):
 def test_timm_and_transformers_load_one_folder_with_equal_logits_and_pixels(home, student):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    ours = load_subject(student)
+    ours = load_student(student)
     own, hugging = home / "exported" / "timm", home / "exported" / "hf"
     assert (own / "config.json").read_bytes() == (hugging / "config.json").read_bytes()
     assert (own / "model.safetensors").read_bytes() == (hugging / "model.safetensors").read_bytes()
     model = timm.create_model(f"local-dir:{own}", pretrained=True).eval()
     wrapped = AutoModelForImageClassification.from_pretrained(hugging).eval()
-    images = ours.images(8)
+    images = ours.example_images(8)
     with torch.no_grad():
         wanted = ours.model(images)
         assert torch.allclose(model(images), wanted, atol=1e-6)
@@ -197,13 +197,13 @@ def test_buffers_are_kept_bit_for_bit(home, student):
     assert "| weights | the student's own |" in (home / "own" / "README.md").read_text()
 
 
-def test_an_exported_folder_is_a_student_here_again(home, student):
-    again = load_subject(home / "exported" / "timm" / "model.safetensors")
-    images = again.images(4)
-    assert torch.equal(again.model(images), load_subject(student).model(images))
+def test_an_exported_folder_loads_as_a_student_again(home, student):
+    again = load_student(home / "exported" / "timm" / "model.safetensors")
+    images = again.example_images(4)
+    assert torch.equal(again.model(images), load_student(student).model(images))
 
 
-def test_preprocessing_inside(home, student):
+def test_a_model_with_preprocessing_inside_takes_raw_pixels(home, student):
     plain, inside = session(home / "exported" / "onnx"), session(home / "exported" / "pixels")
     card = json.loads(student.with_suffix(".json").read_text())
     pixels = np.random.default_rng(0).random((5, 3, 32, 32), dtype=np.float32)

@@ -15,7 +15,7 @@ from torch import nn
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.errors import UserError
 from scalekd_ds.export import FORMATS, export, timm_folder
-from scalekd_ds.export.subject import Subject, load_subject
+from scalekd_ds.export.student import LoadedStudent, load_student
 
 
 @register_model
@@ -76,12 +76,12 @@ def file_of(folder, name) -> Path:
         ("swin_tiny_patch4_window7_224", "torch_export"),
     ],
 )
-def test_transformers_and_mixers(tmp_path, name, format):
+def test_transformers_and_mixers_are_exported_with_equal_logits(tmp_path, name, format):
     file = file_of(tmp_path, name)
     done = export(file, tmp_path / "out", format)
     assert done.difference < 1e-5
-    subject = load_subject(file)
-    images = subject.images(5, seed=9)
+    subject = load_student(file)
+    images = subject.example_images(5, seed=9)
     if format == "onnx":
         session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
         given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -103,12 +103,12 @@ def test_crops_come_back_as_whole_pixels(size, shorter):
     assert transform.transforms[0].size in (shorter, (shorter, shorter))
 
 
-def test_tied_and_frozen_weights(tmp_path):
-    subject = load_subject(file_of(tmp_path, "vit_tiny_patch16_224"))
+def test_tied_and_frozen_weights_are_written_whole(tmp_path):
+    subject = load_student(file_of(tmp_path, "vit_tiny_patch16_224"))
     first, second = subject.model.blocks
     second.mlp.fc1.weight = first.mlp.fc1.weight
     first.attn.qkv.weight.requires_grad_(False)
-    assert timm_folder.write(Subject(subject.model, subject.model, subject.card, None), tmp_path) == 0.0
+    assert timm_folder.write(LoadedStudent(subject.model, subject.model, subject.card, None), tmp_path) == 0.0
     state = load_file(tmp_path / "model.safetensors")
     assert torch.equal(state["blocks.0.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
     assert len(state) == len(subject.model.state_dict())
@@ -143,7 +143,7 @@ def test_a_model_that_timm_lacks_is_no_timm_folder(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_nobody_registered(tmp_path):
+def test_an_architecture_that_nobody_registered_is_refused(tmp_path):
     file = file_of(tmp_path, "mixer_b14_224")
     card = json.loads(file.with_suffix(".json").read_text())
     for architecture, told in (("resnet1888", "unknown timm model 'resnet1888'. Did you mean"), ("resnet18", "do")):
@@ -151,7 +151,7 @@ def test_a_model_that_nobody_registered(tmp_path):
         refused(told, file, tmp_path / "out", "timm")
 
 
-def test_what_a_user_can_get_wrong(tmp_path, monkeypatch):
+def test_a_mistake_is_refused_in_one_line(tmp_path, monkeypatch):
     file, out = file_of(tmp_path, "mixer_b14_224"), tmp_path / "out"
     refused("unknown format 'onx'. Did you mean 'onnx'", file, out, "onx")
     refused("unknown format 'tensorrt'.", file, out, "tensorrt")
@@ -177,7 +177,7 @@ def test_what_a_user_can_get_wrong(tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_damaged_and_lacking_files(tmp_path):
+def test_damaged_and_lacking_files_are_refused(tmp_path):
     file, out = file_of(tmp_path, "mixer_b14_224"), tmp_path / "out"
     card = json.loads(file.with_suffix(".json").read_text())
     file.with_suffix(".json").write_text(json.dumps({k: v for k, v in card.items() if k != "mean"}))
@@ -203,7 +203,7 @@ def test_overwriting_leaves_one_whole_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mixer_b14_224.json", "mixer_b14_224.safetensors", "out"]
 
 
-def test_the_script_says_one_line(tmp_path):
+def test_the_script_ends_a_mistake_with_one_line(tmp_path):
     done = alone(ROOT / "launch" / "export.py", "--format", "onx", tmp_path, tmp_path / "out")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()

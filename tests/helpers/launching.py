@@ -1,16 +1,23 @@
-"""Starts jobs as a user does, through the deepspeed launcher, and waits for them."""
+"""Starts jobs as a user does, through the deepspeed launcher or without it, and reads what they say."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WORKERS = ROOT / "tests" / "workers"
+# seconds after which a process hangs; a machine under load is slower, not wrong
+LIMIT = 1800
 
 
 def free_port() -> int:
@@ -31,11 +38,15 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **extra}
 
 
-def launch(script: str | Path, *arguments, ranks: int = 2, timeout: float = 300, launcher=(), env=None):
-    """Runs `deepspeed --num_accelerators RANKS script ...` from the repository's root."""
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *launcher]
+def launcher_command(ranks: int = 2) -> list[str]:
+    """`deepspeed` with the options that start `ranks` processes here, on a port of their own."""
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+
+
+def run(command: list, timeout: float, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs `command` from the repository's root, with its output captured and nothing to read."""
     return subprocess.run(
-        [*command, str(script), *map(str, arguments)],
+        [*map(str, command)],
         cwd=ROOT,
         env=env or environment(),
         capture_output=True,
@@ -45,14 +56,53 @@ def launch(script: str | Path, *arguments, ranks: int = 2, timeout: float = 300,
     )
 
 
-def alone(script: str | Path, *arguments, timeout: float = 300, env=None):
-    """Runs a launch script in one process, without the launcher."""
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        cwd=ROOT,
-        env=env or environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+def launch(script: str | Path, *arguments, ranks: int = 2, timeout: float = LIMIT, launcher=(), env=None):
+    """Runs a script through the launcher, with its further options `launcher`, and waits for it."""
+    return run([*launcher_command(ranks), *launcher, script, *arguments], timeout, env)
+
+
+def alone(script: str | Path, *arguments, timeout: float = LIMIT, env=None):
+    """Runs a launch script in one process, without the launcher, and waits for it."""
+    return run([sys.executable, script, *arguments], timeout, env)
+
+
+@contextmanager
+def in_background(command: list, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
+    """A running command that writes into the file `log`; leaving the block kills it and prints the file.
+
+    A file, not a pipe: a rank that outlives its launcher would hold a pipe open.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=ROOT,
+            env=env or environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            print(log.read_text())
+
+
+def wait_until(found: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = LIMIT) -> None:
+    """Returns once `found()` is true; fails with the log if `process` ends before that or time is up."""
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> Any:
+    """What a script of tests/workers told by `ranks.tell`."""
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ", 1)[1])
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Our own error lines, without the launcher's."""
+    return [line for line in done.stderr.splitlines() if line.startswith("error")]

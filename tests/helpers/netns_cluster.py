@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from launching import LIMIT
+
 SCRIPT = Path(__file__).with_name("netns_cluster.sh")
 # tool -> the Debian package that has it
 TOOLS = {
@@ -62,7 +64,7 @@ class Cluster:
     def __exit__(self, *exc_info: object) -> None:
         self._script("down", check=True)
 
-    def run(self, node: int, cmd: list[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, node: int, cmd: list[str], timeout: float = LIMIT) -> subprocess.CompletedProcess[str]:
         """Runs `cmd` on node `node` (from 1), whether or not its link is up."""
         return self._script("exec", str(node), *cmd, capture_output=True, timeout=timeout)
 

@@ -1,11 +1,16 @@
-"""Encoded images, and the tars and tables of them that tests write."""
+"""Encoded images, tars and tables of them that tests write, and a folder whose modes hold for root too."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import os
+import shutil
+import stat
 import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +76,19 @@ def message(what: str | Path, *args, **kwargs) -> str:
     text = str(error.value)
     assert text.startswith("data.train: ") and "\n" not in text
     return text
+
+
+@contextmanager
+def as_nobody() -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A new folder, and a function that gives up root's rights until the block ends: modes in the folder hold then."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    try:
+        yield folder, (lambda: os.seteuid(65534) if root else None)
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(path.stat().st_mode | stat.S_IRWXU)
+        shutil.rmtree(folder)

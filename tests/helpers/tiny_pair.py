@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+# constructor arguments of swin_tiny_patch4_window7_224 and of a ResNet, for images of 64 pixels
 SWIN = {"img_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
 RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "stem_type": "deep", "stem_width": 8}
 

@@ -11,14 +11,14 @@ import pytest
 import timm
 import torch
 from image_fixtures import make_dataset
-from launching import ROOT, alone, environment, launch
+from launching import LIMIT, ROOT, alone, environment, launch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
-from tiny_run import SWIN
+from tiny_run import RESNET, SWIN
 from torchvision import transforms
 
-from scalekd_ds.checkpoint.layout import resolve
+from scalekd_ds.checkpoint.layout import resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.shard_files import saved_weights
 from scalekd_ds.commands.inspect import main
@@ -26,13 +26,13 @@ from scalekd_ds.commands.inspect import parser as parser_of
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection import sheet as layout
-from scalekd_ds.inspection.answers import answers, crosstable, most_telling, top
-from scalekd_ds.inspection.compose import _answers, open_models
-from scalekd_ds.inspection.focus import focus_of, restore_distiller
-from scalekd_ds.inspection.frequencies import radial
-from scalekd_ds.inspection.pictured import Cut, find_images, read, spread
+from scalekd_ds.inspection.compose import _prediction_column, open_models
+from scalekd_ds.inspection.frequencies import radial_spectrum
+from scalekd_ds.inspection.images import Crop, find_images, read_image, spread_over_folders
+from scalekd_ds.inspection.inspected_models import open_model
 from scalekd_ds.inspection.pictures import spectrum
-from scalekd_ds.inspection.subjects import open_subject
+from scalekd_ds.inspection.predictions import correctness, crosstable, order_by_disagreement, top_classes
+from scalekd_ds.inspection.projector_attention import projector_attention, restore_distiller
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspect")
     data = make_dataset(root / "data", train=24, val=9, classes=3, size=(32, 32))
     teacher = write_model(root / "teacher.safetensors", "swin_tiny_patch4_window7_224", SWIN)
-    slim = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16], "output_stride": 8}
+    slim = RESNET | {"channels": [8, 16, 16, 16]}
     write_model(root / "baseline.safetensors", "resnet18", slim)
     # the deepspeed launcher, with launch/inspect.py beside the script that it starts
     done = launch(
@@ -73,7 +73,7 @@ def models_of(place, *more):
     return open_models(args)
 
 
-def test_a_runs_sheet_from_the_launch_script(place, tmp_path):
+def test_the_launch_script_draws_a_runs_images_and_counts_right_answers(place, tmp_path):
     out = tmp_path / "sheet.png"
     baseline = place / "baseline.safetensors"
     done = alone(ROOT / "launch" / "inspect.py", place / "run", place / "data", "--baseline", baseline, "--out", out)
@@ -83,21 +83,21 @@ def test_a_runs_sheet_from_the_launch_script(place, tmp_path):
         assert re.search(rf"^{role}: \d of 8 shown right$", done.stdout, re.M)
     picture = Image.open(out).convert("RGB")
     # name, image, three maps, three queries, three answers
-    columns = layout._NAME + 7 * layout._PICTURE + 3 * layout._ANSWER + 12 * layout._GAP
+    columns = layout._NAME + 7 * layout._PICTURE + 3 * layout._PREDICTION + 12 * layout._GAP
     rows = layout._HEAD + 8 * (layout._PICTURE + layout._GAP) + layout._FOOT
     assert picture.size == pytest.approx((110 * columns, 110 * rows), abs=2)
     # the second column's cells are the images
-    shown = spread(find_images([str(place / "data")]), 8)
+    shown = spread_over_folders(find_images([str(place / "data")]), 8)
     for row, path in enumerate(shown[:8]):
         x = 110 * (layout._NAME + 2 * layout._GAP + layout._PICTURE / 2)
         y = 110 * (layout._HEAD + row * (layout._PICTURE + layout._GAP) + layout._PICTURE / 2)
         box = picture.crop((int(x - 50), int(y - 50), int(x + 50), int(y + 50))).resize((1, 1), Image.Resampling.BOX)
-        middle = read(path, Cut(32, 32, "bicubic"))[:, 5:27, 5:27].mean((1, 2)) * 255
+        middle = read_image(path, Crop(32, 32, "bicubic"))[:, 5:27, 5:27].mean((1, 2)) * 255
         assert box.getpixel((0, 0)) == pytest.approx(middle.tolist(), abs=12)
 
 
 def test_projectors_come_whole_from_the_shards_of_two_ranks(place):
-    checkpoint = resolve(place / "run")
+    checkpoint = resolve_checkpoint(place / "run")
     student = load_file(checkpoint / "student.safetensors")
     saved = saved_weights(checkpoint, 2, "student.")
     parameters = {k: v for k, v in student.items() if "running_" not in k and "num_batches" not in k}
@@ -105,20 +105,20 @@ def test_projectors_come_whole_from_the_shards_of_two_ranks(place):
     assert all(torch.equal(saved[f"student.{k}"].view_as(v), v) for k, v in parameters.items())
 
     models = models_of(place)
-    cfg = models.student.located.cfg
+    cfg = models.student.source.cfg
     distiller = restore_distiller(models.student.network, models.teacher.network, cfg, checkpoint, (32, 32))
     assert distiller.projectors["s3"].spatial.norm.num_batches_tracked == 12
     # trained projectors bring the student nearer to its teacher than fresh ones do
-    images = torch.stack([read(p, Cut(32, 32, "bicubic")) for p in find_images([str(place / "data" / "train")])])
+    images = torch.stack([read_image(p, Crop(32, 32, "bicubic")) for p in find_images([str(place / "data" / "train")])])
     torch.manual_seed(0)
     fresh = ScaleKD(models.student.network, models.teacher.network, image_size=32, verbose=False, **vars(cfg.distill))
-    pixels = models.student.normalised(images)
+    pixels = models.student.normalise(images)
     with torch.no_grad():
         losses, others = distiller(pixels), fresh.eval()(pixels)
     for term in ("spatial_s3", "frequency_s3", "spatial_s4", "frequency_s4"):
         assert losses[f"loss/{term}"] < others[f"loss/{term}"]
 
-    focus = focus_of(distiller, models.student.see(images).output, 3)
+    focus = projector_attention(distiller, models.student.run(images).student_output, 3)
     assert focus.stage == "s4" and focus.grid == (4, 4) and focus.weights.shape == (24, 3, 4, 4)
     assert torch.allclose(focus.weights.sum((-2, -1)), torch.ones(24, 3))
     # the last stage's queries come from the image
@@ -137,14 +137,14 @@ def test_answers_are_those_of_timm_and_torchvision(place):
         transforms.ToTensor(),
     ]
     pixels = transforms.Compose(steps)(Image.open(path).convert("RGB"))
-    assert torch.equal(read(path, Cut(32, 36, "bicubic")), pixels)
+    assert torch.equal(read_image(path, Crop(32, 36, "bicubic")), pixels)
     with torch.no_grad():
         wanted = model(transforms.Normalize(card["mean"], card["std"])(pixels)[None]).softmax(-1)[0]
-    seen = subject.see(pixels[None])
-    classes, values = top(seen.logits)
+    seen = subject.run(pixels[None])
+    classes, values = top_classes(seen.logits)
     assert classes[0].tolist() == wanted.argsort(descending=True).tolist()
     assert values[0].tolist() == pytest.approx(wanted.sort(descending=True).values.tolist(), rel=1e-4)
-    (row,) = _answers(subject, subject, seen, [1]).rows
+    (row,) = _prediction_column(subject, subject, seen, [1]).rows
     assert [(name, right) for name, _, right in row] == [(CLASSES[c], c == 1) for c in classes[0].tolist()]
 
 
@@ -152,10 +152,10 @@ def test_the_teachers_map_is_its_target(place):
     teacher = models_of(place).teacher
     pixels = torch.rand(2, 3, 32, 32)
     tokens = teacher.network.targets((pixels - 0.5) / 0.25).tokens
-    assert torch.allclose(teacher.see(pixels).maps.flatten(2).transpose(1, 2), tokens, atol=1e-6)
+    assert torch.allclose(teacher.run(pixels).maps.flatten(2).transpose(1, 2), tokens, atol=1e-6)
 
 
-def test_lost_images_come_first(place, tmp_path, capsys):
+def test_picking_lost_images_counts_how_often_each_model_is_right(place, tmp_path, capsys):
     out = tmp_path / "lost.png"
     run, baseline = str(place / "run"), str(place / "baseline.safetensors")
     main([run, str(place / "data"), "--baseline", baseline, "--pick", "lost", "--images", "1", "--out", str(out)])
@@ -164,26 +164,26 @@ def test_lost_images_come_first(place, tmp_path, capsys):
         r"of 9 images: student and baseline right (\d), student alone (\d), baseline alone (\d), neither (\d)", text
     )
     assert sum(map(int, counts.groups())) == 9
-    student, other = open_subject(run, "student"), open_subject(baseline, "baseline")
-    images = [(p, read(p, Cut(32, 32, "bicubic"))) for p in find_images([str(place / "data")])]
-    found = answers([student, other], images, lambda p: CLASSES.index(p.parent.name), 4)
+    student, other = open_model(run, "student"), open_model(baseline, "baseline")
+    images = [(p, read_image(p, Crop(32, 32, "bicubic"))) for p in find_images([str(place / "data")])]
+    found = correctness([student, other], images, lambda p: CLASSES.index(p.parent.name), 4)
     assert crosstable(found, "baseline", 1) in text
 
 
-def test_the_most_telling_first():
+def test_images_that_the_student_alone_gets_wrong_come_first():
     answer = {"a": [True, True], "b": [False, False], "c": [False, True], "d": [True, False], "e": [False, True]}
     found = [(Path(folder) / name, right) for name, right in answer.items() for folder in ("x", "y")]
-    order = [str(p) for p in most_telling(found)]
+    order = [str(p) for p in order_by_disagreement(found)]
     assert order == ["x/c", "y/c", "x/e", "y/e", "x/b", "y/b", "x/a", "y/a", "x/d", "y/d"]
 
 
 def test_images_are_spread_over_folders():
     paths = [Path(folder) / f"{i}.jpg" for folder in ("a", "b") for i in range(6)]
-    assert [str(p) for p in spread(paths, 4)[:4]] == ["a/0.jpg", "b/0.jpg", "a/3.jpg", "b/3.jpg"]
-    assert sorted(spread(paths, 4)) == paths
+    assert [str(p) for p in spread_over_folders(paths, 4)[:4]] == ["a/0.jpg", "b/0.jpg", "a/3.jpg", "b/3.jpg"]
+    assert sorted(spread_over_folders(paths, 4)) == paths
 
 
-def test_plain_timm_models(place, tmp_path, capsys):
+def test_plain_timm_models_answer_with_imagenets_names(place, tmp_path, capsys):
     """ImageNet's names for answers, its synsets for folders; a teacher beside it, and no projectors to show."""
     synset = ImageNetInfo("imagenet-1k").label_names()[7]
     (tmp_path / synset).mkdir()
@@ -194,8 +194,8 @@ def test_plain_timm_models(place, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "student: resnet18: ResNet, 11.69 M" in text and re.search(r"student: [01] of 1 shown right", text)
     assert "left out" not in text and Image.open(out).size[0] > 900
-    subject = open_subject("resnet18", "student", "none")
-    assert subject.classes[7] == "cock" and subject.folders[7] == synset and subject.size is None
+    subject = open_model("resnet18", "student", "none")
+    assert subject.classes[7] == "cock" and subject.folder_names[7] == synset and subject.size is None
 
 
 def test_what_cannot_be_shown_is_said(place, tmp_path, capsys):
@@ -242,24 +242,24 @@ def test_what_cannot_be_shown_is_said(place, tmp_path, capsys):
         ("{run}", "the following arguments are required: images"),
     ],
 )
-def test_mistakes_end_in_one_line(place, arguments, words):
+def test_a_mistake_is_named(place, arguments, words):
     names = {"run": place / "run", "data": place / "data", "readme": ROOT / "README.md"}
     with pytest.raises(UserError) as error:
         main(arguments.format(**names).split())
     assert words in str(error.value)
 
 
-def test_classes_of_another_name(place, tmp_path):
+def test_a_baseline_of_other_classes_is_refused(place, tmp_path):
     other = write_model(tmp_path / "other.safetensors", "resnet18", {}, ["class_0", "class_1", "zebra"])
     with pytest.raises(UserError, match="has a class 'zebra' that the student has not: a baseline must answer"):
         models_of(place, "--baseline", other)
 
 
 @pytest.mark.parametrize("cycles", [0.5, 1.0, 3.0])
-def test_the_curve_of_one_wave(cycles):
+def test_the_curve_of_one_wave_has_one_peak(cycles):
     places = (torch.arange(8) + 0.5) / 8
     wave = torch.cos(2 * torch.pi * cycles * places)[None, None, :, None].expand(1, 2, 8, 6)
-    frequencies, powers = radial(spectrum(wave))
+    frequencies, powers = radial_spectrum(spectrum(wave))
     assert frequencies == [k / 2 for k in range(8)]
     assert frequencies[powers.index(max(powers))] == cycles
     # everything of one ring, whose mean is over its cells
@@ -281,11 +281,11 @@ def test_scripts_beside_inspect_py_get_pythons_own_inspect():
         for s in scripts
     ]
     for script, process in zip(scripts, started, strict=True):
-        out = process.communicate(timeout=120)[0].decode()
+        out = process.communicate(timeout=LIMIT)[0].decode()
         assert process.returncode == 0 and "usage:" in out, (script, out)
 
 
-def test_the_documents_commands(place, tmp_path, monkeypatch, capsys):
+def test_the_documents_commands_run(place, tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "inspect.md").read_text()
     commands = re.findall(r"^    scalekd inspect (.*)$", text, re.M)
     assert len(commands) == 4

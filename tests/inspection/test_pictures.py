@@ -12,16 +12,16 @@ from scalekd_ds.inspection.pictures import (
     attention_pictures,
     default_queries,
     enlarge,
-    heat,
-    map_of,
-    mark,
-    own_weights,
+    heat_colours,
+    mark_cell,
     pca_colours,
-    sheet,
     spectrum,
     spectrum_pictures,
+    tile,
     to_uint8,
+    tokens_to_map,
     unnormalise,
+    unsharded_copy,
 )
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 
@@ -51,7 +51,7 @@ def test_colours_do_not_depend_on_scale_offset_or_the_order_of_images():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 8, 1, 1), (2, 2, 1, 2)])
-def test_colours_of_fewer_than_three_components(shape):
+def test_colours_of_fewer_than_three_components_are_finite(shape):
     colours = pca_colours(torch.randn(shape))
     assert colours.shape == (shape[0], 3, *shape[2:]) and colours.isfinite().all()
     assert torch.equal(pca_colours(torch.ones(shape)), torch.full_like(colours, 0.5))
@@ -59,18 +59,18 @@ def test_colours_of_fewer_than_three_components(shape):
 
 def test_tokens_become_maps_row_by_row():
     tokens = torch.arange(6.0)[None, :, None].expand(1, 6, 2)
-    assert map_of(tokens, (2, 3))[0, 1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert tokens_to_map(tokens, (2, 3))[0, 1].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("learned", [True, False])
-def test_attention_is_the_kernels_own(monkeypatch, norm, learned):
+def test_attention_maps_are_the_kernels_own_weights(monkeypatch, norm, learned):
     """The kernel is given one-hot values, four keys a time: what comes out are its weights, to be compared with ours."""
     projector = CrossAttentionProjector(6, 8, (3, 4), (4, 4), 2, softmax_scale=5.0, learned_query=learned, norm=norm)
     x, query = torch.randn(2, 6, 3, 4), None if learned else torch.randn(2, 16, 8)
     if norm == "batch":
         projector(x, query)
-    copied = own_weights(projector)
+    copied = unsharded_copy(projector)
     projector.eval()
     seen = []
 
@@ -108,7 +108,7 @@ def test_queries_are_spread_over_the_grid():
     assert default_queries((1, 1), 2) == [0, 0]
 
 
-def test_a_wave_is_one_frequency():
+def test_a_waves_power_is_at_its_own_frequency():
     x = torch.arange(8, dtype=torch.float64)
     wave = torch.cos(math.pi * 3 * (2 * x + 1) / 16)
     power = spectrum((2.0 * wave[None, :] * torch.ones(6, 1, dtype=torch.float64)).expand(2, 4, 6, 8))
@@ -125,17 +125,17 @@ def test_a_wave_is_one_frequency():
 
 
 def test_heat_gets_lighter_and_a_sheet_holds_its_pictures():
-    ramp = heat(torch.linspace(0, 1, 50)[None])
+    ramp = heat_colours(torch.linspace(0, 1, 50)[None])
     lightness = (ramp * torch.tensor([0.3, 0.6, 0.1])[:, None, None]).sum(0)[0]
     assert ramp.shape == (3, 1, 50) and (lightness.diff() > 0).all()
     a, b, c = torch.rand(3, 3, 4, 5)
-    page = sheet([[a, b], [c]], gap=2)
+    page = tile([[a, b], [c]], gap=2)
     assert page.shape == (3, 10, 12)
     assert torch.equal(page[:, :4, 7:], b) and torch.equal(page[:, 6:, :5], c) and page[:, 6:, 5:].min() == 1.0
     with pytest.raises(ValueError, match="of one"):
-        sheet([[a, torch.rand(3, 4, 4)]])
+        tile([[a, torch.rand(3, 4, 4)]])
     assert to_uint8(page).shape == (10, 12, 3) and to_uint8(page)[4, 0].tolist() == [255, 255, 255]
-    framed = mark(torch.zeros(3, 8, 12), 5, (2, 3))
+    framed = mark_cell(torch.zeros(3, 8, 12), 5, (2, 3))
     # the second row's last cell of 4x4 pixels
     assert framed.sum() == 3 * 12 and framed[:, 4:, 8:].sum() == 3 * 12 and framed[:, 5:7, 9:11].sum() == 0
     assert enlarge(a, (8, 10))[:, 1, 1].tolist() == a[:, 0, 0].tolist()
@@ -159,7 +159,7 @@ def test_a_copy_of_a_projector_shares_nothing():
         return tensor.detach().clone()
 
     drawn = torch.get_rng_state()
-    copied = own_weights(projector, gathered)
+    copied = unsharded_copy(projector, gathered)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert len(asked) == len(projector.state_dict()) and isinstance(asked[0], nn.Parameter)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def check(case, errors):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_numbers_in_the_interpreter(name):
+def test_numbers_in_the_interpreter_are_those_of_float64(name):
     check(CASES[name], interpreted()[name])
 
 
@@ -47,7 +47,7 @@ def test_the_operator_without_a_gpu_has_the_same_numbers(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
-def test_numbers_on_the_gpu(name, dtype):
+def test_numbers_on_the_gpu_are_those_of_float64(name, dtype):
     if CASES[name].get("magnitude", 1) > 1:
         pytest.skip("scores of thousands need more than 16 bits")
     case = CASES[name] | {"dtype": dtype}
@@ -56,7 +56,7 @@ def test_numbers_on_the_gpu(name, dtype):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("call", [cap_attention, reference.cap_attention])
-def test_api_and_reference_against_float64(call, groups):
+def test_api_and_reference_give_the_numbers_of_float64(call, groups):
     q, kv = torch.randn(groups, 9, 2, 16), torch.randn(4, 7, 2, 2, 16)
     upstream = torch.randn(4, 9, 2, 16, dtype=torch.float64)
     expected = oracle(q, kv, 0.7, upstream)
@@ -106,15 +106,15 @@ def kernels_of(head_size, tokens):
     forward, backward = ops.tiles(head_size)
     yield triton_kernels.cap_forward_kernel, forward, False, 1
     if ops.is_small(head_size, tokens, tokens):
-        yield triton_kernels.cap_backward_small_kernel, backward, False, ops.CHUNK
+        yield triton_kernels.cap_backward_small_kernel, backward, False, ops.MAX_CHUNK
     else:
-        yield triton_kernels.cap_backward_q_kernel, backward, False, ops.CHUNK
+        yield triton_kernels.cap_backward_q_kernel, backward, False, ops.MAX_CHUNK
         yield triton_kernels.cap_backward_kv_kernel, backward, True, 1
 
 
 def compile_all(head_size, tokens, architectures, stride="i64"):
     for kernel, tile, by_keys, chunk in kernels_of(head_size, tokens):
-        options = ops._options(tile, by_keys)
+        options = ops._launch_options(tile, by_keys)
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         constants = {"N": 24, "D": head_size, "Q": tokens, "S": tokens, "H": chunk, **options}
         constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
@@ -148,7 +148,7 @@ def test_strides_are_int64_in_every_launch():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_opcheck(groups):
+def test_the_operators_pass_opcheck(groups):
     q = torch.randn(groups, 5, 2, 8, requires_grad=True)
     k, v = torch.randn(4, 6, 2, 2, 8).unbind(2)
     torch.library.opcheck(ops.cap_attention, (q, k.requires_grad_(), v.requires_grad_(), 0.5))
@@ -158,7 +158,7 @@ def test_opcheck(groups):
 
 
 @pytest.mark.parametrize("call", [lambda *a: ops.cap_attention(*a)[0], cap_attention])
-def test_compiles_whole(call):
+def test_torch_compiles_it_without_a_break(call):
     q, kv = torch.randn(2, 5, 2, 8, requires_grad=True), torch.randn(4, 6, 2, 2, 8, requires_grad=True)
 
     def attend(q, kv):
@@ -174,7 +174,7 @@ def test_compiles_whole(call):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("won", [False, True])
-def test_what_a_gpu_runs_compiles_whole(monkeypatch, won, dynamic):
+def test_torch_compiles_what_a_gpu_runs_without_a_break(monkeypatch, won, dynamic):
     """Traced on tensors that only claim to be on a GPU: reading the table must not break the graph."""
     key = table.key_of(90, 32, 49, 49, True, torch.bfloat16)
     monkeypatch.setattr(table, "_MEASURED", {key: "triton"} if won else {})
@@ -218,7 +218,7 @@ WON = {
         ("cuda", 90, (20, 49, 49), True, torch.bfloat16, "sdpa"),
     ],
 )
-def test_dispatch(device, architecture, sizes, shared, dtype, expected):
+def test_device_table_and_sizes_choose_the_implementation(device, architecture, sizes, shared, dtype, expected):
     assert implementation(device, architecture, sizes, shared, dtype, WON) == expected
 
 
@@ -264,7 +264,7 @@ def test_errors_name_the_argument(change, words):
         ((8, 1025, 6), "q has 1025 queries and k 6 keys: the kernels take at most 1024"),
     ],
 )
-def test_what_the_kernels_do_not_take(sizes, words):
+def test_sizes_that_the_kernels_do_not_take_are_refused_by_the_operator_alone(sizes, words):
     D, Q, S = sizes
     k = torch.randn(1, S, 1, D)
     with pytest.raises(ValueError, match=words):

@@ -25,19 +25,19 @@ def check(case, errors):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_numbers_in_the_interpreter(name):
+def test_numbers_in_the_interpreter_are_those_of_float64(name):
     check(CASES[name], interpreted()[name])
 
 
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
-def test_constant_maps_in_the_interpreter(which):
+def test_constant_maps_in_the_interpreter_have_no_gradient(which):
     expected = {"per_token": 0.0 if which == "both" else 1.0, "gradient": 0.0}
     assert interpreted()[f"constant {which}"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_numbers_on_the_gpu(name):
+def test_numbers_on_the_gpu_are_those_of_float64(name):
     errors = run(**CASES[name], device="cuda")
     if "cut" in name or "band" in name:
         # a general filter is a tf32 dot there
@@ -47,7 +47,7 @@ def test_numbers_on_the_gpu(name):
 
 
 @pytest.mark.gpu
-def test_constant_maps_on_the_gpu():
+def test_constant_maps_on_the_gpu_have_no_gradient():
     assert constant("student", "cuda") == pytest.approx({"per_token": 1.0, "gradient": 0.0}, abs=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_the_operator_without_a_gpu_has_the_same_numbers(name):
 
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 @pytest.mark.parametrize("value", [0.0, 3.7])
-def test_constant_maps_in_the_reference(which, value):
+def test_constant_maps_in_the_reference_have_no_gradient(which, value):
     """A student's 1x1 map makes every token equal: the frequency view then says nothing, instead of noise times 1e7."""
     shape = (2, 49, 96)
     f, t = (
@@ -151,7 +151,7 @@ def test_the_finishing_kernel_compiles():
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("stages", [1, 2])
-def test_opcheck(stages, filtered):
+def test_the_operators_pass_opcheck(stages, filtered):
     s = [torch.randn(2, 9, 16, requires_grad=True) for _ in range(2 * stages)]
     basis = basis_of((3, 3), [(0, 0), (0, 1)]) if filtered else None
     torch.library.opcheck(ops.dual_view, (s[:stages], s[stages:], torch.randn(2, 9, 16), basis, [0.5, 0.2] * stages))
@@ -161,7 +161,7 @@ def test_opcheck(stages, filtered):
 
 
 @pytest.mark.parametrize("path", ["operator", "api"])
-def test_compiles_whole(path):
+def test_torch_compiles_it_without_a_break(path):
     def loss(a, b, t):
         if path == "api":
             return dual_view_loss(a, b, t, weights=(0.5, 0.2)).sum()
@@ -191,7 +191,7 @@ def test_compiles_whole(path):
         ("cuda", torch.float32, 256, 65, "reference"),
     ],
 )
-def test_dispatch(device, dtype, tokens, rank, expected):
+def test_device_dtype_and_sizes_choose_the_implementation(device, dtype, tokens, rank, expected):
     assert implementation(device, {dtype, torch.float32} - {None}, tokens, rank) == expected
 
 

@@ -9,8 +9,8 @@ import torch
 from launching import ROOT, environment
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+from zoo import SWIN, make_student, make_teacher
 from zoo import TEACHERS as ALL_TEACHERS
-from zoo import make_student, make_teacher
 
 from scalekd_ds import ScaleKD, Teacher
 from scalekd_ds.errors import UserError
@@ -108,9 +108,7 @@ def test_a_registered_family_with_another_last_stage_cannot_go_without_tpp(monke
     swin = FAMILIES[SwinTransformer]
     two = Family(swin.forward, swin.last_stage, lambda model: (Stage((16, 16), 24, 1), swin.stages(model)[1]))
     monkeypatch.setitem(FAMILIES, TwoStages, two)
-    model = TwoStages(
-        img_size=64, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6), window_size=4, num_classes=10
-    )
+    model = TwoStages(img_size=64, window_size=4, num_classes=10, **SWIN)
     with pytest.raises(
         UserError,
         match=r"^the teacher \(TwoStages\) does not give .* 16x16 of 24 channels, .* leave out --distill.tpp false",
@@ -124,8 +122,8 @@ def test_with_tpp_nothing_more_is_computed():
     assert tokens.ndim == 3 and logits.shape == (1, 10)
 
 
-def test_the_table_of_all_rows(tmp_path):
-    """Both ends of the script: what it runs and what it writes, on a handful of images."""
+def test_the_scripts_table_and_chart_have_all_rows(tmp_path):
+    """Of accuracies that are made up: means, differences to the first row, errors."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import ablation
@@ -143,7 +141,7 @@ import json; print(json.dumps(rows))
     assert (tmp_path / "chart.png").stat().st_size > 5000
 
 
-def test_every_row_is_a_run():
+def test_every_row_is_a_run_of_its_own():
     from scalekd_ds.recipes.command_line import parse_run
 
     folder = str(ROOT / "benchmarks")
@@ -156,7 +154,7 @@ def test_every_row_is_a_run():
     assert len({json.dumps(cfg.as_dict()) for cfg in changed.values()} | {json.dumps(full.as_dict())}) == 9
 
 
-def test_an_unknown_row(tmp_path):
+def test_an_unknown_row_is_refused(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "ablation.py", "--rows", "everything"],
         capture_output=True,

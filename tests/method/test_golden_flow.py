@@ -58,7 +58,7 @@ def build(name: str, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_losses_outputs_gradients_and_statistics(name):
+def test_losses_outputs_gradients_and_statistics_are_the_official_ones(name):
     file, distiller, images, labels = build(name)
     images.requires_grad_()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_losses_outputs_gradients_and_statistics(name):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_student_maps_and_projected_tokens(name):
+def test_student_maps_and_projected_tokens_are_the_official_ones(name):
     file, distiller, images, _ = build(name)
     student = distiller.tapped_student(images)
     assert relative_error(student.before, file["out.fea_s2"]) < 1e-5
@@ -108,7 +108,7 @@ def test_student_maps_and_projected_tokens(name):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_float64_losses(name):
+def test_losses_in_float64_are_the_official_ones(name):
     file, distiller, images, labels = build(name, torch.float64)
     losses = distiller(images, labels)
     for ours, theirs in TERMS.items():
@@ -116,7 +116,7 @@ def test_float64_losses(name):
             assert losses[ours].item() == pytest.approx(file[f"loss64.{theirs}"].item(), rel=1e-9), ours
 
 
-def test_bf16_autocast_stays_close():
+def test_losses_under_bf16_autocast_stay_close_to_the_official_ones():
     file, distiller, images, labels = build("e1_flow_swin_resnet18_v2")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = distiller(images, labels)

@@ -40,7 +40,7 @@ def test_dual_view_matches_the_official_losses(hw, kind):
 
 
 @pytest.mark.parametrize(("hw", "kind"), CASES)
-def test_dual_view_in_float64(hw, kind):
+def test_dual_view_in_float64_matches_the_official_losses(hw, kind):
     file, key, s, t = load(hw, kind, torch.float64)
     for view, loss in zip(("spat", "freq"), dual_view_loss(s, s, t, (hw, hw), ALPHA), strict=True):
         # scaling in float32 and then widening, as the recording did, is not the same as scaling in float64

@@ -41,7 +41,7 @@ def build(case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_backward_and_statistics(case):
+def test_output_gradients_and_statistics_are_the_official_ones(case):
     file, cap, zero = build(case)
     x = file["input.x"].clone().requires_grad_()
     query = file["input.query"].clone().requires_grad_() if "input.query" in file.tensors else None
@@ -73,7 +73,7 @@ def test_forward_backward_and_statistics(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_attention_block(case):
+def test_the_attention_block_is_the_official_one(case):
     file, cap, _ = build(case)
     cap.train()
     attended = cap.attend(file["input.x"], file.tensors.get("input.query"))
@@ -81,7 +81,7 @@ def test_attention_block(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_loss(case):
+def test_the_loss_in_float64_is_the_official_one(case):
     file, cap, _ = build(case, torch.float64)
     cap.train()
     query = file.tensors.get("input.query")

@@ -102,7 +102,8 @@ def test_the_vits_last_map_is_normed_and_has_no_prefix():
     with torch.no_grad():
         last = Student(model)(images).last
         expected = model.forward_features(images)[:, 1:]
-    assert torch.equal(last.flatten(2).transpose(1, 2), expected)
+    # two passes, which a library may round differently
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), expected)
 
 
 def test_shapes_leave_modes_statistics_and_generators_alone():

@@ -18,7 +18,7 @@ def images_for(teacher, batch=2):
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_targets_and_geometry(name):
+def test_targets_have_the_last_stages_shape_and_the_models_logits(name):
     teacher = make_teacher(name)
     images = images_for(teacher)
     tokens, logits = teacher.targets(images)
@@ -136,7 +136,7 @@ def test_lowered_weights_give_autocasts_own_numbers(name):
     with torch.autocast("cpu", torch.bfloat16):
         expected = run()
     size = sum(p.nbytes for p in teacher.parameters())
-    assert teacher.lower(torch.bfloat16) is teacher
+    assert teacher.lower_precision(torch.bfloat16) is teacher
     assert sum(p.nbytes for p in teacher.parameters()) < 0.65 * size
     for ours, theirs in zip(run(), expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -154,7 +154,7 @@ def test_lowered_weights_give_autocasts_own_numbers(name):
         "pvt_v2_b1",
     ],
 )
-def test_compiled_equals_eager(name):
+def test_a_compiled_teacher_equals_the_eager_one(name):
     teacher = make_teacher(name)
     images, place = images_for(teacher), teacher.last_input
     tokens = torch.randn(2, place.grid[0] * place.grid[1], place.dim, requires_grad=True)
@@ -171,11 +171,11 @@ def test_compiled_equals_eager(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_depth_of_the_last_stage():
+def test_the_last_stage_is_a_twelfth_of_the_blocks():
     assert [last_block_count(d) for d in (2, 12, 24, 32, 40)] == [1, 1, 2, 3, 3]
 
 
-def test_stays_in_eval_mode_under_a_parent():
+def test_a_teacher_stays_in_eval_mode_under_a_parent_that_trains():
     teacher = Teacher("swin_tiny_patch4_window7_224", weights="none", drop_path_rate=0.5, img_size=64, **SWIN)
     parent = nn.Sequential(teacher)
     parent.train()
@@ -232,7 +232,7 @@ def test_a_family_can_be_made_for_each_model():
     assert Teacher(Bare(nn.Linear(4, 4), nn.Linear(4, 4))).last_input.grid == (2, 2)
 
 
-def test_heads_for_a_teacher_without_attention():
+def test_heads_of_a_teacher_without_attention_divide_its_width():
     assert [default_heads(dim) for dim in (768, 1536, 320, 80, 48, 16, 100, 97)] == [24, 48, 10, 2, 1, 1, 2, 1]
 
 
@@ -260,7 +260,7 @@ def test_wrong_tokens_are_named():
         ("missing/file.safetensors", {}, "does not exist"),
     ],
 )
-def test_models_that_cannot_be_built(name, kwargs, words):
+def test_a_model_that_cannot_be_built_is_named(name, kwargs, words):
     with pytest.raises(UserError) as error:
         build_model(name, kwargs=kwargs)
     assert words in str(error.value)

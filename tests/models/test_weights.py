@@ -77,7 +77,7 @@ def test_the_student_of_an_official_distiller_is_found_in_its_checkpoint(tmp_pat
         (mmpretrain_resnet_v1d, lambda: timm.create_model("resnet50d", num_classes=5, **RESNET).eval(), 64),
     ],
 )
-def test_other_published_layouts(tmp_path, layout, build, size):
+def test_weights_of_other_published_layouts_give_the_same_outputs(tmp_path, layout, build, size):
     theirs, ours = shaken(build()), build()
     state = layout(theirs)
     assert set(state) != set(theirs.state_dict())
@@ -101,7 +101,7 @@ def test_other_published_layouts(tmp_path, layout, build, size):
         (lambda s: {"model": {"state_dict": s}}, ""),
     ],
 )
-def test_wrappers_and_prefixes(tmp_path, wrap, prefix):
+def test_wrappers_and_prefixes_are_taken_off(tmp_path, wrap, prefix):
     theirs, ours = shaken(vit()), vit()
     state = {prefix + k: v for k, v in theirs.state_dict().items()}
     assert load_weights(ours, written(wrap(state), tmp_path / "w.pt")) == []
@@ -209,7 +209,7 @@ def test_a_student_of_other_classes_starts_its_classifier_fresh(tmp_path, capsys
 # -- names that are folders or files
 
 
-def test_a_folder_in_the_hub_s_format(tmp_path):
+def test_a_folder_in_the_hubs_format_is_a_teacher(tmp_path):
     theirs = shaken(vit(7))
     timm.models.save_for_hf(theirs, tmp_path / "model", model_args=VIT)
     teacher = Teacher(f"local-dir:{tmp_path}/model")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_fixtures import make_dataset
-from launching import ROOT, alone
+from launching import ROOT, alone, errors_of
 from safetensors.torch import save_file
 from weight_files import same_outputs, shaken, vit, written
 
@@ -52,7 +52,7 @@ def test_the_conversion_that_the_refusal_names_works(tmp_path):
     same_outputs(ours, theirs)
 
 
-def test_the_arguments_of_timm_s_training_script_are_no_code(tmp_path):
+def test_arguments_of_timms_training_script_in_a_file_are_no_code(tmp_path):
     theirs, ours = shaken(vit()), vit()
     content = {"state_dict": theirs.state_dict(), "args": argparse.Namespace(lr=0.1), "metric": 81.0}
     load_weights(ours, written(content, tmp_path / "w.tar"))
@@ -81,7 +81,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript).*")
-def test_files_that_are_no_weights(tmp_path, name):
+def test_a_file_that_is_no_weights_is_named(tmp_path, name):
     make, words = BAD[name]
     make(tmp_path / name)
     with pytest.raises(UserError, match=words) as error:
@@ -91,7 +91,7 @@ def test_files_that_are_no_weights(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "legacy.pth"])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
-def test_files_that_are_cut_short(tmp_path, name, share):
+def test_a_file_that_is_cut_short_is_named(tmp_path, name, share):
     path = tmp_path / name
     if name == "legacy.pth":
         torch.save(vit().state_dict(), path, _use_new_zipfile_serialization=False)
@@ -112,7 +112,7 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, kind, name):
     same_outputs(ours, theirs)
 
 
-def test_a_run_with_such_a_teacher_ends_before_it_starts(tmp_path):
+def test_a_run_whose_teacher_is_no_weights_ends_before_it_starts(tmp_path):
     data = make_dataset(tmp_path / "data", train=4, val=2, classes=2, size=(32, 32))
     page = tmp_path / "teacher.pth"
     page.write_text("<html>")
@@ -121,8 +121,7 @@ def test_a_run_with_such_a_teacher_ends_before_it_starts(tmp_path):
         *("--recipe", "fashion-scalekd", "--data.root", data, "--data.train_images", "null", "--global_batch_size", 2),
         *("--run.dir", tmp_path / "run", "--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", page),
     )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 2 and errors == [
+    assert done.returncode == 2 and errors_of(done) == [
         f"error: {page} is a web page, not weights: fetch the file itself (a `raw` or `resolve` link)."
     ]
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import pytest
 import timm
 import timm.optim
 import torch
+from tiny_pair import student, teacher
 from torch import nn
 
 from scalekd_ds import ScaleKD
@@ -22,21 +23,20 @@ def names_without_decay(module, cfg=None):
     return {names[id(p)] for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
 
 
-def test_groups_of_a_vit_a_swin_and_the_projectors():
+def test_biases_norms_and_embeddings_are_free_of_decay():
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
     free = names_without_decay(vit)
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= free
     assert not {"head.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} & free
-    swin_kwargs = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
-    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **swin_kwargs)
+    swin = teacher()
     assert "layers.0.blocks.0.attn.relative_position_bias_table" in names_without_decay(swin)
-    pair = ScaleKD(timm.create_model("resnet18", num_classes=10), swin, image_size=64, verbose=False)
+    pair = ScaleKD(student(), swin, image_size=64, verbose=False)
     free = names_without_decay(pair)
     assert {"projectors.s3.spatial.query.weight", "projectors.s4.frequency.pos_embed", "student.bn1.weight"} <= free
     assert not {"projectors.s3.spatial.q.weight", "student.fc.weight"} & free
 
 
-def test_groups_leave_out_what_is_frozen_and_can_decay_everything():
+def test_frozen_parameters_are_in_no_group_and_everything_may_decay():
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     net[0].bias.requires_grad_(False)
     groups = param_groups(net, OptimConfig("sgd", weight_decay=1e-4, no_decay="none"))
@@ -44,12 +44,10 @@ def test_groups_leave_out_what_is_frozen_and_can_decay_everything():
     assert groups[0]["weight_decay"] == 1e-4
 
 
-def test_published_variants_of_the_groups():
+def test_groups_may_be_those_of_the_published_files():
     """The published Mixer files list .cls_token and .pos_embed by name; ResNet's and MobileNet's exempt nothing."""
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
-    swin_kwargs = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
-    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **swin_kwargs)
-    pair = ScaleKD(timm.create_model("resnet18", num_classes=10), swin, image_size=64, verbose=False)
+    pair = ScaleKD(student(), teacher(), image_size=64, verbose=False)
     by_name = OptimConfig(weight_decay=0.05, no_decay="embeddings")
     assert names_without_decay(vit, by_name) == {"pos_embed", "cls_token"}
     embeddings = {f"projectors.{stage}.{view}.pos_embed" for stage in ("s3", "s4") for view in ("spatial", "frequency")}
@@ -62,7 +60,7 @@ def test_published_variants_of_the_groups():
     assert "layers.0.blocks.0.attn.logit_scale" in names_without_decay(swin_v2)
 
 
-def test_cosine_with_warmup():
+def test_cosine_with_warmup_has_its_known_factors():
     cfg = ScheduleConfig("cosine", epochs=10, warmup_epochs=2, warmup_factor=0.1, min_lr=1e-4)
 
     def factor(step):
@@ -84,7 +82,7 @@ def test_multistep_counts_epochs_not_steps():
     assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 1e-3, 1e-3])
 
 
-def test_constant_and_the_scheduler_object():
+def test_a_constant_schedule_warms_up_step_by_step():
     cfg = ScheduleConfig("constant", epochs=10, warmup_epochs=1, warmup_factor=0.0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = build_schedule(optimizer, cfg, 4, 40, 0.5)
@@ -114,7 +112,7 @@ def test_lamb_is_timms_where_nothing_is_sharded():
         assert torch.allclose(a, b, rtol=2e-6, atol=1e-7)
 
 
-def test_the_names_that_the_config_knows():
+def test_each_name_of_the_config_builds_its_optimizer():
     net = nn.Linear(2, 2)
     kinds = {name: type(build_optimizer(net, OptimConfig(name))) for name in ("sgd", "adamw", "lamb")}
     assert kinds == {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lamb": Lamb}

@@ -1,6 +1,7 @@
 """The benchmarks: the published structure gives our losses, and every script runs at a small size and writes its results."""
 
 import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launching import ROOT
+from launching import LIMIT, ROOT
 from PIL import Image
 from tiny_pair import batch, student, teacher
 
 from scalekd_ds import ScaleKD
+from scalekd_ds.engine.cpu_precision import cpu_computes_in
 
 BENCHMARKS = ROOT / "benchmarks"
 # scripts, not a package: they import each other by their plain names
@@ -91,7 +93,7 @@ def test_published_teacher_is_a_plain_one_on_the_same_weights():
     assert fused and not any(fused)
     own = dict(distiller.teacher.named_parameters())
     assert all(p is own[n] for n, p in plain.named_parameters())
-    lowered = published.with_teacher(distiller, copy.deepcopy(distiller.teacher).lower(torch.bfloat16))
+    lowered = published.with_teacher(distiller, copy.deepcopy(distiller.teacher).lower_precision(torch.bfloat16))
     with pytest.raises(ValueError, match=r"torch\.bfloat16"):
         published.published_distiller(lowered)
 
@@ -151,7 +153,7 @@ def run_script(name, *arguments, out):
     # one thread: these sizes are all overhead, and waiting threads take each other's time on a busy machine
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out)}
     command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,13 @@ def test_step_measures_every_variant_by_part(results):
     result = json.loads((results / "step-tiny-cpu.json").read_text())
     assert result["machine"].keys() >= {"cpu", "threads", "torch", "timm", "commit", "date"}
     assert min(result["ceilings"].values()) > 1e8
-    assert result["variants"].keys() == {"ours-bf16", "published-bf16", "ours-fp32", "published-fp32"}
+    # a CPU that emulates bf16 is not made to wait for it
+    native = cpu_computes_in(torch.bfloat16)
+    expected = [f"{whose}-{dtype}" for dtype in ("bf16", "fp32")[not native :] for whose in ("ours", "published")]
+    assert list(result["variants"]) == expected
+    assert result["ceilings"].keys() - {"copy_bytes_per_s"} == {
+        f"matmul_flop_per_s/{n.split('-')[1]}" for n in expected
+    }
     for variant in result["variants"].values():
         assert 0 < variant["p20"] <= variant["median"] <= variant["p80"]
         assert variant["images_per_s"] == pytest.approx(2e3 / variant["median"])
@@ -178,13 +186,28 @@ def test_step_measures_every_variant_by_part(results):
         assert parts.keys() == {"teacher", "student", "CAP", "TPP", "loss", "backward", "optimizer", "other"}
         assert sum(part["share"] for part in parts.values()) == pytest.approx(1.0, abs=0.02)
         assert variant["peak_memory_bytes"] is None
-    assert result["ratios"].keys() >= {"ours-bf16/published-fp32", "ours-bf16/published-bf16"}
+    assert result["ratios"].keys() >= {f"{expected[0]}/{other}" for other in expected[1:]}
     totals = [losses["loss/total"] for losses in result["losses"].values()]
-    assert len(totals) == 4 and max(totals) < 1.02 * min(totals)
+    assert len(totals) == len(expected) and max(totals) < 1.02 * min(totals)
     both = [result["losses"][f"{whose}-fp32"] for whose in ("ours", "published")]
     assert both[0] == pytest.approx(both[1], rel=1e-4)
     assert result["losses_differ_by"] < 0.1
     assert result["flop_per_image"] > 1e6
+
+
+def test_bf16_is_left_out_where_the_cpu_emulates_it(monkeypatch, capsys):
+    step = importlib.import_module("step")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert step.parse(["--pair", "tiny", "--device", "cpu"]).variants == ["ours-fp32", "published-fp32"]
+    assert "bf16 is left out: this CPU emulates it" in capsys.readouterr().out
+    assert step.parse(["--pair", "tiny", "--device", "cpu", "--variants", "ours-bf16"]).variants == ["ours-bf16"]
+    # a GPU's types are not the CPU's
+    assert len(step.parse(["--pair", "tiny", "--device", "cuda"]).variants) == 4
+
+
+def test_ceilings_are_measured_of_the_types_asked_for():
+    found = harness.ceilings(torch.device("cpu"), 1, ["fp32"])
+    assert found.keys() == {"copy_bytes_per_s", "matmul_flop_per_s/fp32"} and min(found.values()) > 0
 
 
 def test_kernels_measures_against_the_floor(results):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from image_fixtures import make_dataset
-from launching import ROOT, environment
+from launching import LIMIT, ROOT, environment
 
 from scalekd_ds.recipes import RECIPES
 from scalekd_ds.recipes.command_line import parse_run
@@ -156,7 +156,7 @@ def test_every_command_without_a_need_runs_in_the_order_of_the_documents(folder)
                 small = []
             words += small
         done = subprocess.run(
-            words, cwd=folder, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+            words, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL
         )
         assert done.returncode == 0, (name, command, done.stdout[-2000:] + done.stderr[-3000:])
         ran += 1

@@ -50,7 +50,7 @@ def terms_of(text, start):
     return [{k: float(v) for k, v in re.findall(r"(\w+) (-?[\d.]+)", line)} for line in lines]
 
 
-def test_own_loop_without_deepspeed(tmp_path):
+def test_own_loop_learns_without_deepspeed(tmp_path):
     script = EXAMPLES / "own_loop.py"
     code = f"import runpy, sys; sys.argv[1:] = {QUICK['own_loop.py']}; runpy.run_path({str(script)!r}, run_name='__main__'); "
     code += "print('without', not any(m.split('.')[0] == 'deepspeed' for m in sys.modules))"
@@ -66,7 +66,7 @@ def test_own_loop_without_deepspeed(tmp_path):
     assert len(code) < 50
 
 
-def test_unlabelled(run, tmp_path):
+def test_unlabelled_trains_without_a_ce_term(run, tmp_path):
     """Files in any subfolders; no CE among the terms."""
     make_folder(tmp_path / "images", {"a": 2, "b/c": 2}, size=(64, 64))
     text = run("unlabelled.py", *QUICK["unlabelled.py"], "--images", "images")
@@ -77,14 +77,14 @@ def test_unlabelled(run, tmp_path):
     timm.create_model("resnet18").load_state_dict(state, strict=True)
 
 
-def test_own_data(run):
+def test_own_data_trains_without_a_kd_term(run):
     text = run("own_data.py", *QUICK["own_data.py"])
     assert re.search(r"epoch 1: loss [\d.]+, \d of 8 right", text)
     # a teacher without the data's classes: its features alone
     assert "ce=1 spatial_s3=0.08" in text and "kd=" not in text
 
 
-def test_own_data_as_a_table(run, tmp_path):
+def test_own_datas_table_is_a_source_of_train_py(run, tmp_path):
     """The command that it prints is one that launch/train.py takes, and its tables are sources."""
     command = run("own_data.py", "--size", 32, "--images", 12, "--csv", "mine").split()
     assert command[:2] == ["python", "launch/train.py"]
@@ -95,7 +95,7 @@ def test_own_data_as_a_table(run, tmp_path):
     assert os.path.samefile(Path(cfg.data.root), tmp_path / "mine")
 
 
-def test_kernels_only(run):
+def test_kernels_only_finds_no_difference_from_plain_pytorch(run):
     text = run("kernels_only.py", *QUICK["kernels_only.py"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert re.search(rf"dual_view_loss: (reference|triton) on {device}", text)
@@ -104,7 +104,7 @@ def test_kernels_only(run):
     assert len(found) == 2 and all(float(share) < 1e-4 for pair in found for share in pair)
 
 
-def test_own_teacher(run):
+def test_own_teacher_lowers_the_loss(run):
     text = run("own_teacher.py", *QUICK["own_teacher.py"])
     losses = [float(v) for v in re.findall(r"loss ([\d.]+)", text)]
     assert len(losses) == 2 and losses[1] < losses[0]
@@ -120,7 +120,7 @@ def test_a_family_whose_last_stage_is_another_fails_the_examples_check():
         names["check"](names["Teacher"](model), images)
 
 
-def test_the_documents_code_and_commands(monkeypatch, capsys):
+def test_the_documents_code_runs_and_its_commands_parse(monkeypatch, capsys):
     assert set(QUICK) == {path.name for path in EXAMPLES.glob("*.py")}
     blocks = re.findall(r"```python\n(.*?)```", DOC, re.S)
     monkeypatch.syspath_prepend(EXAMPLES)

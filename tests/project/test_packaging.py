@@ -59,7 +59,7 @@ def install(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
-def test_install(install, start, tmp_path):
+def test_an_install_finds_its_own_kernels_and_ds_configs(install, start, tmp_path):
     kind, python, site, repo = install
     # PyPI has a package of this name, widely installed
     decoy = tmp_path / "others" / "kernels"

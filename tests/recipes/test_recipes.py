@@ -12,7 +12,7 @@ from golden_files import golden, relative_error
 from golden_map import flow_state
 from golden_models import TERMS, eva, resnet18_base8, swin
 from launching import ROOT, alone
-from zoo import SHALLOW, SWIN
+from zoo import SHALLOW, STUDENTS, SWIN
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config.parser import config_from_dict
@@ -48,7 +48,7 @@ SMALL = {
     "resnet50d": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "stem_width": 8},
     "resnet50": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
     "mobilenetv1": {},
-    "convnext": {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)},
+    "convnext": STUDENTS["convnext_tiny"],
     "mixer": {"num_blocks": 4, "embed_dim": 48},
     "deit": SHALLOW,
 }
@@ -68,7 +68,7 @@ def test_all_published_settings_are_there():
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_at_true_size(name):
+def test_parameters_at_true_size_are_the_published_ones(name):
     cfg = replace(RECIPES[name](), teacher_weights="none")
     with torch.device("meta"):
         distiller = build_distiller(cfg, 1000, verbose=False)
@@ -83,7 +83,7 @@ def test_at_true_size(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_real_step_of_a_small_one(name):
+def test_a_shrunk_recipe_takes_a_real_step(name):
     cfg = RECIPES[name]()
     side = 70 if "eva_l" in name else 64
     kwargs = cfg.student_kwargs | small(cfg.student)
@@ -128,7 +128,7 @@ def test_a_dumped_recipe_is_the_same_run(name):
     assert parse_run(["--recipe", name])[0] == cfg
 
 
-def test_what_is_scaled_and_switched():
+def test_the_rate_scales_with_the_batch_unless_published_switches_say_otherwise():
     cfg = RECIPES["swin_l-vit_b16-advanced"]()
     assert (cfg.global_batch_size, cfg.learning_rate) == (512, 5e-4)
     assert replace(cfg, global_batch_size=2048).learning_rate == 2e-3
@@ -207,7 +207,7 @@ def test_the_listing_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, cwd=ROOT).returncode == 0
 
 
-def test_golden_flows_through_a_recipe(monkeypatch):
+def test_a_recipes_own_terms_give_the_official_losses_and_gradients(monkeypatch):
     """The official step's losses and gradients, from a recipe's own terms, weights and scale."""
     monkeypatch.setattr("scalekd_ds.student.build_model", lambda *_, **__: resnet18_base8())
     inputs = golden("e1_flow_swin_resnet18_v2")

@@ -6,21 +6,15 @@ import pytest
 import timm
 import torch
 from image_fixtures import make_dataset
-from launching import ROOT, WORKERS, alone, launch
+from launching import ROOT, WORKERS, alone, launch, result_of
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import arguments, scalars
 
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.checkpoint.plain_weights import consolidate
 from scalekd_ds.errors import UserError
 
 STAGES = ("zero0", "zero1", "zero2", "zero2 round robin", "zero3", "zero3 persistent", "zero3 sub-groups")
-SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
-
-
-def result_of(done):
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ", 1)[1])
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +44,20 @@ def test_all_ranks_together_hold_one_copy_of_the_student(two_ranks, stage):
     assert two_ranks[stage]["held"] == fc1 + norm + fc2 + tied_bias + head + 2 * statistics
 
 
-def arguments(data, run_dir, *more):
-    return [
-        *("--recipe", "fashion-scalekd", "--data.root", data, "--run.dir", run_dir, "--data.train_images", "null"),
-        *("--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", "none"),
-        *("--teacher_kwargs", json.dumps(SWIN | {"num_classes": 3}), "--global_batch_size", 8, "--micro_batch_size", 2),
-        *("--schedule.epochs", 2, "--schedule.warmup_epochs", 0, "--data.eval_batch_size", 4, "--ema.decay", 0.8),
-        *more,
-    ]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Six steps in one go and cut in the middle; and one at ZeRO-3 under autocast that ships the weights themselves."""
     tmp = tmp_path_factory.mktemp("runs")
     data = make_dataset(tmp / "data", train=24, val=7, classes=3, size=(32, 32))
-    zero2 = ("--run.ds_config", "zero2", "--run.save_every", 3)
+    average = ("--ema.decay", 0.8)
+    zero2 = (*average, "--run.ds_config", "zero2", "--run.save_every", 3)
     jobs = [
         arguments(data, tmp / "whole", *zero2),
         arguments(data, tmp / "cut", *zero2, "--run.stop_after", 3),
         arguments(data, tmp / "cut", *zero2, "--run.resume", "auto"),
-        arguments(data, tmp / "zero3", "--run.ds_config", "zero3", "--ema.evaluate", "false"),
+        arguments(data, tmp / "zero3", *average, "--run.ds_config", "zero3", "--ema.evaluate", "false"),
     ]
-    jobs += [arguments(data, tmp / "plain", "--teacher", "none", "--ema.decay", 0, "--run.stop_after", 1)]
+    jobs += [arguments(data, tmp / "plain", "--teacher", "none", "--run.stop_after", 1)]
     # evaluated and saved at the same steps, so that BatchNorm's statistics are synchronised at the same ones
     jobs[0] += ["--run.eval_every", 1]
     (tmp / "jobs.json").write_text(json.dumps([[str(a) for a in job] for job in jobs]))
@@ -104,12 +89,10 @@ def test_the_run_ships_what_it_evaluates(runs):
 
 def test_the_average_is_measured_beside_the_student(runs):
     for name in ("whole", "zero3"):
-        events = EventAccumulator(str(runs / name / "tensorboard"), size_guidance={"scalars": 0})
-        events.Reload()
-        last = {tag: events.Scalars(tag)[-1].value for tag in ("val/top1", "val/ema_top1", "val/ema_top5")}
-        results = json.loads((runs / name / "results.json").read_text())
-        assert last["val/top1"] == pytest.approx(results["student_top1"], rel=1e-5)
-        assert last["val/ema_top1"] == pytest.approx(results["ema_top1"], rel=1e-5)
+        logged, results = scalars(runs / name), json.loads((runs / name / "results.json").read_text())
+        assert logged["val/top1"][6] == pytest.approx(results["student_top1"], rel=1e-5)
+        assert logged["val/ema_top1"][6] == pytest.approx(results["ema_top1"], rel=1e-5)
+        assert 6 in logged["val/ema_top5"]
 
 
 def test_the_average_exports_by_name_and_loads_into_timm(runs, tmp_path):
@@ -136,7 +119,7 @@ def test_a_checkpoint_and_a_run_must_agree_on_keeping_an_average(two_ranks):
     assert "holds no average of the student, and ema.decay is 0.7" in missing
 
 
-def test_bad_input(runs, tmp_path):
+def test_a_decay_of_one_or_more_and_averages_that_are_not_there_are_refused(runs, tmp_path):
     done = alone(ROOT / "launch" / "train.py", "--recipe", "fashion-ce", "--ema.decay", 1.5)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["error: ema.decay is 1.5: it must be in [0, 1) (0 is off)."]

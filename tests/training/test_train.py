@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_fixtures import make_dataset
-from launching import ROOT, WORKERS, alone, environment, free_port, launch
+from launching import LIMIT, ROOT, WORKERS, alone, environment, free_port, launch, launcher_command
 from safetensors.torch import load_file
 from source_fixtures import write_tar
-from tiny_run import TEACHER, TERMS, arguments, scalars
+from tiny_run import SWIN, TERMS, arguments, images, scalars, supervised_arguments
 
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.checkpoint.load import choose_checkpoint
@@ -30,7 +29,7 @@ STACKED = WORKERS / "stacked_train.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data"), train=40, val=11, classes=3, size=(32, 32))
+    return images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
@@ -101,30 +100,39 @@ def test_zero_stages_agree_in_fp32(data, tmp_path):
     assert list(losses[0].values()) == pytest.approx(list(losses[3].values()), rel=2e-5)
 
 
-def start(data, run_dir, *more):
-    """A run on two ranks in the background; returns the launcher's process."""
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), str(TRAIN)]
+def begun(command, **kwargs):
+    """A process in the background whose standard output is dropped."""
     return subprocess.Popen(
-        [*command, *map(str, arguments(data, run_dir, *more))],
+        [*map(str, command)],
         cwd=ROOT,
         env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        **kwargs,
     )
 
 
-def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
+def start(data, run_dir, *more):
+    """The launcher of a run on two ranks, in a session of its own."""
+    command = [*launcher_command(), TRAIN, *arguments(data, run_dir, *more)]
+    return begun(command, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def start_alone(args):
+    """A run in one process, whose errors can be read."""
+    return begun([sys.executable, TRAIN, *args], stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
     more = ("--run.save_every", 4, "--run.ds_config", "zero3", "--student_kwargs.drop_path_rate", 0.2)
     more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
     more += ("--data.mixup", 0.8, "--data.cutmix", 1.0, "--ema.decay", 0.9)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(data, whole, *more).wait(timeout=300) == 0
+    assert start(data, whole, *more).wait(timeout=LIMIT) == 0
 
     process = start(data, cut, *more)
-    deadline = time.time() + 200
+    deadline = time.time() + LIMIT
     while not checkpoints_of(cut) and time.time() < deadline:
         time.sleep(0.02)
     # the launcher and its ranks are a session of their own: no handler runs, nothing is flushed
@@ -132,7 +140,7 @@ def test_kill_9_in_mid_epoch_and_resume_is_bit_identical(data, tmp_path):
     process.wait()
     saved = [p.name for p in checkpoints_of(cut)]
     assert saved and saved[-1] < "step00000020", "the run was over before it was killed"
-    assert start(data, cut, *more).wait(timeout=300) == 0
+    assert start(data, cut, *more).wait(timeout=LIMIT) == 0
 
     ours, theirs = scalars(cut), scalars(whole)
     for name in ("loss/total", "optim/grad_norm", "optim/lr", *(f"loss/{t}" for t in TERMS)):
@@ -151,13 +159,13 @@ def test_twelve_kills_at_random_moments_change_no_bit(data, tmp_path, config):
     more = ("--run.save_every", 2, "--run.ds_config", config, "--run.resume", "auto", "--schedule.epochs", 8)
     more += ("--ema.decay", 0.9, "--data.random_crop", "true", "--run.eval_every", 1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(data, whole, *more).wait(timeout=300) == 0
+    assert start(data, whole, *more).wait(timeout=LIMIT) == 0
     rng = np.random.default_rng(0)
     for _ in range(12):
         reached = len(scalars(cut)["loss/total"]) if (cut / "tensorboard").exists() else 0
         process = start(data, cut, *more)
         # some of the way on, so that twelve lives are enough for forty steps
-        deadline, ahead = time.time() + 120, int(rng.integers(0, 5))
+        deadline, ahead = time.time() + LIMIT, int(rng.integers(0, 5))
         while process.poll() is None and time.time() < deadline:
             found = checkpoints_of(cut)
             if found and int(found[-1].name[4:]) >= min(36, reached + ahead):
@@ -167,7 +175,7 @@ def test_twelve_kills_at_random_moments_change_no_bit(data, tmp_path, config):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert start(data, cut, *more).wait(timeout=300) == 0
+    assert start(data, cut, *more).wait(timeout=LIMIT) == 0
     a, b = (load_file(d / "student.safetensors") for d in (cut, whole))
     assert all(torch.equal(a[k], b[k]) for k in b)
     c, d = (consolidate(run, "student") for run in (cut, whole))
@@ -192,14 +200,11 @@ def test_consolidated_logits_are_the_engines_bit_for_bit(data, tmp_path, config)
         assert torch.equal(load_file(f"{engine_file}.rank{rank}")["logits"], plain)
 
 
-def test_supervised_then_as_teacher_then_evaluated(data, tmp_path):
+def test_a_swin_trained_without_a_teacher_is_the_next_runs_teacher(data, tmp_path):
     """The quickstart's path: a Swin trained with --teacher none is the next run's teacher, from its file."""
     swin = tmp_path / "swin"
-    kwargs = {k: v for k, v in TEACHER.items() if k != "num_classes"}
     common = ("--data.root", data, "--global_batch_size", 8, "--run.log_every", 5)
-    done = alone(
-        TRAIN, "--recipe", "fashion-teacher", *common, "--run.dir", swin, "--student_kwargs", json.dumps(kwargs)
-    )
+    done = alone(TRAIN, "--recipe", "fashion-teacher", *common, "--run.dir", swin, "--student_kwargs", json.dumps(SWIN))
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(scalars(swin)) >= {"loss/ce", "loss/total", "val/top1"}
     weights = swin / "student.safetensors"
@@ -217,8 +222,7 @@ def test_supervised_then_as_teacher_then_evaluated(data, tmp_path):
 
 def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_path):
     run_dir = tmp_path / "run"
-    args = ("--recipe", "fashion-ce", "--data.root", data, "--global_batch_size", 8, "--run.dir", run_dir)
-    args += ("--data.train_images", "null", "--schedule.epochs", 2, "--schedule.warmup_epochs", 0)
+    args = supervised_arguments(data, run_dir, "--schedule.epochs", 2)
     assert alone(TRAIN, *args, "--run.stop_after", 4).returncode == 0
     assert [p.name for p in checkpoints_of(run_dir)] == ["step00000004"]
     first = json.loads((run_dir / "results.json").read_text())
@@ -237,15 +241,12 @@ def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_p
 def kill_while_saving(data, run_dir, kills: int) -> None:
     """Saves at every step and is killed, again and again, at moments that have nothing to do with its own."""
     more = ("--run.save_every", 1, "--run.keep_last", 2, "--run.resume", "auto", "--schedule.epochs", 4000)
-    args = [*map(str, arguments(data, run_dir, *more, "--run.progress", "none"))]
+    args = arguments(data, run_dir, *more, "--run.progress", "none")
     moments = np.random.default_rng(0).uniform(0.0, 0.5, kills)
     reached = -1
     for moment in moments:
-        process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *args], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.time() + 120
+        process = start_alone(args)
+        deadline = time.time() + LIMIT
         # let it get past what the one before had saved
         while process.poll() is None and time.time() < deadline:
             found = checkpoints_of(run_dir)
@@ -267,11 +268,11 @@ def test_a_kill_while_saving_leaves_the_last_good_checkpoint(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_while_saving(data, tmp_path):
+def test_two_hundred_kills_while_saving_leave_a_good_checkpoint(data, tmp_path):
     kill_while_saving(data, tmp_path / "run", kills=200)
 
 
-def test_tars_with_every_augmentation_and_a_damaged_image(data, tmp_path):
+def test_a_run_on_tars_with_every_augmentation_survives_damaged_images(data, tmp_path):
     """WebDataset in, RandAugment, erasing, mixup and cutmix, repeated and balanced order, one member that is no image."""
     for name in ("train", "val"):
         members = []
@@ -296,21 +297,17 @@ def test_tars_with_every_augmentation_and_a_damaged_image(data, tmp_path):
     assert json.loads((run_dir / "results.json").read_text())["step"] == 10
 
 
-def test_a_disk_that_vanishes_in_mid_epoch(data, tmp_path):
+def test_a_disk_that_vanishes_in_mid_epoch_ends_the_run_which_then_resumes(data, tmp_path):
     here, run_dir = tmp_path / "data", tmp_path / "run"
     shutil.copytree(data, here)
-    args = ("--recipe", "fashion-ce", "--data.root", here, "--data.keep_mb", 0, "--run.dir", run_dir)
-    args += ("--data.train_images", "null", "--global_batch_size", 8, "--run.resume", "auto", "--run.save_every", 2)
-    args += ("--schedule.epochs", 2000, "--run.eval_every", 0)
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), *map(str, args)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
+    more = ("--data.keep_mb", 0, "--run.resume", "auto", "--run.save_every", 2, "--run.eval_every", 0)
+    args = supervised_arguments(here, run_dir, *more, "--schedule.epochs", 2000)
+    process = start_alone(args)
+    deadline = time.time() + LIMIT
     while not checkpoints_of(run_dir) and process.poll() is None and time.time() < deadline:
         time.sleep(0.05)
     (here / "train").rename(tmp_path / "gone")
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=LIMIT)
     told = [line for line in stderr.splitlines() if "cannot be read any more" in line]
     assert process.returncode != 0 and len(told) == 1, stderr[-2000:]
     assert str(here / "train") in told[0] and "Traceback" not in stderr

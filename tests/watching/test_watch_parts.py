@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import ROOT, environment
+from launching import LIMIT, ROOT, environment
+from tiny_run import RESNET, SWIN
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_ds.config import RunConfig, RunDirConfig
@@ -26,18 +27,15 @@ from scalekd_ds.watching.terminal.plain import evaluation_lines
 from scalekd_ds.watching.terminal.report import ReportCard, duration
 from scalekd_ds.watching.timing import StepTimer
 
-STUDENT = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 8}
-TEACHER = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
-
 
 def small_config(**more):
     return RunConfig(
         student="resnet18",
-        student_kwargs=STUDENT,
+        student_kwargs=RESNET,
         student_taps=(1, 4),
         teacher="swin_tiny_patch4_window7_224",
         teacher_weights="none",
-        teacher_kwargs={**TEACHER, "num_classes": 5},
+        teacher_kwargs=SWIN | {"num_classes": 5},
         data=replace(RunConfig().data, image_size=32),
         **more,
     )
@@ -50,7 +48,7 @@ def small_distiller(**more):
     return build_distiller(replace(cfg, distill=replace(cfg.distill, **more)), 5, verbose=False)
 
 
-def test_agreement_on_known_logits():
+def test_agreement_of_known_logits_has_its_known_values():
     student = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]])
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.1, 0.0], [0.0, 9.0]])
     found = logit_agreement(student, teacher)
@@ -85,18 +83,18 @@ def test_cosines_are_those_of_the_tokens(more):
 def test_parts_and_logits_reach_whoever_asks_and_cost_nothing_otherwise():
     distiller = small_distiller()
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    assert distiller.part is untimed and distiller.on_logits is None
+    assert distiller.time_part is untimed and distiller.on_logits is None
     torch.manual_seed(1)
     plain = distiller(images, labels)
     timer, seen = StepTimer(torch.device("cpu")), []
-    distiller.part, distiller.on_logits = timer.part, lambda *logits: seen.append(logits)
+    distiller.time_part, distiller.on_logits = timer.part, lambda *logits: seen.append(logits)
     begin = time.perf_counter()
     watched = distiller(images, labels)
     spent = time.perf_counter() - begin
     wall, shares = timer.read()
     assert plain["loss/ce"].item() == pytest.approx(watched["loss/ce"].item(), rel=1e-5)
     assert set(shares) == {"student", "projectors", "losses"}
-    assert 0.5 * spent < sum(shares.values()) * wall <= spent
+    assert 0 < sum(shares.values()) * wall <= spent and min(shares.values()) > 0
     ((student, teacher),) = seen
     assert student.shape == teacher.shape == (2, 5)
 
@@ -157,7 +155,7 @@ def test_energy_of_two_sockets_whose_counter_turns_over(tmp_path, monkeypatch):
     assert 0.05 < memory(cpu)["system/host_rss_gib"] < 100
 
 
-def test_monitors_by_one_switch(tmp_path, monkeypatch):
+def test_one_switch_chooses_the_monitors(tmp_path, monkeypatch):
     default = ds_config.monitors({}, tmp_path)
     assert default == {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "tensorboard"}}
     both = ds_config.monitors({}, tmp_path, "csv, tensorboard")
@@ -175,7 +173,7 @@ def test_monitors_by_one_switch(tmp_path, monkeypatch):
     assert ds_config.monitors({"wandb": {"enabled": False}}, tmp_path)["wandb"] == {"enabled": False}
 
 
-def test_where_a_run_comes_from(monkeypatch, tmp_path):
+def test_command_line_commit_and_hyperparameters_are_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["launch/train.py", "--recipe", "x", "--data.root", "two words"])
     assert command_line().split(" \\\n    ")[1:] == ["--recipe x", "--data.root 'two words'"]
     assert git_commit(tmp_path) is None
@@ -190,7 +188,7 @@ def card(**more):
     return ReportCard(**{**common, **more})
 
 
-def test_the_report_card():
+def test_the_report_card_tells_what_is_known():
     text = "\n".join(card().lines())
     assert "gain" not in text and "energy" not in text and "82.00%  (step 40)" in text and "12,800" in text
     full = card(baseline_top1=80.25, joules=7.2e6, weights="ema", files={"weights": "a b"}, next=["one", "two"])
@@ -244,11 +242,11 @@ def on_a_terminal(*arguments: str) -> str:
             break
         shown += chunk
     os.close(leader)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    assert process.wait(timeout=LIMIT) == 0, shown.decode()
     return shown.decode()
 
 
-def test_a_bar_on_a_terminal_and_nothing_on_other_ranks():
+def test_rank_0_draws_a_bar_on_a_terminal_and_others_nothing():
     shown = on_a_terminal("0")
     for words in ("7/10", "left", "loss 3.2500", "100 img/s (mean 90)", "data wait 25%", "1.5 GiB", "ce 1.5000"):
         assert words in shown, words

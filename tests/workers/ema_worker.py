@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import tempfile
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
+from ranks import backward, begin, common_folder, engine_of, loss_of, tell
 from torch import nn
 
 from scalekd_ds.checkpoint.load import load_checkpoint
@@ -62,10 +58,6 @@ def batches():
     return [(torch.randn(8, 13, generator=generator), torch.randn(8, 5, generator=generator)) for _ in range(STEPS)]
 
 
-def loss_of(output, target):
-    return (output - target).square().mean()
-
-
 def expected() -> dict[str, torch.Tensor]:
     """One process, no DeepSpeed: two replicas on half a batch each, gradients averaged, SGD; averages in float64."""
     replicas = [Distiller(), Distiller()]
@@ -101,25 +93,14 @@ def expected() -> dict[str, torch.Tensor]:
 
 def start(zero: dict):
     module = Distiller()
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LR, momentum=MOMENTUM),
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
-    return engine
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LR, momentum=MOMENTUM)
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    return engine_of(module, optimizer, zero, config)
 
 
 def train(engine, ema: StudentEma, data) -> None:
-    rank = dist.get_rank()
     for x, y in data:
-        engine.backward(loss_of(engine(x[4 * rank : 4 * rank + 4]), y[4 * rank : 4 * rank + 4]))
+        backward(engine, x, y)
         engine.step()
         ema.update()
 
@@ -171,25 +152,15 @@ def refusal(engine, decay: float, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
-    parser.parse_args()
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(verbose=False)
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(folder)
-    oracle, results = expected(), {}
+    begin()
+    folder, oracle = common_folder(), expected()
     cases = {f"zero{stage}": {"stage": stage} for stage in range(3)}
     cases["zero3"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     cases["zero3 persistent"] = {"stage": 3, "stage3_param_persistence_threshold": 100_000}
     # several flat shards a rank
     cases["zero3 sub-groups"] = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 700}
     cases["zero2 round robin"] = {"stage": 2, "round_robin_gradients": True}
-    for name, zero in cases.items():
-        results[name] = case(copy.deepcopy(zero), oracle, Path(folder[0]) / name.replace(" ", "_"))
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(results), flush=True)
-    dist.barrier()
+    tell({name: case(zero, oracle, folder / name.replace(" ", "_")) for name, zero in cases.items()})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 from scalekd_ds.errors import run_cli
@@ -11,11 +10,12 @@ from scalekd_ds.errors import run_cli
 def main() -> None:
     import torch
     from deepspeed import comm as dist
+    from ranks import own_arguments
 
     from scalekd_ds.recipes.command_line import parse_run
     from scalekd_ds.training import trainer
 
-    fault, *args = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
+    fault, *args = own_arguments()
     kind, _, steps = fault.partition(":")
     at = {int(step) for step in steps.split(",")}
     train_step = trainer.train_step

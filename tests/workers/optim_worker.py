@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import tempfile
-from pathlib import Path
-
 import deepspeed
 import timm.optim
 import torch
-from deepspeed import comm as dist
+from ranks import backward, begin, common_folder, engine_of, loss_of, tell
 from torch import nn
 
 from scalekd_ds.config import OptimConfig
 from scalekd_ds.optim import lamb
 from scalekd_ds.optim.optimizers import build_optimizer, param_groups
-from scalekd_ds.training.step import own_grad_norm
+from scalekd_ds.training.step import unsharded_grad_norm
 
 STEPS = 4
 CASES = {f"zero{stage}": {"stage": stage} for stage in range(3)} | {
@@ -43,10 +37,6 @@ class Net(nn.Module):
 def batches():
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(8, 13, generator=generator), torch.randn(8, 11, generator=generator)) for _ in range(8)]
-
-
-def loss_of(output, target):
-    return (output - target).square().mean()
 
 
 def reference(cfg: OptimConfig, clip: float) -> list[torch.Tensor]:
@@ -77,18 +67,8 @@ def global_norm() -> float:
 def start(cfg: OptimConfig, zero: dict, clip: float):
     net = Net()
     optimizer = build_optimizer(net, cfg)
-    engine, *_ = deepspeed.initialize(
-        model=net,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip,
-            "zero_optimization": copy.deepcopy(zero),
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
+    config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": clip}
+    engine = engine_of(net, optimizer, zero, config)
     if cfg.name == "lamb":
         lamb.attach(optimizer, engine)
     return engine
@@ -96,10 +76,9 @@ def start(cfg: OptimConfig, zero: dict, clip: float):
 
 def train(engine, data) -> float:
     """Returns the last step's gradient norm, as the trainer logs it."""
-    rank = dist.get_rank()
     for x, y in data:
-        engine.backward(loss_of(engine(x[4 * rank : 4 * rank + 4]), y[4 * rank : 4 * rank + 4]))
-        norm = own_grad_norm(engine)
+        backward(engine, x, y)
+        norm = unsharded_grad_norm(engine)
         engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
@@ -119,11 +98,7 @@ def error(ours, theirs, start_from) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
-    parser.parse_args()
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(verbose=False)
+    begin()
     initial = [p.detach().clone() for p in Net().parameters()]
     errors = {}
     for name, lr in (("sgd", 0.05), ("adamw", 0.01), ("lamb", 0.02)):
@@ -139,9 +114,7 @@ def main() -> None:
                 engine.destroy()
     for stage in ("zero0", "zero1", "zero2", "zero3"):
         errors[f"lamb checkpoint {stage}"] = round_trip(CASES[stage])
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(errors), flush=True)
-    dist.barrier()
+    tell(errors)
 
 
 def round_trip(zero: dict) -> float:
@@ -149,16 +122,14 @@ def round_trip(zero: dict) -> float:
     cfg = OptimConfig("lamb", lr=0.02, weight_decay=0.1, eps=1e-6)
     whole = start(cfg, zero, 0.0)
     train(whole, batches()[:6])
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(folder)
+    folder = str(common_folder())
     first = start(cfg, zero, 0.0)
     train(first, batches()[:3])
-    first.save_checkpoint(folder[0], tag="t")
+    first.save_checkpoint(folder, tag="t")
     second = start(cfg, zero, 0.0)
-    second.load_checkpoint(str(Path(folder[0])), tag="t")
+    second.load_checkpoint(folder, tag="t")
     train(second, batches()[3:6])
-    ours, theirs = weights(second), copy.deepcopy(weights(whole))
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return max((a - b).abs().max().item() for a, b in zip(weights(second), weights(whole), strict=True))
 
 
 if __name__ == "__main__":

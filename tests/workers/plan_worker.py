@@ -10,7 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
+from ranks import own_arguments, tell
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config import DataConfig, OptimConfig, RunConfig
@@ -106,7 +106,7 @@ def case_of(case: dict[str, Any], sent: dict[str, int]) -> dict[str, Any]:
     distiller = build_distiller(cfg, CLASSES, verbose=False)
     engine = build_engine(distiller, cfg, ds_config.merge(ds_json(case), cfg, RANKS), 10, 100)
     if case["autocast"]:
-        distiller.teacher.lower(torch.bfloat16)
+        distiller.teacher.lower_precision(torch.bfloat16)
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     result: dict[str, Any] = {"buckets": 0, "gathered": 0}
 
@@ -149,17 +149,13 @@ def case_of(case: dict[str, Any], sent: dict[str, int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("cases", type=Path)
-    cases = json.loads(parser.parse_args().cases.read_text())
+    cases = json.loads(parser.parse_args(own_arguments()).cases.read_text())
     start_processes()
     torch.set_num_threads(1)
     sent: dict[str, int] = defaultdict(int)
     count_collectives(sent)
-    results = {name: case_of(case, sent) for name, case in cases.items()}
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(results), flush=True)
-    dist.barrier()
+    tell({name: case_of(case, sent) for name, case in cases.items()})
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
-from optim_worker import CASES, Net, batches, error, loss_of, weights
+from optim_worker import CASES, Net, batches, error, weights
+from ranks import backward, begin, engine_of, tell
 from safetensors.torch import save_file
 
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
@@ -26,40 +25,29 @@ SAVED, STEPS = 3, 6
 def start(name: str, zero: dict):
     net, cfg = Net(), OptimConfig(name, lr=OPTIMIZERS[name], weight_decay=0.1, eps=1e-6)
     optimizer = build_optimizer(net, cfg)
-    engine, *_ = deepspeed.initialize(
-        model=net,
-        optimizer=optimizer,
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0 / (1 + step)),
-        config={
-            "train_batch_size": 24,
-            "train_micro_batch_size_per_gpu": 24 // dist.get_world_size(),
-            "gradient_clipping": 0.5,
-            "zero_optimization": dict(zero),
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
+    config = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 24 // dist.get_world_size(),
+        "gradient_clipping": 0.5,
+    }
+    schedule = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0 / (1 + step))  # noqa: E731
+    engine = engine_of(net, optimizer, zero, config, lr_scheduler=schedule)
     if name == "lamb":
         lamb.attach(optimizer, engine)
     return engine
 
 
 def train(engine, data) -> None:
-    rank, share = dist.get_rank(), 24 // dist.get_world_size()
     for x, y in data:
-        part = slice(share * rank, share * (rank + 1))
-        engine.backward(loss_of(engine(x.repeat(3, 1)[part]), y.repeat(3, 1)[part]))
+        backward(engine, x.repeat(3, 1), y.repeat(3, 1))
         engine.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--load", type=int, default=0, help="world size that saved; 0 saves")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(verbose=False)
+    args = begin(parser)
     initial, errors = [p.detach().clone() for p in Net().parameters()], {}
     for name in OPTIMIZERS:
         for stage, zero in CASES.items():
@@ -87,9 +75,7 @@ def main() -> None:
                 expected = torch.load(folder / "whole.pt", weights_only=True)
                 errors[f"{name}: {stage} -> {other}"] = error(weights(engine), expected, initial)
                 engine.destroy()
-    if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(errors), flush=True)
-    dist.barrier()
+    tell(errors)
 
 
 if __name__ == "__main__":

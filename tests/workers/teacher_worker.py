@@ -1,17 +1,16 @@
-"""Teachers as replicas and sharded, one after the other on the same ranks: outputs, gradients, bytes, seconds."""
+"""Teachers as replicas and sharded, one after the other on the same ranks: outputs, gradients, bytes."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import timm
 import torch
 from deepspeed import comm as dist
+from ranks import own_arguments
 
 from scalekd_ds.config import TeacherPlacement
 from scalekd_ds.distiller import ScaleKD
@@ -96,7 +95,7 @@ def compare(name: str, placement: TeacherPlacement, low: bool) -> dict[str, obje
         teacher = built(name, 0 if where == "replica" else dist.get_rank())
         distiller = distiller_of(teacher)
         if low:
-            teacher.lower(torch.bfloat16)
+            teacher.lower_precision(torch.bfloat16)
         weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (teacher.parameters(), teacher.buffers()))
         planned = teacher_bytes(SimpleNamespace(teacher=teacher_size(distiller)), layout_of(where))
         place_teacher(teacher, where, device)
@@ -115,45 +114,15 @@ def compare(name: str, placement: TeacherPlacement, low: bool) -> dict[str, obje
     }
 
 
-def seconds(rounds: int) -> dict[str, float]:
-    """Median over rounds of the time of a step with a sharded teacher over that with its replica, in turn."""
-    device = start_processes()
-    torch.manual_seed(0)
-    kwargs = {"img_size": 96, "embed_dim": 384, "depth": 6, "num_heads": 6, "num_classes": CLASSES}
-    steps = {}
-    for where in ("replica", "sharded"):
-        teacher = Teacher("vit_small_patch16_224", weights="none", **kwargs)
-        steps[where] = ScaleKD("resnet18", teacher, image_size=96, num_classes=CLASSES, verbose=False)
-        place_teacher(teacher, where, device)
-    images, labels = torch.randn(8, 3, 96, 96), torch.randint(CLASSES, (8,))
-
-    def one(distiller: ScaleKD) -> float:
-        dist.barrier()
-        begin = time.perf_counter()
-        distiller(images, labels)["loss/total"].backward()
-        dist.barrier()
-        return time.perf_counter() - begin
-
-    for distiller in steps.values():
-        one(distiller)
-    times = [{where: one(distiller) for where, distiller in steps.items()} for _ in range(rounds)]
-    ratios = [t["sharded"] / t["replica"] for t in times]
-    return {"ratio": statistics.median(ratios), "replica": statistics.median(t["replica"] for t in times)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", default=[], help="teacher,placement,dtype")
-    parser.add_argument("--rounds", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(own_arguments())
     results: dict[str, object] = {}
     for case in args.cases:
         name, placement, dtype = case.split(",")
         results[case] = compare(name, placement, dtype == "bf16")
-    if args.rounds:
-        results["seconds"] = seconds(args.rounds)
     (args.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
 

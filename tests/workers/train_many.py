@@ -6,15 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
+from ranks import own_arguments
+
 from scalekd_ds.recipes.command_line import parse_run
 from scalekd_ds.training.trainer import train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("runs", type=Path)
-    for arguments in json.loads(parser.parse_args().runs.read_text()):
+    for arguments in json.loads(parser.parse_args(own_arguments()).runs.read_text()):
         cfg, _ = parse_run(arguments)
         train(cfg)
 

@@ -1,0 +1,155 @@
+"""What a plan counts on tensors without storage, against a real step: bytes of tensors, without a library's workspace."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from plan_cases import CLASSES, PAIRS, config_of, counted, counted_pair, pair_of
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalekd_ds.build import build_distiller
+from scalekd_ds.config import DistillConfig, RunConfig
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.plan.fake_step import LiveBytes, parameters_and_buffers
+from scalekd_ds.plan.measure import build_on_meta, measure
+from scalekd_ds.plan.memory import Layout, memory_parts
+from scalekd_ds.recipes import RECIPES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def drop_gradient(parameter):
+    # complete gradients are a part of the plan of their own
+    parameter.grad = None
+
+
+class RealStep:
+    """Steps of a pair on real tensors of `images` images."""
+
+    def __init__(self, cfg: RunConfig, images: int, dtype: torch.dtype | None) -> None:
+        self.distiller: ScaleKD = build_distiller(cfg, 10, verbose=False).train()
+        self.dtype = dtype
+        if dtype is not None:
+            self.distiller.teacher.lower_precision(dtype)
+        for parameter in self.distiller.parameters():
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
+        self.batch, self.labels = torch.randn(images, 3, 64, 64), torch.randint(10, (images,))
+
+    def __call__(self, hooks=None) -> None:
+        targets = self.distiller.teacher_targets(self.batch)
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None), hooks or nullcontext():
+            loss = self.distiller(self.batch, self.labels, targets)["loss/total"]
+        loss.backward()
+
+    def saved(self) -> int:
+        """Bytes that autograd saves for the backward pass, each storage once, parameters and buffers left out."""
+        held = {t.untyped_storage().data_ptr() for t in parameters_and_buffers(self.distiller)}
+        storages = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        self(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in held)
+
+    def peak(self) -> int:
+        """Largest bytes of tensors that are alive at once, the batch among them."""
+        with LiveBytes(parameters_and_buffers(self.distiller)) as live:
+            live.add(self.batch)
+            live.add(self.labels)
+            self()
+        return live.peak
+
+    def allocated(self) -> int:
+        """Largest bytes that PyTorch's allocator on the CPU has given out at once: tensors, and what libraries asked for."""
+        # the first step of a process allocates what stays
+        self()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self()
+        live = peak = 0
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        return peak + self.batch.untyped_storage().nbytes() + self.labels.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("images", [2, 12])
+@pytest.mark.parametrize("name", PAIRS)
+def test_tensors_under_autocast_are_those_of_a_real_step(name, images):
+    """Within 0.2%: fake kernels give BatchNorm's statistics in 16 bits, real ones in 32."""
+    measured, step = counted_pair(name, torch.bfloat16), RealStep(pair_of(name), images, torch.bfloat16)
+    assert measured.saved(images) == pytest.approx(step.saved(), rel=2e-3)
+    assert measured.peak(images) == pytest.approx(step.peak(), rel=2e-3)
+
+
+@pytest.mark.parametrize("images", [2, 12])
+@pytest.mark.parametrize("name", PAIRS)
+def test_tensors_in_float32_are_those_of_a_real_step(name, images):
+    """To the byte."""
+    measured, step = counted_pair(name, None), RealStep(pair_of(name), images, None)
+    assert measured.saved(images) == step.saved()
+    assert measured.peak(images) == step.peak()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_allocator_holds_these_tensors_and_a_librarys_workspace(name):
+    """What convolutions and products ask for beside their tensors is another on each processor: not more than the tensors."""
+    images = 12
+    peak, allocated = counted_pair(name, None).peak(images), RealStep(pair_of(name), images, None).allocated()
+    assert peak <= allocated <= 2 * peak
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_flop_are_those_of_a_real_step(name):
+    """What a plan's times are made of: `benchmarks/plan_time.py` sets them against the clock."""
+    images, measured = 2, counted_pair(name, None)
+    step = RealStep(pair_of(name), images, None)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert measured.teacher_flop(images) + measured.student_flop(images) == counter.get_total_flops()
+
+
+def test_a_scaled_down_dinov3_is_planned_whole():
+    """All that one rank holds: weights, gradients, AdamW's moments and teacher to the byte, and a real step's tensors."""
+    cfg, images = pair_of("dinov3 to resnet"), 5
+    measured = counted_pair("dinov3 to resnet", torch.bfloat16)
+    parts = memory_parts(measured, cfg, Layout.of({"zero_optimization": {"stage": 0}}, 1, "replica"), images)
+    step = RealStep(cfg, images, torch.bfloat16)
+    distiller = step.distiller
+    peak = step.peak()
+    optimizer = torch.optim.AdamW(distiller.parameters())
+    for parameter in distiller.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tensors = [t for p in distiller.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    tensors += [*distiller.buffers(), *distiller.teacher.parameters(), *distiller.teacher.buffers()]
+    static = sum(t.numel() * t.element_size() for t in tensors)
+    # between the batch sizes that were counted the peak is taken for a straight line
+    assert sum(parts.values()) - parts["images"] == pytest.approx(static + peak, rel=0.1)
+    assert sum(parts[k] for k in ("parameters", "gradients", "optimizer", "teacher", "buffers")) == static
+
+
+def test_the_real_dinov3_is_counted_without_its_memory():
+    """6.7 B parameters; timm's own count, from its documentation of the model."""
+    cfg = replace(
+        RECIPES["swin_l-resnet50-traditional"](),
+        teacher="vit_7b_patch16_dinov3",
+        teacher_image_size=224,
+        distill=DistillConfig(kd_weight=0.0),
+    )
+    distiller = build_on_meta(cfg, 1000)
+    assert sum(p.numel() for p in distiller.teacher.parameters()) == pytest.approx(6716e6, rel=1e-3)
+    assert all(p.is_meta for p in distiller.teacher.parameters())
+
+
+def test_counting_leaves_no_fake_constants_behind():
+    """The losses cache their DCT bases: one made of fake tensors would break the next real step."""
+    cfg = replace(config_of("adamw"), distill=DistillConfig(cut=2))
+    assert measure(cfg, CLASSES, None).numel == counted(False).numel
+    losses = build_distiller(cfg, CLASSES, verbose=False)(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert losses["loss/total"].isfinite()

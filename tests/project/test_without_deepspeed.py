@@ -1,0 +1,70 @@
+"""The method, the kernels and what builds them from a run's configuration need neither DeepSpeed nor DALI."""
+
+import subprocess
+import sys
+
+import pytest
+from launching import LIMIT, ROOT
+
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deepspeed" or name.startswith("nvidia.dali"):
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+STEP = """
+import json
+import torch
+import scalekd_ds
+from scalekd_ds.build import build_distiller
+from scalekd_ds.config import DataConfig, RunConfig
+
+cfg = RunConfig(
+    student="resnet18",
+    student_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
+    teacher="swin_tiny_patch4_window7_224",
+    teacher_kwargs=SWIN | {"num_classes": 3},
+    teacher_weights="none",
+    data=DataConfig(image_size=32),
+)
+distiller = build_distiller(cfg, 3, verbose=False)
+assert isinstance(distiller, scalekd_ds.ScaleKD)
+losses = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]))
+losses["loss/total"].backward()
+assert losses["loss/total"].isfinite() and len(losses) == 7
+"""
+PIECES = {
+    "the names of the package": "import scalekd_ds; scalekd_ds.ScaleKD, scalekd_ds.Teacher, scalekd_ds.Student",
+    "the kernels": "from scalekd_ds.kernels import cap_attention, dual_view_loss",
+    "projector and losses": "import scalekd_ds.losses; from scalekd_ds.projector import CrossAttentionProjector",
+    "recipes": "from scalekd_ds.recipes import RECIPES; [make() for make in RECIPES.values()]",
+    "plain weights of a checkpoint": "from scalekd_ds.checkpoint import consolidate",
+    "exporting": "import scalekd_ds.export",
+}
+
+
+def run_hidden(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HIDE + code], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_piece(name):
+    run_hidden(PIECES[name])
+
+
+def test_a_step_of_a_run_built_from_its_configuration():
+    from tiny_run import SWIN
+
+    run_hidden(f"SWIN = {SWIN!r}\n{STEP}")
+
+
+def test_what_hides_them_does_hide_them():
+    with pytest.raises(AssertionError, match=r"nvidia\.dali is hidden"):
+        run_hidden("import nvidia.dali")
+    with pytest.raises(AssertionError, match="deepspeed is hidden"):
+        run_hidden("import scalekd_ds.training.trainer")
