@@ -25,12 +25,16 @@ import torch
 # minutes each: begun first, so that no worker is left alone with one of them at the end
 LONGEST = [
     "test_train",
-    "test_plan",
+    "test_engine_bytes",
+    "test_counted_step",
     "test_two_nodes",
     "test_teacher_placement",
     "test_ema",
     "test_zero_optim",
     "test_faults",
+    "test_watching",
+    "test_supervise",
+    "test_reshard",
 ]
 
 

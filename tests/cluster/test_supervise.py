@@ -5,7 +5,7 @@ import sys
 
 import psutil
 import tiny_run
-from launching import ROOT, free_port, in_background, run, wait_until
+from launching import LIMIT, ROOT, free_port, in_background, run, wait_until
 
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.commands.supervise import select_nodes
@@ -31,7 +31,7 @@ def test_a_job_whose_rank_dies_is_started_again_and_finishes(tmp_path):
         wait_until(lambda: checkpoints_of(run_dir), process, log)
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
         ranks[-1].kill()
-        assert process.wait(180) == 0, log.read_text()
+        assert process.wait(LIMIT) == 0, log.read_text()
     told = log.read_text()
     assert "supervisor: start 0 on localhost" in told and "supervisor: start 1 on localhost" in told
     assert "4 restart(s) left" in told or "5 restart(s) left" in told
@@ -41,7 +41,7 @@ def test_a_job_whose_rank_dies_is_started_again_and_finishes(tmp_path):
 
 def test_a_job_that_fails_by_a_users_mistake_is_not_started_again(tmp_path):
     job = ["--recipe", "fashion-ce", "--data.root", tmp_path / "nowhere", "--run.dir", tmp_path / "run"]
-    done = run(arguments(tmp_path, "--max-restarts", 1, "--", *job), 300)
+    done = run(arguments(tmp_path, "--max-restarts", 1, "--", *job), LIMIT)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "nowhere") in done.stdout + done.stderr

@@ -146,7 +146,7 @@ def test_two_processes_build_one_index(tmp_path):
         process.start()
     told = [queue.get(timeout=LIMIT) for _ in range(3)]
     for process in both:
-        process.join(30)
+        process.join(LIMIT)
     assert [process.exitcode for process in both] == [0, 0] and queue.empty()
     assert told.count("built") == 1 and told.count([0, 1, 2] * 20) == 2
 

@@ -108,7 +108,7 @@ def test_tied_and_frozen_weights_are_written_whole(tmp_path):
     first, second = subject.model.blocks
     second.mlp.fc1.weight = first.mlp.fc1.weight
     first.attn.qkv.weight.requires_grad_(False)
-    assert timm_folder.write(LoadedStudent(subject.model, subject.model, subject.card, None), tmp_path) == 0.0
+    assert timm_folder.write(LoadedStudent(subject.model, subject.model, subject.card, None), tmp_path) < 1e-6
     state = load_file(tmp_path / "model.safetensors")
     assert torch.equal(state["blocks.0.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
     assert len(state) == len(subject.model.state_dict())

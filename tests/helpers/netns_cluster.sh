@@ -95,7 +95,7 @@ start_node() {
 
 wait_for_node() {
     local i=$1
-    for ((try = 0; try < 100; try++)); do
+    for ((try = 0; try < 1200; try++)); do
         "$STATE/bin/ssh" "node$i" true 2>/dev/null && return
         sleep 0.1
     done
@@ -121,7 +121,7 @@ up() {
 # Ends the processes of a namespace: the members that the kernel lists, whatever their names, and no others.
 kill_members() {
     local pids
-    for ((try = 0; try < 50; try++)); do
+    for ((try = 0; try < 600; try++)); do
         pids=$(ip netns pids "$1" 2>/dev/null) || return 0
         [ -n "$pids" ] || return 0
         # shellcheck disable=SC2086

@@ -245,7 +245,7 @@ def test_what_cannot_be_shown_is_said(place, tmp_path, capsys):
 def test_a_mistake_is_named(place, arguments, words):
     names = {"run": place / "run", "data": place / "data", "readme": ROOT / "README.md"}
     with pytest.raises(UserError) as error:
-        main(arguments.format(**names).split())
+        main([word.format(**names) for word in arguments.split()])
     assert words in str(error.value)
 
 

@@ -153,7 +153,7 @@ def test_the_teachers_stochastic_depth_runs_only_where_it_is_asked_for():
         switched = replace(cfg, as_published=replace(cfg.as_published, teacher_in_train_mode=train_mode))
         distiller = build_distiller(switched, 10, verbose=False).train()
         first, second = (distiller.teacher_targets(images).tokens for _ in range(2))
-        assert torch.equal(first, second) != train_mode
+        assert torch.allclose(first, second, rtol=1e-4, atol=1e-5) != train_mode
 
 
 def test_weight_decay_groups_are_the_published_ones():
