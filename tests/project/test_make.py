@@ -1,17 +1,19 @@
 """What `make` says where a machine lacks something: one line, and what to do."""
 
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from launching import LIMIT, ROOT
 
 
-def make(*arguments) -> list[str]:
+def make(*arguments, cwd: Path = ROOT) -> list[str]:
     """What a `make` that fails prints as errors, without make's own last line."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TORCH")}
     command = ["make", "--no-print-directory", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=LIMIT)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=LIMIT)
     assert done.returncode == 2, done.stdout + done.stderr
     return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
 
@@ -29,6 +31,16 @@ def test_an_old_python(tmp_path):
 def test_an_old_torch(version):
     assert make("venv", f"TORCH={version}") == [f"error: TORCH is {version}: torch 2.11 or newer is needed"]
     assert not (ROOT / f".venv-torch{version}").exists()
+
+
+def test_an_environment_in_a_path_with_a_blank(tmp_path):
+    checkout = tmp_path / "two words"
+    checkout.mkdir()
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout)
+    (line,) = make("venv", cwd=checkout)
+    assert line.startswith(f"error: '{checkout / '.venv'}' has a blank") and line.endswith("make VENV=FOLDER")
+    assert not (checkout / ".venv").exists()
 
 
 def test_a_missing_compiler():
