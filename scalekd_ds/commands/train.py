@@ -64,6 +64,12 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
         if list(hosts) == ["localhost"]:
             # this machine needs no ssh server to reach itself
             command += ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+        elif " " in os.getcwd():
+            # DeepSpeed has the nodes' shells change to it, unquoted
+            raise UserError(
+                f"{os.getcwd()!r} has a blank, and DeepSpeed's launcher cannot start other nodes in such a folder: start "
+                "from a folder without one."
+            )
     else:
         if given.gpus < 1:
             raise UserError(f"--gpus is {given.gpus}: it must be at least 1.")

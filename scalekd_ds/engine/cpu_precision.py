@@ -1,4 +1,4 @@
-"""Which 16-bit types this machine's CPU computes in by itself. The others are emulated, 10 to 100 times slower than float32."""
+"""Which 16-bit types the CPU computes in by itself: the others are emulated, many times slower than float32."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def slow_precision_notice(dtype: torch.dtype | None, ds_config: str) -> str | No
         return None
     name = str(dtype).removeprefix("torch.")
     return (
-        f"{ds_config} computes in {name}, which this CPU emulates, 10 to 100 times slower than float32: "
+        f"{ds_config} computes in {name}, which this CPU emulates, many times slower than float32: "
         "--run.ds_config cpu_fp32 is the fast one here"
     )

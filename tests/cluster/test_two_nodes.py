@@ -37,6 +37,8 @@ def cluster(tmp_path):
 
 def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: float, more: str = "") -> str:
     """Runs `script` on every node, from the repository's root as users do, and returns all that was printed."""
+    if " " in str(ROOT):
+        pytest.skip(f"{ROOT} has a blank: DeepSpeed's launcher does not quote the folder in which other nodes start")
     # Only PYTHON* and a few more reach other nodes by themselves: the launcher exports the rest from this file, which
     # is named by its whole path lest a user's own in the home folder be read instead.
     environment = {

@@ -174,6 +174,7 @@ def test_the_launcher_gets_the_module_and_the_run(monkeypatch, tmp_path):
     assert first[first.index("--module") :] == ["--module", "scalekd_ds.commands.train", *run]
     port = first.index("--master_port") + 1
     assert first[port] != second[port]
+    monkeypatch.chdir(tmp_path)
     nodes = tmp_path / "hosts"
     nodes.write_text("node1 slots=8\nnode2 slots=8\n")
     command = launcher_command(given(hostfile=str(nodes), more="--launcher pdsh"), run)
@@ -188,6 +189,18 @@ def test_the_launcher_gets_the_module_and_the_run(monkeypatch, tmp_path):
     ]
     # this machine alone has no need of ssh
     assert "--no_ssh_check" in launcher_command(given(hostfile=str(ROOT / "launch" / "hosts")), run)
+
+
+def test_other_nodes_cannot_start_in_a_folder_with_a_blank(tmp_path, monkeypatch):
+    """DeepSpeed has the nodes' shells change to it, unquoted; one machine needs no shell."""
+    folder, hosts = tmp_path / "two words", tmp_path / "hosts"
+    folder.mkdir()
+    hosts.write_text("node1 slots=8\nnode2 slots=8\n")
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="has a blank, and DeepSpeed's launcher cannot start other nodes"):
+        launcher_command(given(hostfile=str(hosts)), [])
+    assert "--num_accelerators" in launcher_command(given(2), [])
+    assert "--no_ssh_check" in launcher_command(given(hostfile=str(ROOT / "launch" / "hosts")), [])
 
 
 def test_a_rank_starts_no_launcher_of_its_own(monkeypatch):

@@ -10,7 +10,7 @@ from scalekd_ds.engine import ds_config
 from scalekd_ds.engine.cpu_precision import cpu_computes_in, slow_precision_notice
 
 NOTICE = (
-    "zero1 computes in bfloat16, which this CPU emulates, 10 to 100 times slower than float32: --run.ds_config cpu_fp32 is "
+    "zero1 computes in bfloat16, which this CPU emulates, many times slower than float32: --run.ds_config cpu_fp32 is "
     "the fast one here"
 )
 
