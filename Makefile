@@ -62,7 +62,7 @@ $(STAMP): setup.py pyproject.toml
 	@echo "installing into $(VENV): 6 GB, some minutes the first time"
 	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(TORCH:%=torch==%) 2>&1) || { \
 		$(is_full); $(say_full); \
-		why=$$(printf '%s\n' "$$said" | grep -m 1 '^ERROR' | cut -c 8-250); \
+		why=$$(printf '%s\n' "$$said" | grep -m 1 -o 'ERROR: .*' | cut -c 8-250); \
 		echo "error: pip could not fill $(VENV): $${why:-$$(printf '%s\n' "$$said" | tail -n 1)}" >&2; \
 		exit 1; }
 	@touch $@

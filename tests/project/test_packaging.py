@@ -49,7 +49,9 @@ def install(request, tmp_path_factory):
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
     # a path in a .pth file comes after site's own, and .pth files there are not read: neither this environment's copy
     # of the package nor its editable link can pass for the one under test
-    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    # (as code in ASCII, since the file is read in the locale's encoding)
+    borrowed = ascii([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    (site / "borrowed.pth").write_text(f"import sys; sys.path += {borrowed}\n")
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
     command += ["--editable", repo] if request.param == "editable" else [repo]
