@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from zoo import VIT
 
 from scalekd_ds import Student
 from scalekd_ds.errors import UserError
 
-VIT = {"embed_dim": 48, "depth": 12, "num_heads": 3}
 # name -> (arguments, map before the last stage, last map), both (C, h, w) at 224 pixels: RECIPES' students
 STUDENTS = {
     "resnet50": ({}, (1024, 14, 14), (2048, 7, 7)),
