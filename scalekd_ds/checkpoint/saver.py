@@ -38,7 +38,7 @@ class Saver:
         run_dir: The run's folder.
         keep_last: Number of newest checkpoints to keep.
         keep_best: Number of further checkpoints to keep, those with the best `top1` in their state.
-        store: torch's key-value store of the job, or None where the job has one rank.
+        store: The run's key-value store, or None where the job has one rank.
 
     Attributes:
         copies: Host memory for the tensors of the checkpoint; call `wait_written` before using it.
@@ -122,7 +122,7 @@ class Saver:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if self._store is None:
             return self._publish_or_discard(partial, final, problem)
-        prefix = f"scalekd/save/{number}"
+        prefix = f"save/{number}"
         if rank == 0:
             problems = [problem] + [self._wait_for(f"{prefix}/{r}") for r in range(1, world_size)]
             result = self._publish_or_discard(partial, final, next((p for p in problems if p), None))

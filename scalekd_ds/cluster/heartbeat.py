@@ -61,7 +61,7 @@ class Heartbeat:
     """Monitors all ranks of a job from each of them; use as a context manager around training.
 
     Args:
-        store: torch's TCPStore of the job, or None for a single rank, where only hangs are detected.
+        store: The run's key-value store, or None for a single rank, where only hangs are detected.
         rank: This rank.
         world_size: Number of ranks.
         folder: Where a hanging rank writes the stacks of its threads.
@@ -140,7 +140,7 @@ class Heartbeat:
     # -- the threads ---------------------------------------------------------------------------------------------
 
     def _key(self, rank: int) -> str:
-        return f"scalekd/beat/{rank}"
+        return f"beat/{rank}"
 
     def _exchange(self) -> None:
         """Body of the thread that writes this rank's heartbeats and reads those of the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from contextlib import suppress
@@ -13,6 +14,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from scalekd_ds.engine.host_memory import keep_freed_memory
+
+# every rank begins the same runs in the same order
+_runs = itertools.count()
 
 
 def start_processes() -> torch.device:
@@ -61,7 +65,11 @@ def _unlink_shared_buffers() -> None:
 
 
 def job_store() -> Any:
-    """torch's key-value store of the job, which rank 0 serves; None where the job has one rank."""
+    """A part of torch's key-value store, which rank 0 serves, for one run; None where the job has one rank; collective.
+
+    No earlier run of the same processes has written there: its keys would pass for answers of this run's ranks.
+    """
     if dist.get_world_size() == 1:
         return None
-    return torch.distributed.distributed_c10d._get_default_store()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return torch.distributed.PrefixStore(f"scalekd/run{next(_runs)}", store)

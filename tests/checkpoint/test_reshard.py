@@ -1,7 +1,8 @@
 """Checkpoints on other numbers of ranks and other ZeRO stages, in real DeepSpeed runs."""
 
 import pytest
-from launching import WORKERS, launch, result_of
+from forking import forked_ranks
+from launching import WORKERS, result_of
 
 WORKER = WORKERS / "reshard_worker.py"
 
@@ -10,7 +11,7 @@ WORKER = WORKERS / "reshard_worker.py"
 def saved(tmp_path_factory):
     """Three steps of each optimizer and stage on two ranks; the folder, and errors of going on there."""
     folder = tmp_path_factory.mktemp("shards")
-    return folder, result_of(launch(WORKER, folder))
+    return folder, result_of(forked_ranks(WORKER, folder))
 
 
 def test_the_same_stage_goes_on_bit_for_bit(saved):
@@ -27,6 +28,6 @@ def test_any_other_stage_goes_on_but_for_rounding(saved):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_any_other_number_of_ranks_goes_on_but_for_rounding(saved, ranks):
-    errors = result_of(launch(WORKER, saved[0], "--load", 2, ranks=ranks))
+    errors = result_of(forked_ranks(WORKER, saved[0], "--load", 2, ranks=ranks))
     assert len(errors) == 3 * 21
     assert max(errors.values()) < 2e-5

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from forking import forked
 from image_fixtures import make_dataset, make_folder
 from launching import ROOT, alone, environment, errors_of, launch
 from tiny_run import TEACHER, supervised_arguments
@@ -197,7 +198,7 @@ def run_arguments(data, run_dir):
 def finished(data, tmp_path_factory):
     """A finished run; the damage is done to copies of it."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    done = alone(TRAIN, *run_arguments(data, run_dir))
+    done = forked(TRAIN, *run_arguments(data, run_dir))
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -222,10 +223,10 @@ def test_a_damaged_checkpoint_is_named(data, finished, tmp_path, damage):
     else:
         named = checkpoint
         checkpoint.rename(run_dir / "elsewhere")
-    done = alone(TRAIN, *run_arguments(data, run_dir), "--run.resume", "auto")
+    done = forked(TRAIN, *run_arguments(data, run_dir), "--run.resume", "auto")
     assert done.returncode == 2, done.stdout
     assert str(named) in errors_of(done)[0] and "Traceback" not in done.stderr
-    consolidated = alone(ROOT / "launch" / "consolidate.py", run_dir, tmp_path / "out.safetensors")
+    consolidated = forked(ROOT / "launch" / "consolidate.py", run_dir, tmp_path / "out.safetensors")
     assert consolidated.returncode == 2 and len(errors_of(consolidated)) == 1
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -239,7 +240,7 @@ def test_mistakes_of_evaluate_and_consolidate_are_named(data, tmp_path):
         (consolidate, (tmp_path, tmp_path / "x.safetensors"), "holds no checkpoint"),
         (consolidate, (tmp_path, tmp_path / "x.pt"), "must end in .safetensors"),
     ):
-        done = alone(script, *args)
+        done = forked(script, *args)
         assert done.returncode == 2, done.stderr
         assert words in errors_of(done)[0] and "Traceback" not in done.stderr
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from launching import ROOT, WORKERS, launch
+from forking import forked_ranks
+from launching import ROOT, WORKERS
 from tiny_run import arguments, images, scalars
 
 from scalekd_ds.checkpoint.layout import resolve_checkpoint
@@ -25,7 +26,7 @@ CASES = {
 def compared(request, tmp_path_factory):
     """case -> what each rank saw."""
     out = tmp_path_factory.mktemp("teachers")
-    done = launch(WORKER, "--out", out, "--cases", *CASES[request.param], ranks=request.param)
+    done = forked_ranks(WORKER, "--out", out, "--cases", *CASES[request.param], ranks=request.param)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(request.param)]
     return request.param, {case: [rank[case] for rank in ranks] for case in ranks[0]}
@@ -68,7 +69,7 @@ def data(tmp_path_factory):
 
 def run_losses(data, run_dir, config, placement):
     more = ("--run.ds_config", config, "--run.teacher_placement", placement, "--run.stop_after", 6)
-    done = launch(TRAIN, *arguments(data, run_dir, *more))
+    done = forked_ranks(TRAIN, *arguments(data, run_dir, *more))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (f"teacher: {placement}" in done.stdout) == (placement != "replica")
     state = read_weights(weights_file(resolve_checkpoint(run_dir), None))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import forked
 from image_fixtures import make_dataset
-from launching import ROOT, alone, errors_of
+from launching import ROOT, errors_of
 from safetensors.torch import save_file
 from weight_files import same_outputs, shaken, vit, written
 
@@ -116,7 +117,7 @@ def test_a_run_whose_teacher_is_no_weights_ends_before_it_starts(tmp_path):
     data = make_dataset(tmp_path / "data", train=4, val=2, classes=2, size=(32, 32))
     page = tmp_path / "teacher.pth"
     page.write_text("<html>")
-    done = alone(
+    done = forked(
         ROOT / "launch" / "train.py",
         *("--recipe", "fashion-scalekd", "--data.root", data, "--data.train_images", "null", "--global_batch_size", 2),
         *("--run.dir", tmp_path / "run", "--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", page),

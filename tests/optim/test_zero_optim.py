@@ -1,7 +1,8 @@
 """Every optimizer on two real ranks, at every ZeRO stage, against the unsharded one."""
 
 import pytest
-from launching import WORKERS, launch, result_of
+from forking import forked_ranks
+from launching import WORKERS, result_of
 
 WORKER = WORKERS / "optim_worker.py"
 STAGES = ("zero0", "zero1", "zero1 round robin", "zero2", "zero3", "zero3 persistent")
@@ -10,7 +11,7 @@ STAGES = ("zero0", "zero1", "zero1 round robin", "zero2", "zero3", "zero3 persis
 @pytest.fixture(scope="module")
 def two_ranks():
     """case -> relative error, as the worker measured it."""
-    return result_of(launch(WORKER))
+    return result_of(forked_ranks(WORKER))
 
 
 @pytest.mark.parametrize("clip", ["0", "0.05"])

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from launching import WORKERS, launch, result_of
+from forking import forked_ranks
+from launching import WORKERS, result_of
 from plan_cases import CASES, planned
 from plan_worker import ACCUMULATION, MICRO
 
@@ -21,7 +22,7 @@ def engines(tmp_path_factory):
     file = tmp_path_factory.mktemp("plan") / "cases.json"
     keys = ("zero_optimization", "autocast", "optimizer")
     file.write_text(json.dumps({name: dict(zip(keys, case, strict=True)) for name, case in CASES.items()}))
-    return result_of(launch(WORKER, file))
+    return result_of(forked_ranks(WORKER, file))
 
 
 @pytest.mark.parametrize("name", CASES)

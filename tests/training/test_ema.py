@@ -5,8 +5,9 @@ import json
 import pytest
 import timm
 import torch
+from forking import forked, forked_ranks
 from image_fixtures import make_dataset
-from launching import ROOT, WORKERS, alone, launch, result_of
+from launching import ROOT, WORKERS, result_of
 from safetensors.torch import load_file
 from tiny_run import arguments, scalars
 
@@ -19,7 +20,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero2 round robin", "zero3", "zero3 persis
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return result_of(launch(WORKERS / "ema_worker.py"))
+    return result_of(forked_ranks(WORKERS / "ema_worker.py"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -61,7 +62,7 @@ def runs(tmp_path_factory):
     # evaluated and saved at the same steps, so that BatchNorm's statistics are synchronised at the same ones
     jobs[0] += ["--run.eval_every", 1]
     (tmp / "jobs.json").write_text(json.dumps([[str(a) for a in job] for job in jobs]))
-    done = launch(WORKERS / "train_many.py", tmp / "jobs.json")
+    done = forked_ranks(WORKERS / "train_many.py", tmp / "jobs.json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return tmp
 
@@ -97,7 +98,7 @@ def test_the_average_is_measured_beside_the_student(runs):
 
 def test_the_average_exports_by_name_and_loads_into_timm(runs, tmp_path):
     out = tmp_path / "average.safetensors"
-    done = alone(ROOT / "launch" / "consolidate.py", runs / "zero3", out, "--weights", "ema")
+    done = forked(ROOT / "launch" / "consolidate.py", runs / "zero3", out, "--weights", "ema")
     assert done.returncode == 0, done.stderr
     assert "(average, decay 0.8)" in done.stdout
     card = json.loads(out.with_suffix(".json").read_text())
@@ -108,7 +109,7 @@ def test_the_average_exports_by_name_and_loads_into_timm(runs, tmp_path):
     model.load_state_dict(state, strict=True)
     # 6 steps of 2 micro batches on each rank: integers are the live ones
     assert state["bn1.num_batches_tracked"] == 12
-    done = alone(ROOT / "launch" / "evaluate.py", out, "--data", runs / "data", "--batch-size", 4)
+    done = forked(ROOT / "launch" / "evaluate.py", out, "--data", runs / "data", "--batch-size", 4)
     top1 = json.loads((runs / "zero3" / "results.json").read_text())["ema_top1"]
     assert f"top-1 {top1:.2f}%" in done.stdout, done.stdout + done.stderr
 
@@ -120,12 +121,12 @@ def test_a_checkpoint_and_a_run_must_agree_on_keeping_an_average(two_ranks):
 
 
 def test_a_decay_of_one_or_more_and_averages_that_are_not_there_are_refused(runs, tmp_path):
-    done = alone(ROOT / "launch" / "train.py", "--recipe", "fashion-ce", "--ema.decay", 1.5)
+    done = forked(ROOT / "launch" / "train.py", "--recipe", "fashion-ce", "--ema.decay", 1.5)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["error: ema.decay is 1.5: it must be in [0, 1) (0 is off)."]
     with pytest.raises(UserError, match="weights is 'swa': it must be one of student, ema"):
         consolidate(runs / "whole", weights="swa")
-    done = alone(ROOT / "launch" / "consolidate.py", runs / "plain", tmp_path / "x.safetensors", "--weights", "ema")
+    done = forked(ROOT / "launch" / "consolidate.py", runs / "plain", tmp_path / "x.safetensors", "--weights", "ema")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "holds no ema weights: its run kept no average" in done.stderr
     assert not list(tmp_path.iterdir())

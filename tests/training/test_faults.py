@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import LIMIT, ROOT, WORKERS, alone, environment, launch, launcher_command, wait_until
+from forking import forked, forked_ranks
+from launching import LIMIT, ROOT, WORKERS, environment, launcher_command, wait_until
 from safetensors.torch import load_file
 from tiny_run import RESNET, images, scalars, supervised_arguments
 
@@ -86,7 +87,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number,
     assert f"stopped at step {step} of" in job.text() and "--run.resume auto goes on" in job.text()
     assert not list((run_dir / "checkpoints").glob(".partial*"))
     # on another number of ranks, too
-    on = alone(TRAIN, *args, "--run.stop_after", step + 2)
+    on = forked(TRAIN, *args, "--run.stop_after", step + 2)
     assert on.returncode == 0 and f"from {newest.name}" in on.stdout, on.stderr
     assert "is of 2 ranks, this run has 1" in on.stdout
 
@@ -130,7 +131,7 @@ def test_a_hang_leaves_the_stacks_of_every_rank(data, tmp_path):
 def test_a_step_with_nan_is_skipped_and_counted(data, tmp_path, config):
     run_dir = tmp_path / "run"
     args = arguments(data, run_dir, "--schedule.epochs", 2, "--run.ds_config", config, "--ema.decay", 0.9)
-    done = launch(FAULTY, "nan:2,5", *args)
+    done = forked_ranks(FAULTY, "nan:2,5", *args)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert list(scalars(run_dir)["optim/skipped_steps"].values()) == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
     weights = load_file(run_dir / "student.safetensors")
@@ -140,7 +141,7 @@ def test_a_step_with_nan_is_skipped_and_counted(data, tmp_path, config):
 def test_nan_without_end_stops_the_run_with_a_report(data, tmp_path):
     run_dir = tmp_path / "run"
     args = arguments(data, run_dir, "--schedule.epochs", 2, "--run.max_skipped", 3)
-    done = launch(FAULTY, "nan:2,3,4,5,6,7", *args)
+    done = forked_ranks(FAULTY, "nan:2,3,4,5,6,7", *args)
     told = done.stdout + done.stderr
     assert done.returncode != 0 and "gradients were not finite in 3 steps in a row, the last step 4" in told, told[
         -3000:
@@ -166,19 +167,19 @@ def test_a_full_disk_keeps_the_checkpoint_before_it(data, tmp_path):
     try:
         run_dir = disk / "run"
         args = arguments(data, run_dir, "--schedule.epochs", 4, "--run.save_every", 2, "--run.resume", "auto")
-        first = alone(TRAIN, *args, "--run.stop_after", 4)
+        first = forked(TRAIN, *args, "--run.stop_after", 4)
         assert first.returncode == 0, first.stderr[-2000:]
         held = sum(p.stat().st_size for p in checkpoints_of(run_dir)[-1].rglob("*"))
         free = os.statvfs(disk)
         # room for half a checkpoint
         (disk / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - held // 2)))
-        done = alone(TRAIN, *args)
+        done = forked(TRAIN, *args)
         assert done.returncode != 0
         assert "checkpoint step00000006 could not be written" in done.stderr and "step00000004 is kept" in done.stderr
         assert "the last checkpoint could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert choose_checkpoint(run_dir, "auto").name == "step00000004"
         (disk / "filler").unlink()
-        on = alone(TRAIN, *args, "--run.stop_after", 6)
+        on = forked(TRAIN, *args, "--run.stop_after", 6)
         assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr[-2000:]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

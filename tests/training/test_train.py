@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launching import LIMIT, ROOT, WORKERS, alone, environment, free_port, launch, launcher_command
+from forking import forked, forked_ranks
+from launching import LIMIT, ROOT, WORKERS, environment, free_port, launch, launcher_command
 from safetensors.torch import load_file
 from source_fixtures import write_tar
 from tiny_run import SWIN, TERMS, arguments, images, scalars, supervised_arguments
@@ -34,9 +35,11 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
 def test_two_ranks_train_with_each_ds_config(data, tmp_path, config):
-    """bf16 autocast, gradient accumulation over two micro batches, ten steps."""
+    """bf16 autocast, gradient accumulation over two micro batches, ten steps; the last through DeepSpeed's launcher."""
     run_dir, port = tmp_path / "run", free_port()
-    done = launch(TRAIN, *arguments(data, run_dir, "--run.ds_config", config), launcher=("--master_port", str(port)))
+    job = (TRAIN, *arguments(data, run_dir, "--run.ds_config", config))
+    through_launcher = config == "zero3"
+    done = launch(*job, launcher=("--master_port", str(port))) if through_launcher else forked_ranks(*job, port=port)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     # DeepSpeed leaves 66 MB a rank behind
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
@@ -94,7 +97,7 @@ def test_zero_stages_agree_in_fp32(data, tmp_path):
         )
         # and the way through the projectors that accelerators take, whose parameters ZeRO-3 must fetch for the pair
         script = TRAIN if stage == 0 else STACKED
-        done = launch(script, *arguments(data, run_dir, *more, *vit_student))
+        done = forked_ranks(script, *arguments(data, run_dir, *more, *vit_student))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         losses[stage] = scalars(run_dir)["loss/total"]
     assert list(losses[0].values()) == pytest.approx(list(losses[3].values()), rel=2e-5)
@@ -186,13 +189,13 @@ def test_twelve_kills_at_random_moments_change_no_bit(data, tmp_path, config):
 def test_consolidated_logits_are_the_engines_bit_for_bit(data, tmp_path, config):
     worker = WORKERS / "logits_worker.py"
     run_dir, engine_file = tmp_path / "run", tmp_path / "engine.safetensors"
-    done = launch(worker, engine_file, *arguments(data, run_dir, "--run.ds_config", config))
+    done = forked_ranks(worker, engine_file, *arguments(data, run_dir, "--run.ds_config", config))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     out, logits = tmp_path / "plain.safetensors", tmp_path / "logits.safetensors"
-    done = alone(ROOT / "launch" / "consolidate.py", run_dir, out)
+    done = forked(ROOT / "launch" / "consolidate.py", run_dir, out)
     assert done.returncode == 0, done.stderr
     assert "resnet18" in done.stdout
-    done = alone(ROOT / "launch" / "evaluate.py", out, "--data", data, "--batch-size", 4, "--logits", logits)
+    done = forked(ROOT / "launch" / "evaluate.py", out, "--data", data, "--batch-size", 4, "--logits", logits)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout and "(11 images)" in done.stdout
     plain = load_file(logits)["logits"]
@@ -204,18 +207,20 @@ def test_a_swin_trained_without_a_teacher_is_the_next_runs_teacher(data, tmp_pat
     """The quickstart's path: a Swin trained with --teacher none is the next run's teacher, from its file."""
     swin = tmp_path / "swin"
     common = ("--data.root", data, "--global_batch_size", 8, "--run.log_every", 5)
-    done = alone(TRAIN, "--recipe", "fashion-teacher", *common, "--run.dir", swin, "--student_kwargs", json.dumps(SWIN))
+    done = forked(
+        TRAIN, "--recipe", "fashion-teacher", *common, "--run.dir", swin, "--student_kwargs", json.dumps(SWIN)
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert set(scalars(swin)) >= {"loss/ce", "loss/total", "val/top1"}
     weights = swin / "student.safetensors"
     student = tmp_path / "student"
     more = ("--teacher", weights, "--data.train_images", 30, "--run.dir", student)
     more += ("--schedule.epochs", 2, "--schedule.warmup_epochs", 0)
-    done = alone(TRAIN, "--recipe", "fashion-scalekd", *common, *more)
+    done = forked(TRAIN, "--recipe", "fashion-scalekd", *common, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     accuracy = json.loads((swin / "results.json").read_text())["top1"]
     assert json.loads((student / "results.json").read_text())["teacher_top1"] == pytest.approx(accuracy)
-    done = alone(ROOT / "launch" / "evaluate.py", weights, "--data", data / "val")
+    done = forked(ROOT / "launch" / "evaluate.py", weights, "--data", data / "val")
     assert f"top-1 {accuracy:.2f}%" in done.stdout, done.stdout + done.stderr
     assert json.loads((student / "student.json").read_text())["teacher"] == str(weights)
 
@@ -223,13 +228,13 @@ def test_a_swin_trained_without_a_teacher_is_the_next_runs_teacher(data, tmp_pat
 def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_path):
     run_dir = tmp_path / "run"
     args = supervised_arguments(data, run_dir, "--schedule.epochs", 2)
-    assert alone(TRAIN, *args, "--run.stop_after", 4).returncode == 0
+    assert forked(TRAIN, *args, "--run.stop_after", 4).returncode == 0
     assert [p.name for p in checkpoints_of(run_dir)] == ["step00000004"]
     first = json.loads((run_dir / "results.json").read_text())
-    again = alone(TRAIN, *args)
+    again = forked(TRAIN, *args)
     assert again.returncode == 2
     assert "already holds 1 checkpoint(s), the last step00000004: add --run.resume auto" in again.stderr
-    on = alone(TRAIN, *args, "--run.resume", "auto")
+    on = forked(TRAIN, *args, "--run.resume", "auto")
     assert on.returncode == 0 and "from step00000004" in on.stdout, on.stderr
     results = json.loads((run_dir / "results.json").read_text())
     assert results["step"] == 10
@@ -287,7 +292,7 @@ def test_a_run_on_tars_with_every_augmentation_survives_damaged_images(data, tmp
     more = ("--data.train", "train-{000..000}.tar", "--data.val", "val-000.tar", "--data.max_bad_share", 0.5)
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25, "--data.mixup", 0.2)
     more += ("--data.cutmix", 1.0, "--data.repeats", 2, "--data.balanced", "true", "--data.random_crop", "true")
-    done = launch(TRAIN, *arguments(tmp_path / "tars", run_dir, *more))
+    done = forked_ranks(TRAIN, *arguments(tmp_path / "tars", run_dir, *more))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     logged = scalars(run_dir)
     assert all(math.isfinite(value) for value in logged["loss/total"].values()) and len(logged["loss/total"]) == 10
@@ -315,5 +320,5 @@ def test_a_disk_that_vanishes_in_mid_epoch_ends_the_run_which_then_resumes(data,
     assert saved is not None
     step = int(saved.name[4:])
     (tmp_path / "gone").rename(here / "train")
-    on = alone(TRAIN, *args, "--run.stop_after", step + 2)
+    on = forked(TRAIN, *args, "--run.stop_after", step + 2)
     assert on.returncode == 0 and f"from {saved.name}" in on.stdout, on.stderr[-2000:]

@@ -15,7 +15,8 @@ import browser
 import numpy as np
 import pytest
 import tiny_run
-from launching import LIMIT, ROOT, alone, environment, free_port, launch
+from forking import forked_ranks
+from launching import LIMIT, ROOT, alone, environment, free_port
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,7 +42,7 @@ def watched(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "watched"
     more = ("--run.log_every", 2, "--run.monitors", "tensorboard,csv", "--run.ds_config", "zero3", "--ema.decay", 0.5)
     more += ("--run.baseline_top1", 20, "--run.peak_tflops", 0.1, "--ema.evaluate", "false")
-    done = launch(TRAIN, *arguments(data, run_dir, *more))
+    done = forked_ranks(TRAIN, *arguments(data, run_dir, *more))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run_dir, done.stdout
 

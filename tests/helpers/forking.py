@@ -1,0 +1,116 @@
+"""Starts scripts in forks of a process that has torch, DeepSpeed and timm loaded.
+
+A job of two ranks from the launcher spends some twenty seconds of processor time on four imports of torch and DeepSpeed
+before it does anything. That is worth seeing where the launcher or the start is what is tested; here it is not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import LIMIT, ROOT, environment, free_port
+
+_FORKS = multiprocessing.get_context("forkserver")
+# what a run imports of others; none of our own modules, which each fork imports itself
+_FORKS.set_forkserver_preload(
+    [
+        "deepspeed",
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.zero.stage3",
+        "nvidia.dali.pipeline",
+        "tensorboard.summary.writer.event_file_writer",
+        "timm",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
+def forked_ranks(script: str | Path, *arguments: Any, ranks: int = 2, port: int | None = None, timeout: float = LIMIT):
+    """Runs a script on `ranks` ranks, whose variables are those that the launcher sets, and waits for it.
+
+    As under the launcher, one rank that fails ends the others.
+    """
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
+    job |= {"LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
+    return _run(script, arguments, [job | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)], timeout)
+
+
+def forked(script: str | Path, *arguments: Any, timeout: float = LIMIT) -> subprocess.CompletedProcess[str]:
+    """Runs a script in one process and waits for it."""
+    return _run(script, arguments, [{}], timeout)
+
+
+def _run(script: str | Path, arguments: tuple, variables: list[dict[str, str]], timeout: float):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        out, err = Path(folder, "stdout"), Path(folder, "stderr")
+        out.touch()
+        err.touch()
+        env = environment()
+        # the server that forks starts with the first of these, and torch reads its variables when it is imported
+        for name, value in env.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+        command = [str(ROOT / script), *map(str, arguments)]
+        processes = [_FORKS.Process(target=_begin, args=(command, env | own, str(out), str(err))) for own in variables]
+        for process in processes:
+            process.start()
+        code = _wait(processes, time.monotonic() + timeout)
+        text, errors = out.read_text(), err.read_text()
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout, text, errors)
+        return subprocess.CompletedProcess(command, code, text, errors)
+
+
+def _wait(processes: list, deadline: float) -> int | None:
+    """The exit status of the first process that fails, 0 where none does, None where time is up; all have ended."""
+    try:
+        while time.monotonic() < deadline:
+            codes = [process.exitcode for process in processes]
+            failed = [code for code in codes if code]
+            if failed:
+                # the others say why they end, as the launcher lets them
+                for process in processes:
+                    process.join(10)
+                return failed[0]
+            if None not in codes:
+                return 0
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], 1.0)
+        return None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _begin(command: list[str], env: dict[str, str], out: str, err: str) -> None:
+    """The script as the main program of this fork."""
+    # ZeRO-3 collects garbage for every group of parameters, and what was imported is no garbage
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    append = os.O_WRONLY | os.O_APPEND
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, append), os.open(err, append))):
+        os.dup2(file, number)
+    helpers = Path(__file__).parent
+    sys.path[:] = [str(Path(command[0]).parent), *(p for p in sys.path if p and Path(p) not in (helpers, ROOT))]
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        # multiprocessing leaves them out
+        atexit._run_exitfuncs()
