@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import forked
 from image_fixtures import make_dataset
 from launching import LIMIT, ROOT, WORKERS, in_background, run, wait_until
 from netns_cluster import Cluster, skip_reason
@@ -91,9 +92,8 @@ def test_ranks_on_two_nodes_reduce_together(cluster, tmp_path):
 def test_two_nodes_train_the_weights_that_one_node_trains(cluster, tmp_path):
     job = write_job(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = [sys.executable, TRAIN, "--config", job, "--run.dir", one]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": THREADS}
-    subprocess.run(alone, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=True, timeout=LIMIT)
+    alone = forked(TRAIN, "--config", job, "--run.dir", one)
+    assert alone.returncode == 0, alone.stderr[-3000:]
     launch(cluster, tmp_path, TRAIN, "--config", str(job), "--run.dir", str(two), timeout=LIMIT)
 
     assert len(list((two / "checkpoints").glob("*/rng_rank*.pt"))) == 2, "both nodes took part"

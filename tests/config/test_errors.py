@@ -160,7 +160,7 @@ def test_a_run_that_cannot_start_ends_in_one_line(data, tmp_path, case):
     if case in ("no last stage", "teacher file", "teacher"):
         kwargs = {}
     run_dir = tmp_path / "run"
-    done = alone(
+    done = forked(
         TRAIN,
         *("--recipe", "fashion-scalekd", "--data.train_images", "null", "--global_batch_size", 4),
         *("--run.dir", run_dir, "--teacher", "swin_tiny_patch4_window7_224", "--teacher_weights", "none"),

@@ -132,7 +132,7 @@ def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
     more += ("--data.mixup", 0.8, "--data.cutmix", 1.0, "--ema.decay", 0.9)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(data, whole, *more).wait(timeout=LIMIT) == 0
+    assert forked_ranks(TRAIN, *arguments(data, whole, *more)).returncode == 0
 
     process = start(data, cut, *more)
     deadline = time.time() + LIMIT
