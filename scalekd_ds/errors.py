@@ -36,7 +36,7 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def rank_and_host() -> str:
     """` (rank 3 on HOSTNAME)` in a job of several ranks, and an empty string in any other process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return ""
     return f" (rank {os.environ.get('RANK', '0')} on {socket.gethostname()})"
 
@@ -51,7 +51,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")):
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(1.5)
         message = " ".join(str(error).split())
         print(f"error{rank_and_host()}: {message}", file=sys.stderr, flush=True)

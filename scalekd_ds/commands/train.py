@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
+from scalekd_ds.cluster.ranks import join_ranks, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
@@ -54,6 +55,13 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
         )
     if "RANK" in os.environ:
         raise UserError("--gpus or --hostfile is given to a process that a launcher started: leave it out there.")
+    tasks = started_together(os.environ)
+    # one launcher a node, which srun starts on each, is what --no_ssh is for
+    if tasks and not (given.hostfile and "--no_ssh" in extra_arguments):
+        raise UserError(
+            f"--gpus or --hostfile is given to each of {tasks.world_size} tasks, which {tasks.starter} has started: leave it "
+            "out, since the tasks are the ranks."
+        )
     # not the `deepspeed` command, which may be that of another environment on PATH
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if given.hostfile is not None:
@@ -108,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if given.gpus is not None or given.hostfile is not None:
         _start_launcher(launcher_command(given, run))
+    join_ranks()
     if given.deepspeed_args:
         raise UserError("--deepspeed-args is given without --gpus or --hostfile: there is no launcher to take them.")
     if cfg.run.progress == "json":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.engine.host_memory import keep_freed_memory
 
 # every rank begins the same runs in the same order
@@ -24,19 +24,11 @@ def start_processes() -> torch.device:
 
     Returns:
         The device of this rank.
+
+    Raises:
+        UserError: The environment has a part of what a launcher sets, or what another job has left over.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        single_rank = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update({k: v for k, v in single_rank.items() if k not in os.environ})
+    join_ranks()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])

@@ -17,6 +17,7 @@ from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.cluster.heartbeat import Heartbeat
 from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preemption
+from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
@@ -45,6 +46,7 @@ def build(cfg: RunConfig) -> Run:
         UserError: A setting, the data, the weights, the DeepSpeed JSON or the checkpoint cannot be used.
     """
     check_hostfile()
+    join_ranks()
     ds_json = ds_config.read(cfg.run.ds_config)
     run_dir = Path(cfg.run.dir)
     monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)

@@ -54,6 +54,13 @@ def forked(script: str | Path, *arguments: Any, timeout: float = LIMIT) -> subpr
     return _run(script, arguments, [{}], timeout)
 
 
+def forked_with(
+    variables: list[dict[str, str]], script: str | Path, *arguments: Any, timeout: float = LIMIT
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script in as many processes as there are sets of environment variables to add, and waits for them."""
+    return _run(script, arguments, variables, timeout)
+
+
 def _run(script: str | Path, arguments: tuple, variables: list[dict[str, str]], timeout: float):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")

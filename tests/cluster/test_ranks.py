@@ -1,0 +1,169 @@
+"""Who started this process: every launcher's variables, nobody's, halves of them, and what other jobs leave over."""
+
+import itertools
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny_run
+from forking import forked_with
+from launching import LIMIT, ROOT, environment, free_port
+
+from scalekd_ds.cluster.ranks import first_node, rank_variables
+from scalekd_ds.commands.train import launcher_command
+from scalekd_ds.errors import UserError
+
+TRAIN = ROOT / "launch" / "train.py"
+TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "PMIX_NAMESPACE": "prterun-node-77@1",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+ACROSS = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+# name -> (environment, variables that follow)
+TAKEN = {
+    "nobody": ({}, ALONE),
+    "left-over address": ({"MASTER_ADDR": "node9", "MASTER_PORT": "1"}, ALONE),
+    "left-over job of one": ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ALONE),
+    "empty": ({"RANK": "", "WORLD_SIZE": ""}, ALONE),
+    "rank 0 of 1": ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+    "torchrun or DeepSpeed": (TORCH, TORCH),
+    "torchrun under srun": (TORCH | SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, TORCH),
+    "sbatch's own script": (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ALONE),
+    "salloc's shell": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}, ALONE),
+    "srun": (SLURM, {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07"}),
+    "srun, its size exported": (SLURM | {"WORLD_SIZE": "8"}, {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07"}),
+    "srun, address exported": (SLURM | {"MASTER_ADDR": "ib7"}, {"RANK": "5", "MASTER_ADDR": "ib7"}),
+    "srun, ranks exported": (SLURM | {"RANK": "5", "WORLD_SIZE": "8"}, {"LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}),
+    "Open MPI": (OPEN_MPI, {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}),
+    "Open MPI, two nodes": (
+        OPEN_MPI | ACROSS | {"MASTER_ADDR": "a"},
+        {"RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a"},
+    ),
+    "MPICH": (HYDRA, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+    "mpirun of one": ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ALONE),
+}
+# name -> (environment, words of the line)
+REFUSED = {
+    "left-over size": ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
+    "left-over local rank": ({"LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and RANK is not set"),
+    "left-over size under srun": (SLURM | {"WORLD_SIZE": "4"}, "while srun has started 8 tasks: unset WORLD_SIZE"),
+    "no size": ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is not set: unset RANK"),
+    "too large a rank": (TORCH | {"RANK": "8"}, "RANK is 8 and WORLD_SIZE 8: ranks are numbered from 0 to 7"),
+    "too large a local rank": (TORCH | {"LOCAL_RANK": "6"}, "LOCAL_RANK is 6 and RANK 5"),
+    "no local rank": ({k: v for k, v in TORCH.items() if k != "LOCAL_RANK"}, "LOCAL_RANK is not set"),
+    "no address": ({k: v for k, v in TORCH.items() if k != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
+    "no port": ({k: v for k, v in TORCH.items() if k != "MASTER_PORT"}, "MASTER_PORT is not set"),
+    "mpirun over nodes": (OPEN_MPI | ACROSS, "mpirun -x MASTER_ADDR=NODE"),
+    "words": (TORCH | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four': it must be a whole number"),
+    "negative": (TORCH | {"RANK": "-1"}, "RANK is '-1'"),
+    "port in words": (TORCH | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+    "SLURM in words": (SLURM | {"SLURM_PROCID": ""}, "SLURM_PROCID is ''"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_ranks_are_taken_from_whoever_started_them(name):
+    given, expected = TAKEN[name]
+    found = rank_variables(given)
+    assert set(found) == {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert {key: found[key] for key in expected} == expected
+    # what was found is found again
+    assert rank_variables(given | found) == found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_contradiction_is_one_line(name):
+    given, words = REFUSED[name]
+    with pytest.raises(UserError) as error:
+        rank_variables(given)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_part_of_a_launchers_variables_is_a_job_or_a_line():
+    """Each subset of the five, alone and with SLURM's or MPI's: never another error, never a rank outside its job."""
+    for others in ({}, SLURM, OPEN_MPI, OPEN_MPI | ACROSS, HYDRA):
+        for size in range(6):
+            for names in itertools.combinations(TORCH, size):
+                try:
+                    found = rank_variables(others | {name: TORCH[name] for name in names})
+                except UserError:
+                    continue
+                assert 0 <= int(found["LOCAL_RANK"]) <= int(found["RANK"]) < int(found["WORLD_SIZE"])
+                assert found["MASTER_ADDR"] and 0 < int(found["MASTER_PORT"]) < 65_536
+
+
+def test_tasks_of_one_step_meet_at_one_port_and_those_of_another_elsewhere():
+    ports = {rank_variables(SLURM | {"SLURM_PROCID": str(n), "SLURM_LOCALID": "0"})["MASTER_PORT"] for n in range(8)}
+    assert len(ports) == 1 and ports != {rank_variables(SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"]}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("gpu[07-12,20],login1", "gpu07"),
+        ("a,b", "a"),
+        ("rack2-n[100,7]", "rack2-n100"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("", None),
+    ],
+)
+def test_first_of_slurms_nodes(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_a_launcher_in_each_of_several_tasks_is_refused(monkeypatch, tmp_path):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="given to each of 8 tasks, which srun has started"):
+        launcher_command(SimpleNamespace(gpus=2, hostfile=None, deepspeed_args=""), [])
+    hosts = tmp_path / "hosts"
+    hosts.write_text("gpu07 slots=4\ngpu08 slots=4\n")
+    one_a_node = SimpleNamespace(gpus=None, hostfile=str(hosts), deepspeed_args="--no_ssh --node_rank 1")
+    assert "--no_ssh" in launcher_command(one_a_node, [])
+
+
+def test_two_tasks_of_srun_are_one_job(tmp_path):
+    """Nothing but SLURM's variables."""
+    run_dir = tmp_path / "run"
+    tasks = [
+        SLURM
+        | {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+        | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
+        for n in range(2)
+    ]
+    tasks[1]["SLURM_JOB_ID"] = tasks[0]["SLURM_JOB_ID"]
+    more = ("--run.stop_after", 2, "--student_kwargs", json.dumps(tiny_run.RESNET), "--run.ds_config", "cpu_fp32")
+    job = tiny_run.supervised_arguments(tiny_run.images(tmp_path / "data"), run_dir, *more)
+    done = forked_with(tasks, TRAIN, *job)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["world_size"] == 2 and results["step"] == 2
+
+
+def test_a_size_left_over_in_the_shell_is_named_at_once(tmp_path):
+    command = [sys.executable, TRAIN, "--recipe", "fashion-ce", "--data.root", tmp_path]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment(WORLD_SIZE="4"), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WORLD_SIZE is 4 and RANK is not set") and done.stderr.count("\n") == 1
