@@ -51,6 +51,8 @@ def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: 
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", ""),
         "HF_HUB_OFFLINE": "1",
     }
+    # where another processor is emulated, the nodes are such ones too: its instructions round otherwise
+    environment |= {name: os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
     exports = tmp_path / "deepspeed_env"
     exports.write_text(more + "".join(f"{name}={value}\n" for name, value in environment.items() if value))
     env = {**cluster.env, "DS_ENV_FILE": str(exports), "DS_ACCELERATOR": "cpu"}
