@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -120,6 +121,11 @@ class Student(nn.Module):
             patches = features[:, features.shape[1] - last.shape[-2] * last.shape[-1] :]
             last = patches.transpose(1, 2).unflatten(2, last.shape[-2:])
         return StudentOutput(before, last, self.model.forward_head(features))
+
+    def synchronise_batchnorm(self) -> None:
+        """Replaces each BatchNorm by one that takes its statistics over all ranks, with the same weights and buffers."""
+        # torch's own converter loses the activation that timm's BatchNormAct2d has inside
+        convert_sync_batchnorm(self.model)
 
     @torch.no_grad()
     def shapes(self, image_size: tuple[int, int]) -> StudentOutput:

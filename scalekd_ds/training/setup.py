@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import nn
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.checkpoint.load import choose_checkpoint, load_checkpoint
@@ -65,7 +64,7 @@ def build(cfg: RunConfig) -> Run:
     distiller.to(device)
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
-            nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)
+            distiller.student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None

@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WORKERS = ROOT / "tests" / "workers"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # seconds after which a process hangs; a machine under load is slower, not wrong
 LIMIT = 1800
 
@@ -33,9 +34,11 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment with the tests' interpreter first on PATH and one thread a rank."""
+    """This process's environment with the tests' interpreter first on PATH, one thread a rank, and no rank of a job."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **extra}
+    # a run in this very process has left its own
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**inherited, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **extra}
 
 
 def launcher_command(ranks: int = 2) -> list[str]:

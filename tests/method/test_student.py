@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 from torch import nn
-from zoo import VIT
+from zoo import STUDENTS as FAMILIES
+from zoo import VIT, make_student
 
 from scalekd_ds import Student
 from scalekd_ds.errors import UserError
@@ -138,3 +139,25 @@ def test_channels_last_unless_the_cpu_library_would_crash():
     for _ in range(5):
         sum(x.sum() for x in student(torch.randn(2, 3, 64, 64))).backward()
     assert all(torch.isfinite(p.grad).all() for p in narrow.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_statistics_over_all_ranks_are_of_the_same_network(name):
+    """Its activations included, which timm keeps inside of BatchNorm in many families."""
+    student = make_student(name).eval()
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # statistics and weights of a trained network
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                tensor.data.uniform_(0.5, 1.5)
+    images, state = torch.randn(2, 3, 64, 64), student.state_dict()
+    batchnorms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+    with torch.no_grad():
+        expected = student(images)
+        student.synchronise_batchnorm()
+        found = student(images)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in student.modules()) == batchnorms
+    assert list(student.state_dict()) == list(state)
+    # the optimizer's parameters are the ones that are trained
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(student.state_dict().values(), state.values(), strict=True))
