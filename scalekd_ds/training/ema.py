@@ -41,6 +41,23 @@ def start_ema(engine: Any, decay: float, checkpoint: Path | None) -> StudentEma 
     return ema
 
 
+def slow_average_notice(decay: float, steps: int) -> str | None:
+    """One line where the average of a run of `steps` still holds a visible part of the first step's weights at its end.
+
+    Returns None where that part, decay^steps, is at most 5%.
+    """
+    left = decay ** (steps - 1)
+    # a single step's average is its weights
+    if decay == 0.0 or steps == 1 or left <= 0.05:
+        return None
+    # the average then spans the last tenth of the run
+    faster = max(0.5, 1.0 - 10.0 / steps)
+    return (
+        f"ema.decay is {decay:g} and the run has {steps} steps: {left:.0%} of the average will still be the first step's "
+        f"weights. --ema.decay {faster:.4g} spans the last tenth of such a run."
+    )
+
+
 class StudentEma:
     """average <- decay * average + (1 - decay) * weights, after each optimizer step.
 

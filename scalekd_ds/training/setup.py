@@ -30,7 +30,7 @@ from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.build_engine import build_engine
-from scalekd_ds.training.ema import start_ema
+from scalekd_ds.training.ema import slow_average_notice, start_ema
 from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
@@ -55,9 +55,7 @@ def build(cfg: RunConfig) -> Run:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     if device.type == "cpu" and rank == 0:
-        notice = slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config)
-        if notice is not None:
-            print(notice, flush=True)
+        _say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
@@ -77,6 +75,7 @@ def build(cfg: RunConfig) -> Run:
     state = load_checkpoint(engine, resume_from) if resume_from else {}
     ema = start_ema(engine, cfg.ema.decay, resume_from)
     if rank == 0:
+        _say(slow_average_notice(cfg.ema.decay, total_steps))
         write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
@@ -120,6 +119,11 @@ def build(cfg: RunConfig) -> Run:
         joules_before=state.get("joules") or 0.0,
         logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
+
+
+def _say(notice: str | None) -> None:
+    if notice is not None:
+        print(notice, flush=True)
 
 
 def prepare_teacher(

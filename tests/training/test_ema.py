@@ -14,6 +14,7 @@ from tiny_run import arguments, scalars
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.checkpoint.plain_weights import consolidate
 from scalekd_ds.errors import UserError
+from scalekd_ds.training.ema import slow_average_notice
 
 STAGES = ("zero0", "zero1", "zero2", "zero2 round robin", "zero3", "zero3 persistent", "zero3 sub-groups")
 
@@ -134,3 +135,20 @@ def test_a_decay_of_one_or_more_and_averages_that_are_not_there_are_refused(runs
     assert not (checkpoints_of(runs / "plain")[-1] / "student_ema.safetensors").exists()
     results = json.loads((runs / "plain" / "results.json").read_text())
     assert results["weights"] == "student" and results["ema_top1"] is None
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "words"),
+    [
+        (0.9999, 500, "95% of the average will still be the first step's weights. --ema.decay 0.98 spans"),
+        (0.999, 1000, "37% of the average"),
+        (0.9, 4, "73% of the average will still be the first step's weights. --ema.decay 0.5 spans"),
+        (0.9999, 375_000, None),
+        (0.99, 1000, None),
+        (0.0, 10, None),
+        (0.5, 1, None),
+    ],
+)
+def test_an_average_that_cannot_catch_up_is_said(decay, steps, words):
+    notice = slow_average_notice(decay, steps)
+    assert notice is None if words is None else words in notice
