@@ -40,7 +40,7 @@ def published_distiller(distiller: ScaleKD) -> ScaleKD:
         raise ValueError(f"distiller has a teacher in {distiller.teacher.precision}: the published code keeps float32.")
     view = with_teacher(distiller, _plain_attention(distiller.teacher))
     student = copy.copy(distiller.tapped_student)
-    student.memory_format = torch.contiguous_format
+    student.channels_last = False
     view._tapped_student = (student,)
     return view
 

@@ -64,15 +64,14 @@ def default_taps(model: nn.Module) -> Taps:
     return Taps((max(0, count * 3 // 4 - 1), count - 1), True)
 
 
-def best_memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels-last, in which convolutions and BatchNorm are faster and a map becomes tokens without a copy.
+def takes_channels_last(model: nn.Module) -> bool:
+    """Whether a model runs in channels-last, where convolutions are faster and a map becomes tokens without a copy.
 
-    The default format for a model with a strided 1x1 convolution of fewer than 16 channels: on CPUs, oneDNN's gradient
-    of its weight writes past its workspace there (oneDNN issue 6035), and the process dies.
+    Not one with a strided 1x1 convolution of fewer than 16 channels: on CPUs, oneDNN's gradient of its weight writes past
+    its workspace there (oneDNN issue 6035), and the process dies.
     """
     strided = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1)
-    unsafe = any(m.in_channels // m.groups < 16 for m in strided)
-    return torch.contiguous_format if unsafe else torch.channels_last
+    return all(m.in_channels // m.groups >= 16 for m in strided)
 
 
 class Student(nn.Module):
@@ -110,11 +109,11 @@ class Student(nn.Module):
         self.model = model
         self.preprocessing = Preprocessing.of(model)
         self.taps = taps or default_taps(model)
-        self.memory_format = best_memory_format(model)
+        self.channels_last = takes_channels_last(model)
 
     def forward(self, images: torch.Tensor) -> StudentOutput:
         """One forward pass over images (B, 3, H, W); the logits are those of the bare model."""
-        images = images.contiguous(memory_format=self.memory_format)
+        images = images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         features, (before, last) = self.model.forward_intermediates(images, indices=list(self.taps.indices))
         if self.taps.normed_last:
             # `features` are the final normed tokens; a class or register token in front of them is cut off

@@ -124,12 +124,17 @@ def _map_family(model: nn.Module) -> Family:
         raise UserError(f"the teacher ({name}) cannot take {size[0]}x{size[1]} images: {error}") from None
     finally:
         handle.remove()
-    before_and_after = [
+    before_and_after = tuple(
         Stage(tuple(shape[2:]), shape[1], _heads_of(stage, shape[1]))
         for shape, stage in zip(shapes, list(model.stages)[-2:], strict=True)
-    ]
+    )
     last_stage = partial(_map_last_stage, grid=before_and_after[0].grid)
-    return Family(_map_forward, last_stage, lambda _: tuple(before_and_after))
+    # a function of a module, not a lambda: distillers are pickled
+    return Family(_map_forward, last_stage, partial(_known_stages, before_and_after))
+
+
+def _known_stages(stages: tuple[Stage, ...], _: nn.Module) -> tuple[Stage, ...]:
+    return stages
 
 
 def last_block_count(depth: int) -> int:

@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from scalekd_ds.cluster.ranks import join_ranks, started_together
+from scalekd_ds.cluster.ranks import rank_variables, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if given.gpus is not None or given.hostfile is not None:
         _start_launcher(launcher_command(given, run))
-    join_ranks()
+    # a wrong environment answers at once, too
+    rank_variables(os.environ)
     if given.deepspeed_args:
         raise UserError("--deepspeed-args is given without --gpus or --hostfile: there is no launcher to take them.")
     if cfg.run.progress == "json":
