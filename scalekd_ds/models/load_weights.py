@@ -1,8 +1,9 @@
 """Loads weights from a file into a timm model, or says in one line why they do not fit.
 
-In this order: prefixes of wrappers are stripped, mmpretrain's names become timm's, timm's own filter for the family of
-models converts the releases that it knows (Microsoft's Swin, DINOv2, DINOv3, CLIP, ...) and resizes position tables,
-the classifier is fitted, and the result must agree with the model in every name and shape.
+In this order: the model is found among what its file holds, prefixes of wrappers are stripped, mmpretrain's names become
+timm's, timm's own filter for the family of models converts the releases that it knows (Microsoft's Swin, DINOv2, DINOv3,
+CLIP, ...) and resizes position tables, the classifier is fitted, and the result must agree with the model in every name
+and shape.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from torch import nn
 from scalekd_ds.errors import UserError
 from scalekd_ds.models import mmpretrain
 from scalekd_ds.models.mismatch import Mismatch, likely_cause
-from scalekd_ds.models.weights_file import read_tensors
+from scalekd_ds.models.models_in_file import PREFIXES, choose_model
+from scalekd_ds.models.weights_file import read_models
 
-# put before names by DistributedDataParallel, torch.compile, mmpretrain and other frameworks, and by distillers
-PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
-
-# buffers that follow from a model's shape or that evaluation does not read; older releases saved them
-_DERIVED_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table", "num_batches_tracked")
+# buffers that follow from a model's shape or that evaluation does not read; older releases and averages saved them
+_DERIVED_BUFFERS = (
+    "relative_position_index",
+    "attn_mask",
+    "relative_coords_table",
+    "num_batches_tracked",
+    "n_averaged",
+)
 
 _POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
 
@@ -44,14 +49,14 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
             else a newly initialised one, for fine-tuning.
 
     Returns:
-        One line for each change on the way: averaged weights that were chosen, what was resized or initialised anew.
+        One line for each change on the way: which of several models was chosen, what was left out, resized or initialised
+        anew.
 
     Raises:
-        UserError: The file cannot be read (see `read_tensors`), or does not fit; the message has the first five names
+        UserError: The file cannot be read (see `read_models`), or does not fit; the message has the first five names
             of each kind of difference, and what they suggest.
     """
-    state, wrapper = read_tensors(path)
-    notes = [f"took {wrapper!r}, of averaged weights"] if "ema" in wrapper else []
+    state, notes = choose_model(read_models(path), model.state_dict(), path)
     state = strip_prefixes(state, model.state_dict(), path)
     state = _drop_derived_buffers(mmpretrain.to_timm(state, model.state_dict()), model)
     state = _fit_head(model, _apply_timm_filter(model, state, notes), head, notes)

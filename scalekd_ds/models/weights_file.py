@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scalekd_ds.errors import UserError, first_line
+from scalekd_ds.models.models_in_file import Candidate, models_in
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-
-# keys under which training scripts keep the weights, beside other things; averaged weights first, as in timm
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "student", "module")
 
 # a shell command that takes the path of a pickle and the path of the .safetensors to write
 CONVERT_COMMAND = (
@@ -54,12 +54,13 @@ def _read_torch(path: Path) -> Any:
         raise UserError(f"{path} is damaged or cut short ({first_line(error)}): fetch it again.") from None
 
 
-def _read_any(path: Path) -> Any:
+def _read_any(path: Path, shard: bool = False) -> Any:
     """The content of a weights file, whatever its format: tensors by name, or what was pickled."""
     if path.is_dir():
+        files = [p.name for p in sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))]
         raise UserError(
-            f"weights file {str(path)!r} is a folder: give a file in it; launch/consolidate.py makes one from a "
-            "checkpoint."
+            f"weights file {str(path)!r} is a folder: give a file in it{f' ({files[0]})' if files else ''}; "
+            "launch/consolidate.py makes one from a checkpoint."
         )
     if not path.is_file():
         raise UserError(f"weights file {str(path)!r} does not exist.")
@@ -70,6 +71,11 @@ def _read_any(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
     if not start:
         raise UserError(f"{path} is empty: fetch it again.")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if (number := re.search(r"-(\d+)-of-(\d+)\.(safetensors|bin)$", path.name)) and int(number[2]) > 1 and not shard:
+        index = f"{path.name[: number.start()]}.{number[3]}.index.json"
+        raise UserError(f"{path} is one of {int(number[2])} files with parts of a model: give their index, {index}.")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it came from.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -89,28 +95,45 @@ def _read_any(path: Path) -> Any:
     raise UserError(f"{path} holds neither .safetensors nor PyTorch weights: fetch it again, or name another file.")
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], str]:
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all the files that the index of Hugging Face's sharded weights names, which lie beside it."""
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is no index of weights in several files ({first_line(error)}): fetch it again."
+        ) from None
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        if "/" in name or "\\" in name:
+            raise UserError(f"{index} names {name!r}: the files of an index lie beside it.")
+        content = _read_any(index.with_name(name), shard=True)
+        if not isinstance(content, Mapping):
+            raise UserError(f"{index.with_name(name)} holds a {type(content).__name__}, not weights by name.")
+        tensors |= content
+    return tensors
+
+
+def read_models(path: str | Path) -> list[Candidate]:
     """Reads the tensors of a weights file. Pickles are read by torch's restricted unpickler.
 
     Returns:
-        The tensors by name, on the CPU, floating point ones in at least 32 bits; and the keys of `WRAPPERS` that they
-        were found under, joined by dots, or an empty string.
+        Each dict of tensors in it that may be a model's, on the CPU, floating point ones in at least 32 bits.
 
     Raises:
         UserError: There is no such file, or it is a folder, is damaged, needs code, or holds no weights.
     """
     path = Path(path)
-    content, wrapper = _read_any(path), ""
-    while isinstance(content, Mapping):
-        key = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping) and content[k]), None)
-        if key is None:
-            break
-        content, wrapper = content[key], f"{wrapper}.{key}".lstrip(".")
+    content = _read_any(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name: save a state_dict().")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
+    models = models_in(content)
+    if not models:
         found = f" (its keys: {', '.join(map(str, list(content)[:5]))})" if content else ""
         raise UserError(f"{path} holds no weights{found}: save a state_dict(), or give another file.")
+    return [model._replace(state={name: _in_full(tensor) for name, tensor in model.state.items()}) for model in models]
+
+
+def _in_full(tensor: torch.Tensor) -> torch.Tensor:
     # so that the position tables of half-precision files can be resized like any others
-    return {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in tensors.items()}, wrapper
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

@@ -111,7 +111,9 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path, wrap, prefix):
 def test_averaged_weights_come_first_and_are_named(tmp_path):
     raw, averaged, ours = vit(), shaken(vit()), vit()
     content = {"model": raw.state_dict(), "model_ema": {f"module.{k}": v for k, v in averaged.state_dict().items()}}
-    assert load_weights(ours, written(content, tmp_path / "w.pth")) == ["took 'model_ema', of averaged weights"]
+    assert load_weights(ours, written(content, tmp_path / "w.pth")) == [
+        "took 'model_ema', of averaged weights; left out: 'model'"
+    ]
     same_outputs(ours, averaged)
 
 
@@ -262,7 +264,10 @@ MISFITS = {
         lambda: vit(9).state_dict(),
         r"2 of another shape: head.weight \[9, 24\], not \[5, 24\].*9 in the file",
     ),
-    "wrapper": (renamed("^", "ema_net."), r"names start with 'ema_net.', a wrapper's"),
+    "wrapper": (
+        lambda: {f"net.{k}": v for k, v in vit().state_dict().items() if k != "norm.bias"},
+        r"names start with 'net.', a wrapper's",
+    ),
     "transformers": (renamed(r"^blocks\.", "encoder.layer."), r"Hugging Face transformers'"),
     "dino": (renamed(r"^blocks\.(\d+)\.\w+", r"head.mlp.\1"), r"DINO training checkpoint"),
     "mmpretrain": (

@@ -1,0 +1,137 @@
+"""Which of the tensors in a file are the model: trainers wrap it, and keep averages, losses and other models beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from scalekd_ds.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+# put before names by DistributedDataParallel, torch.compile, mmpretrain and other frameworks, and by distillers
+PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
+
+# keys under which training scripts keep the model, in the order in which they are taken; averages come before them
+_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "student", "module", "weights", "params")
+_AVERAGES = ("ema", "swa", "average")
+_NO_MODELS = ("optim", "sched", "scaler", "rng", "args", "config", "hyper", "callback")
+
+# dicts lie at most this deep in dicts of any known trainer, and what a pickle holds may contain itself
+_DEPTH = 4
+
+
+class Candidate(NamedTuple):
+    """Tensors that may be the model.
+
+    Attributes:
+        keys: The keys of nested dicts that lead to them.
+        prefix: What their names in the file begin with, and `state` has without; empty where all names are taken.
+        state: The tensors by name.
+        beside: What else stands in the same dict where there is a `prefix`.
+    """
+
+    keys: tuple[str, ...]
+    prefix: str
+    state: State
+    beside: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = repr(".".join(self.keys)) if self.keys else ""
+        if not self.prefix:
+            return where or "the file's own names"
+        return f"the names that start with {self.prefix!r}" + (f" in {where}" if where else "")
+
+    @property
+    def is_average(self) -> bool:
+        words = [word.strip(".").lower() for word in (*self.keys, self.prefix)]
+        return any(word.startswith(_AVERAGES) or word.endswith(_AVERAGES) for word in words)
+
+    @property
+    def rank(self) -> int:
+        """Its place among several: averages, then by `_KEYS`, then what has no known key."""
+        words = (*self.keys, self.prefix.strip("."))
+        known = min((_KEYS.index(word) for word in words if word in _KEYS), default=len(_KEYS))
+        return -1 if self.is_average else known
+
+
+def models_in(content: Mapping[Any, Any]) -> list[Candidate]:
+    """Every dict of tensors in nested dicts but those that optimizers, schedules and configurations keep."""
+    found: list[Candidate] = []
+
+    def visit(mapping: Mapping[Any, Any], keys: tuple[str, ...]) -> None:
+        tensors = {str(name): value for name, value in mapping.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            found.append(Candidate(keys, "", tensors))
+        for key, value in mapping.items():
+            other = any(word in str(key).lower() for word in _NO_MODELS)
+            if isinstance(value, Mapping) and not other and len(keys) < _DEPTH:
+                visit(value, (*keys, str(key)))
+
+    visit(content, ())
+    return found
+
+
+def choose_model(models: list[Candidate], model_names: Collection[str], path: str | Path) -> tuple[State, list[str]]:
+    """The tensors of the one model in a file that is meant: of those whose names fit best, averaged weights come first.
+
+    Args:
+        models: What `models_in` found, at least one.
+        model_names: Names of the parameters and buffers of the model that is loaded into.
+        path: The file, for the message.
+
+    Returns:
+        The tensors by name; and one line if they are averaged weights, a part of the names, or one model of several.
+
+    Raises:
+        UserError: Several models fit, and nothing tells which one is meant.
+    """
+    needed = {name for name in model_names if not name.endswith("num_batches_tracked")}
+    candidates = [part for model in models for part in _parts(model, needed) or [model]]
+    fits = {id(c): len(needed & {*c.state, *map(_bare, c.state)}) / max(1, len(needed)) for c in candidates}
+    best = [c for c in candidates if fits[id(c)] >= 0.9 * max(fits.values())]
+    best.sort(key=lambda c: (c.rank, -len(c.state)))
+    chosen = best[0]
+    # where no name fits, the file has another layout, and its largest dict is the model
+    rivals = [c for c in best[1:] if fits[id(c)] > 0.5]
+    if rivals and chosen.rank == rivals[0].rank:
+        raise UserError(
+            f"{path} holds several models ({', '.join(str(c) for c in (chosen, *rivals))}), and nothing says which one is "
+            "meant: save it by itself."
+        )
+    left_out = [*chosen.beside, *(str(c) for c in rivals if c.keys != chosen.keys or not chosen.prefix)]
+    if not (chosen.prefix or chosen.is_average or rivals):
+        return chosen.state, []
+    average = ", of averaged weights" if chosen.is_average else ""
+    others = f"; left out: {', '.join(left_out[:5])}{', ...' if len(left_out) > 5 else ''}" if left_out else ""
+    return chosen.state, [f"took {chosen}{average}{others}"]
+
+
+def _parts(model: Candidate, needed: set[str]) -> list[Candidate]:
+    """Each first part of the names under which the whole model stands; none where all names belong to one model.
+
+    torch's AveragedModel has `module.` beside `n_averaged`, other averages `ema_model.` beside `online_model.`.
+    """
+    if needed <= model.state.keys():
+        return []
+    groups: dict[str, State] = {}
+    for name, tensor in model.state.items():
+        first, dot, rest = name.partition(".")
+        groups.setdefault(first + dot, {})[rest] = tensor
+    whole = {prefix: group for prefix, group in groups.items() if needed <= set(map(_bare, group))}
+    if len(groups) == 1 and not whole.keys().isdisjoint(PREFIXES):
+        return []
+    return [
+        Candidate(model.keys, prefix, group, tuple(repr(other) for other in groups if other != prefix))
+        for prefix, group in whole.items()
+    ]
+
+
+def _bare(name: str) -> str:
+    """A name without any of `PREFIXES` in front."""
+    while found := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(found)
+    return name

@@ -1,0 +1,149 @@
+"""The model in files of other trainers, which keep averages, optimizers, losses and other models beside it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
+from weight_files import same_outputs, shaken, vit, written
+
+from scalekd_ds.errors import UserError
+from scalekd_ds.models.load_weights import load_weights
+
+
+def put(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def adam_state(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+LOSS, HALF = torch.tensor(0.4), torch.float16
+# name -> (what a trainer saves, from the state of the model that is meant and of another one; the note about it)
+HOLDS = {
+    "bare": (lambda s, o: s, None),
+    "PyTorch's tutorial": (lambda s, o: {"epoch": 5, "model_state_dict": s, "loss": LOSS}, None),
+    "its optimizer": (lambda s, o: {"model_state_dict": s, "optimizer_state_dict": adam_state(vit())}, None),
+    "an optimizer of another name": (lambda s, o: {"net": s, "opt": adam_state(vit())}, None),
+    "net": (lambda s, o: {"net": s, "acc": 90.0}, None),
+    "network": (lambda s, o: {"network": s}, None),
+    "weights": (lambda s, o: {"weights": s, "version": 2}, None),
+    "an unknown key": (lambda s, o: {"my_vit": s, "epoch": 1}, None),
+    "dicts in dicts": (lambda s, o: {"checkpoint": {"model": {"state_dict": s}}, "epoch": 1}, None),
+    "Lightning": (
+        lambda s, o: {"state_dict": put("model.", s), "optimizer_states": [adam_state(vit())], "callbacks": {"x": o}},
+        None,
+    ),
+    "Lightning, compiled": (
+        lambda s, o: {"state_dict": put("model._orig_mod.", s), "hyper_parameters": {"lr": LOSS}},
+        None,
+    ),
+    "a Lightning module's net": (lambda s, o: {"state_dict": put("net.", s)}, "took the names that start with 'net.'"),
+    "a metric beside it": (
+        lambda s, o: {"state_dict": put("model.", s) | {"criterion.weight": LOSS}},
+        "took the names that start with 'model.' in 'state_dict'; left out: 'criterion.'",
+    ),
+    "DDP": (lambda s, o: put("module.", s), None),
+    "DDP, compiled": (lambda s, o: {"model": put("module._orig_mod.", s)}, None),
+    "a teacher's dict": (lambda s, o: {"student": s, "teacher": o}, "took 'student'; left out: 'teacher'"),
+    "a teacher's names": (
+        lambda s, o: put("student.", s) | put("teacher.", o),
+        "took the names that start with 'student.'; left out: 'teacher.'",
+    ),
+    "model and ema": (lambda s, o: {"model": o, "ema": s}, "took 'ema', of averaged weights; left out: 'model'"),
+    "timm's": (
+        lambda s, o: {"state_dict": o, "state_dict_ema": s, "arch": "vit", "optimizer": {"state": {0: {"step": LOSS}}}},
+        "took 'state_dict_ema', of averaged weights; left out: 'state_dict'",
+    ),
+    "an average with DDP": (
+        lambda s, o: {"model": put("module.", o), "model_ema": put("module.", s)},
+        "took 'model_ema', of averaged weights; left out: 'model'",
+    ),
+    "half precision beside an average": (
+        lambda s, o: {"model": {k: v.to(HALF) for k, v in o.items()}, "ema_state_dict": s},
+        "took 'ema_state_dict', of averaged weights; left out: 'model'",
+    ),
+    "ema_pytorch's": (
+        lambda s, o: put("online_model.", o) | put("ema_model.", s) | {"initted": LOSS, "step": LOSS},
+        "took the names that start with 'ema_model.', of averaged weights; left out: 'online_model.', 'initted', 'step'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_the_model_that_is_meant_is_found_and_the_rest_is_said(tmp_path, name):
+    theirs, other, ours = shaken(vit()), vit(), vit()
+    content, note = HOLDS[name]
+    path = written(content(theirs.state_dict(), other.state_dict()), tmp_path / "w.pth")
+    notes = load_weights(ours, path)
+    assert notes == [] if note is None else notes[0].startswith(note), notes
+    same_outputs(ours, theirs)
+
+
+@pytest.mark.parametrize("make", [AveragedModel, lambda m: AveragedModel(m, use_buffers=True), ModelEmaV3])
+def test_an_averaging_wrapper_itself(tmp_path, make):
+    theirs, ours = shaken(vit()), vit()
+    load_weights(ours, written(make(theirs).state_dict(), tmp_path / "w.pth"))
+    same_outputs(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda s, o: {"generator": s, "critic": o}, r"several models \('critic', 'generator'\)|'generator', 'critic'"),
+        (lambda s, o: put("left.", s) | put("right.", o), r"start with 'left.', the names that start with 'right.'"),
+        (lambda s, o: {"ema": s, "swa": o}, "several models .'ema', 'swa'.*, and nothing says which one is meant"),
+    ],
+)
+def test_one_of_several_models_is_not_guessed(tmp_path, content, words):
+    path = written(content(shaken(vit()).state_dict(), vit().state_dict()), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words) as error:
+        load_weights(vit(), path)
+    assert "\n" not in str(error.value)
+
+
+def shards(folder, model):
+    """As transformers' save_pretrained writes a model that is larger than one file."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    state = list(model.state_dict().items())
+    half = len(state) // 2
+    placed = {}
+    for name, part in zip(names, (state[:half], state[half:]), strict=True):
+        save_file(dict(part), folder / name)
+        placed |= {key: name for key, _ in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": placed}))
+    return index
+
+
+def test_shards_are_read_by_their_index_and_not_one_by_one(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    index = shards(tmp_path, theirs)
+    load_weights(ours, index)
+    same_outputs(ours, theirs)
+    with pytest.raises(
+        UserError, match=r"is one of 2 files with parts of a model: give their index, model.safetensors.index"
+    ):
+        load_weights(vit(), tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"is a folder: give a file in it \(model.safetensors.index.json\)"):
+        load_weights(vit(), tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors' does not exist"):
+        load_weights(vit(), index)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../../x.safetensors"}}', "\xff"]
+)
+def test_a_broken_index_is_one_line(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        load_weights(vit(), index)
+    assert str(index) in str(error.value) and "\n" not in str(error.value)
