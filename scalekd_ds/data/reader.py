@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class Reader:
         self.source = source
         self._cache: dict[int, np.ndarray] | None = {} if _estimated_bytes(source) <= keep_bytes else None
         self._checked = np.zeros(len(source), dtype=bool)
+        # Hugging Face's sets have a name instead
+        self._in_a_folder = source.root.exists()
 
     def encoded(self, index: int) -> np.ndarray:
         """The encoded bytes of one image, (bytes,) uint8.
@@ -59,10 +62,13 @@ class Reader:
         try:
             data = self.source.read(index)
         except OSError as error:
-            _check_storage(self.source.root)
+            # what has no errno is about the image: a row without one, say
+            if error.errno is not None and self._in_a_folder:
+                _check_storage(self.source.root)
             raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
         if not self._checked[index]:
-            if flaw := flaw_by_structure(memoryview(data)):
+            # whole files may look cut off, as photos with a film behind them do: the decoders decide
+            if flaw_by_structure(memoryview(data)) and (flaw := flaw_of(data)):
                 raise BadImageError(self.source.name(index), flaw)
             self._checked[index] = True
         data = _png16_to_png8(data)
@@ -83,9 +89,7 @@ class Reader:
                 with Image.open(io.BytesIO(encoded)) as image:
                     height, width = image.height, image.width
             except (OSError, Image.DecompressionBombError) as error:
-                # Pillow's message for an unidentified image is only the address of the buffer
-                reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"is damaged: {error}"
-                raise BadImageError(self.source.name(index), reason) from None
+                raise BadImageError(self.source.name(index), _reason(error)) from None
             self.source.sizes[index] = height, width
         return height, width
 
@@ -133,17 +137,30 @@ def _estimated_bytes(source: Source) -> float:
 
 
 def flaw_of(data: np.ndarray) -> str | None:
-    """Why a file cannot be decoded to RGB, by its structure and by decoding it with Pillow; None where it can."""
-    if flaw := flaw_by_structure(memoryview(data)):
-        return flaw
+    """Why a file cannot be decoded to RGB, by decoding it with Pillow; None where it can.
+
+    Where the structure is suspect and Pillow decodes it nevertheless, DALI has to decode it as well.
+    """
+    flaw = flaw_by_structure(memoryview(data))
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
-    except UnidentifiedImageError:
-        return "is no image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"is damaged: {error}"
-    return None
+        return flaw or _reason(error)
+    return flaw if flaw and not _count_decoded([data]) else None
+
+
+def _reason(error: Exception) -> str:
+    """Completes the sentence "FILE ..." for an error of Pillow's."""
+    if isinstance(error, UnidentifiedImageError):
+        # Pillow's message is only the address of the buffer
+        return "is no image"
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "its pixels"
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f"is too large: {size}, and at most {limit:.0f} are read, against decompression bombs; scale it down"
+    return f"is damaged: {error}"
 
 
 def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:

@@ -17,7 +17,9 @@ from PIL import Image
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.bad_files import BadFiles
+from scalekd_ds.data.reader import BadImageError, Reader
 from scalekd_ds.data.sampler import StreamSampler
+from scalekd_ds.data.sources.hugging_face import open_hub
 from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
 from scalekd_ds.data.verify import QUARANTINE, find_flaws, read_quarantine, without_quarantined, write_quarantine
 from scalekd_ds.errors import UserError
@@ -50,6 +52,21 @@ DAMAGE = {
     "broken PNG": broken_png(),
     "GIF": encoded("GIF"),
     "link to nowhere": None,
+}
+
+
+def bmp_of_a_wrong_size() -> bytes:
+    data = bytearray(encoded("BMP"))
+    data[2:6] = (len(data) + 100).to_bytes(4, "little")
+    return bytes(data)
+
+
+# whole images that look cut off, or have more behind their end than anyone would search
+SUSPECT = {
+    "motion.jpg": encoded("JPEG") + b"\0\0\0\x18ftypmp42" + bytes(200_000),
+    "progressive.jpg": encoded("JPEG", progressive=True) + bytes(100_000),
+    "bytes behind.png": encoded("PNG") + bytes(100_000),
+    "size.bmp": bmp_of_a_wrong_size(),
 }
 
 
@@ -161,7 +178,41 @@ def test_images_that_pillow_and_dali_take_are_not_flawed(tmp_path):
     for name, image in images.items():
         image.save(tmp_path / "a" / name)
     (tmp_path / "b" / "png_named.jpg").write_bytes(encoded("PNG"))
-    assert find_flaws(index_folder(tmp_path, "verify"), workers=1) == {}
+    for name, data in SUSPECT.items():
+        (tmp_path / "b" / name).write_bytes(data)
+    source = index_folder(tmp_path, "verify")
+    assert find_flaws(source, workers=1) == {}
+    reader = Reader(source, keep_bytes=0)
+    for index in range(len(source)):
+        assert reader.encoded(index).size and all(reader.size(index, reader.encoded(index)))
+
+
+def test_a_large_image_is_called_large(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "small.png").write_bytes(encoded("PNG"))
+    Image.new("1", (14_000, 13_500)).save(tmp_path / "a" / "scan.png")
+    reason = "is too large: 189 megapixels, and at most 179 are read, against decompression bombs; scale it down"
+    source = index_folder(tmp_path, "verify")
+    assert list(find_flaws(source, workers=1).values()) == [reason]
+    number = next(i for i in range(3) if source.name(i).endswith("scan.png"))
+    reader = Reader(source, keep_bytes=0)
+    with pytest.raises(BadImageError, match="is too large: 189 megapixels"):
+        reader.size(number, reader.encoded(number))
+
+
+def test_a_row_without_an_image_is_one_bad_image(tmp_path, monkeypatch):
+    """Its source has a name where others have a folder, which nobody may take for a lost disk."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    image = {"bytes": encoded("PNG"), "path": None}
+    rows = {"image": [image, None, image, image], "label": [0, 1, 1, 0]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(open_hub("hf:hf:train", "data.train"), keep_bytes=0)
+    assert reader.encoded(0).size
+    with pytest.raises(BadImageError, match="its row has no image"):
+        reader.encoded(1)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "RGBA", "1", "CMYK", "webp"])
