@@ -16,6 +16,8 @@ def parser() -> Parser:
                         "folder that holds them as val/")  # fmt: skip
     options.add_argument("--weights", default="pretrained", help="for a timm name: pretrained, none or a .safetensors")
     options.add_argument("--image-size", type=int, default=None, help="side in pixels; the model's own if not given")
+    options.add_argument("--eval-resize", type=int, default=None, help="shorter side before the centre crop in pixels; "
+                        "as in training if not given, in proportion at another size")  # fmt: skip
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--threads", type=int, default=2, help="decoding threads")
     options.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
@@ -27,9 +29,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or args.threads < 1:
         raise UserError(f"--batch-size is {args.batch_size} and --threads {args.threads}: both must be at least 1.")
 
+    for name in ("image_size", "eval_resize"):
+        value, least = getattr(args, name), 8 if name == "image_size" else args.image_size or 8
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least} pixels.")
     from scalekd_ds.evaluation.standalone import evaluate_model
 
     result = evaluate_model(
-        args.model, args.data, args.weights, args.image_size, args.batch_size, args.threads, args.logits
+        args.model,
+        args.data,
+        args.weights,
+        args.image_size,
+        args.batch_size,
+        args.threads,
+        args.logits,
+        args.eval_resize,
     )
     print(f"{args.model}: top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  ({result['images']} images)")

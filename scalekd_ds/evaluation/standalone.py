@@ -13,7 +13,7 @@ from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.models.build import build_model
-from scalekd_ds.models.card import read_card
+from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 
 
@@ -26,6 +26,7 @@ def evaluate_model(
     batch_size: int = 64,
     threads: int = 2,
     logits_file: Path | None = None,
+    eval_resize: int | None = None,
 ) -> dict[str, float]:
     """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32.
 
@@ -38,6 +39,8 @@ def evaluate_model(
         threads: Decoding threads.
         logits_file: File to which `logits` (n, K) and `labels` (n,) are written, in the order of the sorted images;
             None writes none.
+        eval_resize: Shorter side before the centre crop in pixels; None takes that of training, in proportion where the
+            size is another.
 
     Returns:
         `top1` and `top5` in percent, and `images`, their number.
@@ -48,7 +51,8 @@ def evaluate_model(
     folder = data / "val" if (data / "val").is_dir() else data
     source = index_folder(folder, "--data")
     card = read_card(name) if name.endswith(".safetensors") else {}
-    model = build_model(name, None, None, weights, image_size).eval()
+    # with its number of classes given, a model of a file is built for the new size
+    model = build_model(name, card.get("num_classes") if image_size else None, None, weights, image_size).eval()
     num_classes = int(model.num_classes)
     if num_classes != len(source.classes):
         raise UserError(
@@ -59,7 +63,7 @@ def evaluate_model(
     model.to(device)
     cfg = DataConfig(
         image_size=size,
-        eval_resize=card.get("eval_resize"),
+        eval_resize=eval_resize_at(card, size) if eval_resize is None else eval_resize,
         interpolation=card.get("interpolation", "bicubic"),
         threads=threads,
     )

@@ -26,7 +26,7 @@ from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, h
 from scalekd_ds.inspection.predictions import correctness, crosstable, is_correct, order_by_disagreement, top_classes
 from scalekd_ds.inspection.projector_attention import projector_attention, restore_distiller
 from scalekd_ds.inspection.sheet import PictureColumn, PredictionColumn, Sheet, draw_sheet
-from scalekd_ds.models.card import read_card
+from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.teacher import Teacher
 
@@ -112,7 +112,7 @@ def _validation_crop(student: InspectedModel, size: int | None) -> Crop:
     """The crop of the student's validation images, or one with sides of `size` pixels."""
     card, own = student.card, Preprocessing.of(student.model)
     side = size or card.get("image_size") or (own.size or (224, 224))[0]
-    data = DataConfig(image_size=side, eval_resize=card.get("eval_resize") if size is None else None)
+    data = DataConfig(image_size=side, eval_resize=eval_resize_at(card, side))
     return Crop(side, data.eval_shorter_side, card.get("interpolation", "bicubic"))
 
 

@@ -151,7 +151,7 @@ def open_model(
         name: A run's or checkpoint's folder, a consolidated .safetensors, or a timm name.
         role: `student`, `teacher` or `baseline`.
         weights: For a timm name: `pretrained`, `none` or a file.
-        size: Side of its images in pixels, for a timm model that is built for one size; None takes the model's own.
+        size: Side of its images in pixels, for a model that is built for one size; None takes the model's own.
         of_run: Which weights of a run: `student` or `ema`; None takes what the run ships.
 
     Raises:
@@ -160,7 +160,8 @@ def open_model(
     source = locate(name, of_run)
     card = {} if source.weights is None else read_card(source.weights)
     timm_name_or_file = name if source.weights is None else str(source.weights)
-    model = build_model(timm_name_or_file, None, None, weights, None if card else size).eval()
+    # with its number of classes given, a model of a file is built for the new size
+    model = build_model(timm_name_or_file, card.get("num_classes") if size else None, None, weights, size).eval()
     return wrap_model(model, role, name, source, card)
 
 

@@ -32,3 +32,14 @@ def read_card(weights: str | Path) -> dict[str, Any]:
         return json.loads(card.read_text())
     except ValueError as error:
         raise UserError(f"{card} is not JSON ({error}): consolidate the checkpoint again.") from None
+
+
+def eval_resize_at(card: dict[str, Any], image_size: int) -> int | None:
+    """The shorter side before the centre crop of a card's model at `image_size` pixels; None is the default of any size.
+
+    At another size than that of training the same share of each image is seen.
+    """
+    resize, trained = card.get("eval_resize"), card.get("image_size")
+    if resize is None or not trained:
+        return resize
+    return round(resize * image_size / trained)

@@ -47,6 +47,7 @@ class Run:
         unsharded_student: Copy of the student for evaluation under ZeRO-3.
         teacher_accuracy: `top1` and `top5` of the teacher in percent, once it is evaluated.
         accuracy: The same of the student's own weights at the last evaluation.
+        evaluated_step: The step of the last evaluation.
         ema: Moving average of the student, where the run keeps one.
         ema_accuracy: Accuracy of the moving average at the last evaluation.
         best: `top1` and `step` of the best evaluation so far.
@@ -76,6 +77,7 @@ class Run:
     unsharded_student: nn.Module | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
+    evaluated_step: int | None = None
     ema: StudentEma | None = None
     ema_accuracy: dict[str, float] | None = None
     best: dict[str, float] | None = None

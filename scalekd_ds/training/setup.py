@@ -112,6 +112,7 @@ def build(cfg: RunConfig) -> Run:
         unsharded_student=unsharded_student,
         teacher_accuracy=state.get("teacher_accuracy"),
         accuracy=state.get("accuracy"),
+        evaluated_step=state.get("evaluated_step"),
         ema=ema,
         ema_accuracy=state.get("ema_accuracy"),
         best=state.get("best"),

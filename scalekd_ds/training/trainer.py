@@ -37,6 +37,7 @@ def begin_checkpoint(run: Run, watch: Watch) -> Path:
         # the accuracy of the weights that the run ships, by which the best checkpoints are kept
         "top1": (run.accuracy_of(run.shipped_weights) or {}).get("top1"),
         "accuracy": run.accuracy,
+        "evaluated_step": run.evaluated_step,
         "ema_accuracy": run.ema_accuracy,
         "teacher_accuracy": run.teacher_accuracy,
         "best": run.best,
@@ -95,7 +96,8 @@ def train(cfg: RunConfig) -> dict[str, Any]:
 def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
     """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
     cfg = run.cfg.run
-    eval_steps = round(cfg.eval_every * run.steps_per_epoch)
+    # an interval of less than a step is each step
+    eval_steps = max(1, round(cfg.eval_every * run.steps_per_epoch)) if cfg.eval_every else 0
     batches = iter(run.train_loader)
     run.engine.train()
     watch.reset()
@@ -144,6 +146,10 @@ def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
 def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
     """Ends a complete run: writes weights, card and results, and shows the report; collective."""
     run_dir = Path(run.cfg.run.dir)
+    if run.evaluated_step != run.step:
+        # a run that goes on with fewer epochs than it has behind it takes no step
+        reporter.line(f"nothing is left to train after step {run.step}")
+        validate(run, reporter)
     weights = run.ema.state() if run.shipped_weights == "ema" else student_state(run.distiller)
     shipped = run.accuracy_of(run.shipped_weights)
     results = {

@@ -44,6 +44,7 @@ def validate(run: Run, reporter: Reporter) -> None:
     synchronise_buffers(run.distiller)
     student = student_to_evaluate(run)
     run.accuracy = evaluate_module(student, run.validation_batches(), run.device)
+    run.evaluated_step = run.step
     if run.cfg.run.pictures and run.logs_pictures:
         if run.picture_images is None:
             run.picture_images = images_to_show(run.val_loader, run.cfg.run.pictures, run.device)

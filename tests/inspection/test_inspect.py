@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from tiny_run import RESNET, SWIN
 from torchvision import transforms
+from weight_files import VIT
 
 from scalekd_ds.checkpoint.layout import resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import write_student
@@ -306,3 +307,12 @@ def test_the_documents_commands_run(place, tmp_path, monkeypatch, capsys):
         main(arguments)
         assert "wrote" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["inspect.png", "plain.png"]
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_a_vit_is_looked_at_in_another_size(tmp_path, size, capsys):
+    """Its positions are those of one grid."""
+    data = make_dataset(tmp_path / "data", train=1, val=6, classes=3, size=(32, 32))
+    model = write_model(tmp_path / "vit.safetensors", "vit_tiny_patch16_224", VIT)
+    main([model, str(data), "--size", str(size), "--out", str(tmp_path / "sheet.png")])
+    assert "resized pos_embed" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()

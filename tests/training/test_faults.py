@@ -86,6 +86,11 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number,
     step = int(newest.name[4:])
     assert f"stopped at step {step} of" in job.text() and "--run.resume auto goes on" in job.text()
     assert not list((run_dir / "checkpoints").glob(".partial*"))
+    # with fewer epochs than are done it ends like any other run, and what was never evaluated is
+    short = forked(TRAIN, *args, "--schedule.epochs", 1)
+    assert short.returncode == 0 and f"nothing is left to train after step {step}" in short.stdout, short.stderr
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["step"] == step >= results["total_steps"] == 5 and results["top1"] >= 0
     # on another number of ranks, too
     on = forked(TRAIN, *args, "--run.stop_after", step + 2)
     assert on.returncode == 0 and f"from {newest.name}" in on.stdout, on.stderr

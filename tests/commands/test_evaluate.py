@@ -1,0 +1,82 @@
+"""Evaluation at settings other than those of training."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from image_fixtures import make_dataset
+from safetensors.torch import load_file
+from tiny_run import RESNET
+from weight_files import VIT
+
+from scalekd_ds.checkpoint.plain_weights import write_student
+from scalekd_ds.commands.evaluate import main
+from scalekd_ds.errors import UserError
+from scalekd_ds.evaluation.standalone import evaluate_model
+from scalekd_ds.models.card import eval_resize_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STUDENTS = {"resnet18": RESNET, "vit_tiny_patch16_224": VIT}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=3, val=9, classes=3, size=(40, 56))
+
+
+def student(folder: Path, name: str, eval_resize: int | None) -> str:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **STUDENTS[name])
+    card = {"architecture": name, "model_kwargs": STUDENTS[name], "num_classes": 3, "classes": ["a", "b", "c"]}
+    card |= {
+        "image_size": 32,
+        "eval_resize": eval_resize,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+    }
+    write_student(folder / "student.safetensors", model.state_dict(), card)
+    return str(folder / "student.safetensors")
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_combination_evaluates(tmp_path, data, name):
+    """Sizes above and below that of training, crops of a card and of an option, batches larger than the set."""
+    for trained, size, resize, batch in itertools.product((None, 36), (None, 16, 48, 64), (None, 80), (2, 64)):
+        model = student(tmp_path, name, trained)
+        result = evaluate_model(model, data, image_size=size, batch_size=batch, threads=1, eval_resize=resize)
+        assert result["images"] == 9 and 0 <= result["top1"] <= 100 == result["top5"]
+
+
+def test_another_size_sees_the_same_share_of_each_image(tmp_path, data, monkeypatch):
+    assert eval_resize_at({"eval_resize": 36, "image_size": 32}, 64) == 72
+    assert eval_resize_at({"eval_resize": 36, "image_size": 32}, 32) == 36
+    assert eval_resize_at({"eval_resize": None, "image_size": 32}, 64) is None and eval_resize_at({}, 64) is None
+    logits = []
+    for number, resize in enumerate((None, 72, 128)):
+        file = tmp_path / f"{number}.safetensors"
+        evaluate_model(
+            student(tmp_path, "resnet18", 36), data, image_size=64, threads=1, logits_file=file, eval_resize=resize
+        )
+        logits.append(load_file(file)["logits"].numpy())
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--image-size", "4"), "--image-size is 4: it must be at least 8 pixels"),
+        (("--image-size", "64", "--eval-resize", "48"), "--eval-resize is 48: it must be at least 64 pixels"),
+        (("--eval-resize", "16"), "eval_resize is 16"),
+        (("--batch-size", "0"), "--batch-size is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(tmp_path, data, words, says):
+    with pytest.raises(UserError, match=says) as error:
+        main([student(tmp_path, "resnet18", None), "--data", str(data), *words])
+    assert "\n" not in str(error.value)
