@@ -31,6 +31,7 @@ from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.build_engine import build_engine
 from scalekd_ds.training.ema import slow_average_notice, start_ema
+from scalekd_ds.training.micro_batch import micro_batch_notice
 from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
@@ -65,6 +66,9 @@ def build(cfg: RunConfig) -> Run:
             distiller.student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
+    notice = micro_batch_notice(cfg, world_size, distiller)
+    if rank == 0:
+        _say(notice)
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
