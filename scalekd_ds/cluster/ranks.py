@@ -85,10 +85,8 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
             f"RANK is {rank} and WORLD_SIZE {world_size}, but LOCAL_RANK is not set, which chooses the GPU: set it to the "
             "rank's number on its node."
         )
-    if not 0 <= local_rank <= rank:
-        raise UserError(
-            f"LOCAL_RANK is {local_rank} and RANK {rank}: a rank's number on its node is from 0 to its rank."
-        )
+    if not 0 <= local_rank < world_size:
+        raise UserError(f"LOCAL_RANK is {local_rank} and WORLD_SIZE {world_size}: it must be below that.")
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if not address:
         address = tasks.address if same else "127.0.0.1" if world_size == 1 else None
