@@ -65,10 +65,14 @@ def _alone(given: dict[str, int]) -> dict[str, str]:
                 f"{name}, or {_COMMANDS}."
             )
     # whatever another job has left over of MASTER_ADDR and MASTER_PORT
+    return _variables(0, 0, 1, "127.0.0.1", str(free_port()))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return _variables(0, 0, 1, "127.0.0.1", str(port))
+        return probe.getsockname()[1]
 
 
 def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tasks | None) -> dict[str, str]:
@@ -97,9 +101,11 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
         )
     if port:
         _number(environment, "MASTER_PORT")
-    elif same or world_size == 1:
+    elif world_size == 1:
+        port = str(free_port())
+    elif same:
         # the same one on every rank, and seldom that of another job on the same nodes
-        port = str(15_000 + zlib.crc32((tasks.identity if same else str(os.getpid())).encode()) % 15_000)
+        port = str(15_000 + zlib.crc32(tasks.identity.encode()) % 15_000)
     else:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {world_size}, but MASTER_PORT is not set: set it on every rank to a free port "
@@ -135,8 +141,8 @@ def started_together(environment: Mapping[str, str]) -> _Tasks | None:
 
 def first_node(nodes: str) -> str | None:
     """The first name of a list as SLURM writes it: `gpu07` of `gpu[07-12,20],login1`; None of an empty list."""
-    found = re.match(r"([^\[,\s]+)(?:\[(\d+)[^\]]*\]([^\[,\s]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else None
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else None
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import socket
 import sys
 from typing import Any, NoReturn
 
-from scalekd_ds.cluster.ranks import rank_variables, started_together
+from scalekd_ds.cluster.ranks import free_port, rank_variables, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
@@ -71,7 +70,7 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
         command += ["--hostfile", given.hostfile]
         if list(hosts) == ["localhost"]:
             # this machine needs no ssh server to reach itself
-            command += ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+            command += ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         elif " " in os.getcwd():
             # DeepSpeed has the nodes' shells change to it, unquoted
             raise UserError(
@@ -82,14 +81,8 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
         if given.gpus < 1:
             raise UserError(f"--gpus is {given.gpus}: it must be at least 1.")
         # a port of its own, so that two jobs on one machine do not meet
-        command += ["--num_accelerators", str(given.gpus), "--master_port", str(_free_port())]
+        command += ["--num_accelerators", str(given.gpus), "--master_port", str(free_port())]
     return [*command, *extra_arguments, "--module", MODULE, *run]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _start_launcher(command: list[str]) -> NoReturn:

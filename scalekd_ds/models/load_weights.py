@@ -57,6 +57,8 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
             of each kind of difference, and what they suggest.
     """
     state, notes = choose_model(read_models(path), model.state_dict(), path)
+    # so that the position tables of half-precision files can be resized like any others
+    state = {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in state.items()}
     state = strip_prefixes(state, model.state_dict(), path)
     state = _drop_derived_buffers(mmpretrain.to_timm(state, model.state_dict()), model)
     state = _fit_head(model, _apply_timm_filter(model, state, notes), head, notes)

@@ -118,7 +118,7 @@ def read_models(path: str | Path) -> list[Candidate]:
     """Reads the tensors of a weights file. Pickles are read by torch's restricted unpickler.
 
     Returns:
-        Each dict of tensors in it that may be a model's, on the CPU, floating point ones in at least 32 bits.
+        Each dict of tensors in it that may be a model's, on the CPU.
 
     Raises:
         UserError: There is no such file, or it is a folder, is damaged, needs code, or holds no weights.
@@ -131,9 +131,4 @@ def read_models(path: str | Path) -> list[Candidate]:
     if not models:
         found = f" (its keys: {', '.join(map(str, list(content)[:5]))})" if content else ""
         raise UserError(f"{path} holds no weights{found}: save a state_dict(), or give another file.")
-    return [model._replace(state={name: _in_full(tensor) for name, tensor in model.state.items()}) for model in models]
-
-
-def _in_full(tensor: torch.Tensor) -> torch.Tensor:
-    # so that the position tables of half-precision files can be resized like any others
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+    return models

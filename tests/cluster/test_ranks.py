@@ -123,6 +123,7 @@ def test_tasks_of_one_step_meet_at_one_port_and_those_of_another_elsewhere():
         ("a,b", "a"),
         ("rack2-n[100,7]", "rack2-n100"),
         ("n[1-2]-ib", "n1-ib"),
+        ("rack[3-4]n[07-12],x", "rack3n07"),
         ("", None),
     ],
 )

@@ -31,7 +31,12 @@ def data(tmp_path_factory):
 def student(folder: Path, name: str, eval_resize: int | None) -> str:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **STUDENTS[name])
-    card = {"architecture": name, "model_kwargs": STUDENTS[name], "num_classes": 3, "classes": ["a", "b", "c"]}
+    card = {
+        "architecture": name,
+        "model_kwargs": STUDENTS[name],
+        "num_classes": 3,
+        "classes": ["class_0", "class_1", "class_2"],
+    }
     card |= {
         "image_size": 32,
         "eval_resize": eval_resize,

@@ -89,9 +89,9 @@ def _wait(processes: list, deadline: float) -> int | None:
             codes = [process.exitcode for process in processes]
             failed = [code for code in codes if code]
             if failed:
-                # the others say why they end, as the launcher lets them
+                # the others say why they end, for which they look for a lost rank first
                 for process in processes:
-                    process.join(10)
+                    process.join(60)
                 return failed[0]
             if None not in codes:
                 return 0
