@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from deepspeed import comm as dist
 
+from scalekd_ds import signals
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.save import save_checkpoint
+from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine.gather import student_state
@@ -76,10 +78,14 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
+    signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
     with run.heartbeat, run.preemption, Watch(run) as watch:
         try:
-            finished = _loop(run, reporter, watch, last)
-            results = _finish(run, reporter, watch) if finished else _stop(run, reporter)
+            try:
+                _loop(run, reporter, watch, last)
+                results = _finish(run, reporter, watch)
+            except Preempted:
+                results = _stop(run, reporter)
             run.saver.finish()
         except UserError:
             raise
@@ -93,11 +99,18 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     return results
 
 
-def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
-    """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
+def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> None:
+    """Trains to step `last`.
+
+    Raises:
+        Preempted: A signal asked the run to stop; a checkpoint of the last step is begun.
+    """
     cfg = run.cfg.run
     # an interval of less than a step is each step
     eval_steps = max(1, round(cfg.eval_every * run.steps_per_epoch)) if cfg.eval_every else 0
+    if eval_steps and run.step and run.step % eval_steps == 0 and run.evaluated_step != run.step < last:
+        # the run was stopped before the evaluation that was due
+        validate(run, reporter)
     batches = iter(run.train_loader)
     run.engine.train()
     watch.reset()
@@ -113,23 +126,26 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
             scalars = watch.scalars(losses)
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
-        stopping = run.preemption.stop() and run.step < last
-        evaluating = not stopping and ((eval_steps and run.step % eval_steps == 0) or run.step == last)
-        saving = stopping or (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
-        if not evaluating and not saving:
+        stopping = run.preemption.stop()
+        evaluating = (eval_steps and run.step % eval_steps == 0) or run.step == last
+        saving = (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
+        if not (evaluating or saving or stopping):
             continue
         # evaluation and saving are not training time
         run.cpu_seconds += time.process_time() - cpu
-        if evaluating:
-            validate(run, reporter)
-        if saving:
+        if evaluating and not stopping:
+            try:
+                validate(run, reporter)
+            except Preempted:
+                # an evaluation may take longer than a scheduler waits; it is repeated when the run goes on
+                stopping = True
+        if saving or stopping:
             begin_checkpoint(run, watch)
         if stopping:
-            return False
+            raise Preempted
         run.heartbeat.progress(run.step)
         watch.reset()
         cpu = time.process_time()
-    return True
 
 
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:

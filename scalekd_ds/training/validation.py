@@ -7,6 +7,7 @@ import copy
 from deepspeed import comm as dist
 from torch import nn
 
+from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.engine.gather import student_state, synchronise_buffers
 from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
 from scalekd_ds.training.run import Run
@@ -40,7 +41,31 @@ def validate(run: Run, reporter: Reporter) -> None:
     """Measures top-1 and top-5 of the student and its average, and once of the teacher, and draws pictures; collective.
 
     The accuracies are stored in `run`, logged to the monitors and shown by `reporter`.
+
+    Raises:
+        Preempted: A signal asked the run to stop; the accuracies are those of the evaluation before.
     """
+    before = run.accuracy, run.ema_accuracy, run.evaluated_step
+    try:
+        _measure(run)
+    except Preempted:
+        run.accuracy, run.ema_accuracy, run.evaluated_step = before
+        raise
+    top1 = run.accuracy_of(run.shipped_weights)["top1"]
+    if run.best is None or top1 > run.best["top1"]:
+        run.best = {"top1": top1, "step": run.step}
+    # (prefix in TensorBoard, name in the table, accuracy)
+    found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
+    found.append(("teacher_", "teacher", run.teacher_accuracy))
+    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
+    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
+    run.monitor.log(run.step, scalars | {"val/best_top1": run.best["top1"]})
+    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
+    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])
+
+
+def _measure(run: Run) -> None:
+    """Stores the accuracies in `run`, and draws pictures; collective."""
     synchronise_buffers(run.distiller)
     student = student_to_evaluate(run)
     run.accuracy = evaluate_module(student, run.validation_batches(), run.device)
@@ -59,14 +84,3 @@ def validate(run: Run, reporter: Reporter) -> None:
         )
     if run.ema is not None:
         run.ema_accuracy = evaluate_module(averaged_student(run), run.validation_batches(), run.device)
-    top1 = run.accuracy_of(run.shipped_weights)["top1"]
-    if run.best is None or top1 > run.best["top1"]:
-        run.best = {"top1": top1, "step": run.step}
-    # (prefix in TensorBoard, name in the table, accuracy)
-    found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
-    found.append(("teacher_", "teacher", run.teacher_accuracy))
-    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
-    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
-    run.monitor.log(run.step, scalars | {"val/best_top1": run.best["top1"]})
-    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
-    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])
