@@ -19,8 +19,13 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; whoever reads `path` meanwhile sees either the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`, as `write_json` does."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text)
     sync(partial)
     partial.rename(path)
     sync(path.parent)

@@ -44,6 +44,8 @@ class _State:
     # whether a second Ctrl-C is the callback's matter, too
     forwards = False
     interrupted: int | None = None
+    # signals that this process has sent to itself again
+    repeated = 0
     is_abandoned: Callable[[], str | None] | None = None
     # what the line at the end says of the work
     outcome = ""
@@ -73,7 +75,7 @@ def install() -> None:
         # a child that is forked, and not started anew, would answer to its signals through this process's pipe
         os.register_at_fork(after_in_child=_release)
         threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-        _hide_interruptions_of_destructors()
+        _repeat_interruptions_of_destructors()
     for number in _state.caught:
         signal.signal(number, _handle)
     signal.set_wakeup_fd(_state.writing, warn_on_full_buffer=False)
@@ -89,13 +91,16 @@ def _release() -> None:
     _state.caught = ()
 
 
-def _hide_interruptions_of_destructors() -> None:
-    """An interruption that meets a destructor goes no further: Python would show it as ignored, with a traceback."""
+def _repeat_interruptions_of_destructors() -> None:
+    """An interruption that meets a destructor goes no further, and Python shows it with a traceback: it is sent again."""
     shown = sys.unraisablehook
 
     def hook(raised: sys.UnraisableHookArgs) -> None:
         if not isinstance(raised.exc_value, Interrupted):
             shown(raised)
+        else:
+            _state.interrupted, _state.repeated = None, _state.repeated + 1
+            threading.Timer(0.1, os.kill, (os.getpid(), raised.exc_value.number)).start()
 
     sys.unraisablehook = hook
 
@@ -197,7 +202,7 @@ def _watch(reading: int) -> None:
             if number not in _state.caught:
                 continue
             presses += number == signal.SIGINT
-            if presses > 1 and not _state.forwards:
+            if presses - _state.repeated > 1 and not _state.forwards:
                 end(signal.SIGINT, "at once, at the second Ctrl-C")
             if _state.callback is None and asked is None:
                 asked, asked_at = number, time.monotonic()

@@ -100,7 +100,7 @@ def build(cfg: RunConfig) -> Run:
         cfg,
         device,
         engine,
-        Monitor(monitors),
+        Monitor(monitors, run_dir),
         train.classes,
         TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
