@@ -12,7 +12,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from scalekd_ds.durable_files import write_json, write_text
 
@@ -60,6 +59,7 @@ class Monitor:
             _continue_csv(self._monitor.csv_monitor, step)
         if self._writer is None:
             return
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from torch.utils.tensorboard.summary import hparams
 
         # as SummaryWriter(purge_step=...) does, which DeepSpeed's monitor does not pass on
