@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from scalekd_ds.checkpoint.layout import resolve_checkpoint
@@ -19,6 +18,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.pictures import tokens_to_map
 from scalekd_ds.models.build import HUB_PREFIXES, build_model, num_parameters
 from scalekd_ds.models.card import read_card
+from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 from scalekd_ds.student import Student, StudentOutput, Taps
 from scalekd_ds.teacher import FAMILIES, Teacher
@@ -181,23 +181,20 @@ def wrap_model(model: nn.Module, role: str, title: str, source: ModelSource, car
         network = Student(model, taps=Taps(cfg.student_taps, False) if cfg and cfg.student_taps else None)
     network.eval().requires_grad_(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    classes, folder_names = _class_names(network.model, card)
+    classes, folder_names = _class_names(network.model)
     # a convolutional model takes images of any size; one with a grid of patches is built for one size
     has_fixed_size = hasattr(network.model, "patch_embed") or isinstance(network, Teacher)
     size = Preprocessing.of(network.model).size if has_fixed_size else None
     return InspectedModel(role, title, network.to(device), classes, folder_names, size, card, source)
 
 
-def _class_names(model: nn.Module, card: dict[str, Any]) -> tuple[list[str] | None, list[str] | None]:
-    """(names for people, names of folders) from the card, else those of ImageNet if timm knows the model's classes."""
-    if card.get("classes"):
-        return card["classes"], card["classes"]
-    subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
-    if subset is None:
+def _class_names(model: nn.Module) -> tuple[list[str] | None, list[str] | None]:
+    """(names for people, names of folders) of a model's classes, or (None, None) where nothing is known."""
+    schemes = known_classes(model).schemes
+    if not schemes:
         return None, None
-    info = ImageNetInfo(subset)
-    names = [info.index_to_description(i).split(",")[0] for i in range(model.num_classes)]
-    return names, info.label_names()
+    # ImageNet's classes have numbers as folders, and words for people, of which the first is shown
+    return schemes[-1], schemes[0]
 
 
 def check_same_classes(student: InspectedModel, other: InspectedModel) -> str | None:

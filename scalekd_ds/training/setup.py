@@ -57,7 +57,7 @@ def build(cfg: RunConfig) -> Run:
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     if device.type == "cpu" and rank == 0:
         _say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
-    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
+    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0, classes=train.classes)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)

@@ -53,7 +53,8 @@ def validate(run: Run, reporter: Reporter) -> None:
         if dist.get_rank() == 0:
             run.monitor.pictures(run.step, pictures)
     teacher = run.teacher
-    if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
+    answers = teacher is not None and teacher.num_classes == len(run.classes) and teacher.same_classes
+    if answers and run.teacher_accuracy is None:
         run.teacher_accuracy = evaluate(
             lambda images: run.distiller.teacher_targets(images).logits, run.validation_batches(), run.device
         )

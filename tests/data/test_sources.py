@@ -16,7 +16,7 @@ from source_fixtures import JPEGS, SHAPES, labelled, message, needs_datasets, ne
 from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
 from scalekd_ds.data.sources.index import SUFFIX
 from scalekd_ds.data.sources.open import open_source
-from scalekd_ds.data.sources.source import check_same_classes, per_class, subset
+from scalekd_ds.data.sources.source import check_all_present, per_class, subset
 from scalekd_ds.data.sources.tfrecord import _scan
 from scalekd_ds.errors import UserError
 
@@ -60,7 +60,8 @@ def test_validation_has_the_classes_of_training(tmp_path):
     train = index_folder(make_folder(tmp_path / "train", {"a": 1, "b": 1, "c": 1}), "data.train")
     val = open_source(make_folder(tmp_path / "val", {"a": 1, "c": 2}), "data.val", classes=train.classes)
     assert val.classes == train.classes and val.labels.tolist() == [0, 2, 2]
-    check_same_classes(train, val)
+    with pytest.raises(UserError, match=r"has no image of 1 of the 3 classes, the first 'b'.* what allows it"):
+        check_all_present(val, "data.val", "what allows it")
     make_folder(tmp_path / "odd", {"a": 1, "d": 1})
     assert "1 class folders of" in message(tmp_path / "odd", classes=train.classes)
     assert "(d)" in message(tmp_path / "odd", classes=train.classes)
