@@ -113,11 +113,15 @@ def match_classes(
     """
     for scheme in known.schemes:
         positions = positions_in(data, scheme)
-        if (positions >= 0).all() and (len(data) == len(scheme) or subset):
+        # words may stand for two classes, such as a bird and a machine that are both a crane
+        found = (positions >= 0).all() and len(np.unique(positions)) == len(data)
+        if found and (len(data) == len(scheme) or subset):
             notice = _other_order(positions, scheme, data, model_is, data_is)
             if known.guessed_for_file:
                 notice = f"{model_is} has no class names: its {outputs} outputs are taken for ImageNet's in their usual order"
             return Matched(positions, notice, True)
+    if not known.certain and any(_is_almost(data, scheme) for scheme in known.schemes):
+        return Matched(np.arange(len(data)), None, True)
     # a guess that shares no name with the data is of other names for the same classes, or of other classes
     schemes = [s for s in known.schemes if known.certain or (positions_in(data, s) >= 0).any()]
     nameless = not schemes or are_numbers(data) or all(are_numbers(scheme) for scheme in schemes)
@@ -134,6 +138,11 @@ def match_classes(
     if missing:
         parts.append(f"{len(missing)} only in {model_is}, the first {missing[0]!r}")
     raise UserError(f"{data_is} and {model_is} have different classes: {'; '.join(parts)}.")
+
+
+def _is_almost(data: Sequence[str], scheme: Sequence[str]) -> bool:
+    """Whether nearly all names are those at the same positions: ImageNet's words have several spellings."""
+    return len(data) == len(scheme) and sum(map(str.__eq__, data, scheme)) > 0.9 * len(data)
 
 
 def _other_order(

@@ -59,7 +59,7 @@ def evaluate_model(
     card = read_card(name) if name.endswith(".safetensors") else {}
     # with its number of classes given, a model of a file is built for the new size
     model = build_model(name, card.get("num_classes") if image_size else None, None, weights, image_size).eval()
-    source = _images_of(model, name, data)
+    source = images_for(model, name, data)
     if not allow_missing_classes:
         check_all_present(source, "--data", "--allow-missing-classes")
     size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
@@ -97,7 +97,7 @@ def evaluate_model(
     return result
 
 
-def _images_of(model: nn.Module, name: str, data: str | Path) -> Source:
+def images_for(model: nn.Module, name: str, data: str | Path) -> Source:
     """The images with labels as the model's outputs, by the names of the classes; without those in quarantine.
 
     Raises:

@@ -163,7 +163,7 @@ def _resolve_labels(dataset, feature, column: str, classes: list[str] | None, wh
     if not all(isinstance(value, int | str) for value in values):
         row = next(i for i, value in enumerate(values) if not isinstance(value, int | str))
         raise UserError(f"{key}: {where!r}, row {row}, has the label {values[row]!r}: it must be a number or a name.")
-    if names is not None and isinstance(classes, list) and are_numbers(classes):
+    if names is not None and isinstance(classes, list) and are_numbers(classes) and set(names) != set(classes):
         # the training set's labels are numbers without names, which these positions are too
         names = None
     if names is not None:

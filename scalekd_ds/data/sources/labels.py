@@ -33,7 +33,9 @@ def is_number(label: str) -> bool:
     return label.removeprefix("-").isdecimal() and label.isascii()
 
 
-def resolve_labels(index: Index, classes: Classes, key: str, where: str) -> tuple[np.ndarray, list[str]]:
+def resolve_labels(
+    index: Index, classes: Classes, key: str, where: str, own: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """Labels as positions in the list of classes.
 
     Where all labels are names in `classes`, each is the position of its name; where all are integers, they are
@@ -45,6 +47,7 @@ def resolve_labels(index: Index, classes: Classes, key: str, where: str) -> tupl
         classes: Names of the classes, of the training set or of a classes.txt; a function that lists them; or None.
         key: Setting that names the source, for error messages.
         where: The source, for error messages.
+        own: The list is the source's own, so that numbers in the source are meant as positions in it.
 
     Returns:
         (n,) int64 labels and the names of the classes.
@@ -80,7 +83,7 @@ def resolve_labels(index: Index, classes: Classes, key: str, where: str) -> tupl
                     f"{key}: the label {label} of {first_image_of(raw)!r} in {where} is out of range: {known}, so "
                     f"labels are 0 to {count - 1}."
                 )
-        if classes is not None and not are_numbers(classes):
+        if classes is not None and not own and not are_numbers(classes):
             say(f"{key}: the labels of {where} are numbers: they are positions in the classes (0 is {classes[0]!r})")
     if classes is None:
         classes = [str(label) for label in range(count)]
@@ -109,8 +112,8 @@ def labels_of(index: Index, folder: Path, classes: Classes, key: str, where: str
     if own is None:
         return resolve_labels(index, classes, key, where)
     if classes is None or callable(classes) or own == classes:
-        return resolve_labels(index, own, key, where)
-    labels, _ = resolve_labels(index, own, key, where)
+        return resolve_labels(index, own, key, where, own=True)
+    labels, _ = resolve_labels(index, own, key, where, own=True)
     positions = {name: position for position, name in enumerate(classes)}
     if unknown := sorted({own[label] for label in np.unique(labels)} - set(classes)):
         raise UserError(
