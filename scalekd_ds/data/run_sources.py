@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scalekd_ds.class_names import KnownClasses, match_classes, natural_order, positions_in
 from scalekd_ds.config import RunConfig
-from scalekd_ds.data.sources.open import is_class_folder, open_source
+from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source, check_all_present, per_class, subset, with_classes
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.errors import UserError, say
@@ -41,8 +41,7 @@ def read_sources(cfg: RunConfig, classes: list[str] | None = None) -> tuple[Sour
         train = _in_order(train, classes, "data.train", "the checkpoint")
     # class folders carry the names of their classes; other labels mean in validation what they mean in training
     where = where_of(root, data.val)
-    folders = is_class_folder(where)
-    val = open_source(where, "data.val", _training_or_own(train.classes) if folders else train.classes)
+    val = open_source(where, "data.val", train.classes if is_packed(where) else _training_or_own(train.classes))
     if val.classes != train.classes:
         val = _in_order(val, train.classes, "data.val", "data.train")
     if not data.allow_missing_classes:

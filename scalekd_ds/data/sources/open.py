@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from scalekd_ds.data.sources.hugging_face import open_hub
@@ -18,12 +19,19 @@ from scalekd_ds.errors import UserError
 _SHARDS = ((is_tar, open_tars), (is_tfrecord, open_tfrecords))
 
 
-def is_class_folder(where: str | Path) -> bool:
-    """Whether a source is a folder of class folders, by the rule of `open_source`."""
+def _opener_of_shards(path: Path) -> Callable[..., Source] | None:
+    """The function that opens a shard, a pattern of them or a folder that holds some; None for anything else."""
+    for is_shard, open_kind in _SHARDS:
+        if any(map(is_shard, path.iterdir())) if path.is_dir() else is_shard(path):
+            return open_kind
+    return None
+
+
+def is_packed(where: str | Path) -> bool:
+    """Whether a source is none of files in folders: a table, shards, or a data set of Hugging Face."""
     path = Path(where)
-    if str(where).startswith("hf:") or not path.is_dir():
-        return False
-    return not any(is_shard(entry) for is_shard, _ in _SHARDS for entry in path.iterdir())
+    is_table = path.suffix.lower() in TABLES and not path.is_dir()
+    return str(where).startswith("hf:") or is_table or _opener_of_shards(path) is not None
 
 
 def open_source(where: str | Path, key: str, classes: Classes = None, root: Path | None = None) -> Source:
@@ -58,9 +66,9 @@ def _open(text: str, key: str, classes: Classes, root: Path | None) -> Source:
     path = Path(text)
     if path.suffix.lower() in TABLES and not path.is_dir():
         return open_table(path, key, classes, root)
-    for is_shard, open_kind in _SHARDS:
-        if any(map(is_shard, path.iterdir())) if path.is_dir() else is_shard(path):
-            return open_kind(path, key, classes)
+    open_kind = _opener_of_shards(path)
+    if open_kind is not None:
+        return open_kind(path, key, classes)
     if path.is_file():
         raise UserError(
             f"{key}: {text!r} is a file of no known kind: give a folder, a .tar, a .tfrecord, {', '.join(TABLES)}, "
