@@ -40,7 +40,7 @@ def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> Re
         teacher_top1=results["teacher_top1"],
         steps=results["step"],
         seconds=results["seconds"],
-        images=results["step"] * cfg.global_batch_size,
+        images=results["images"],
         joules=results["joules"],
         files={name: str(path) for name, path in files.items()},
         next=[shlex.join(command) for command in commands],

@@ -10,12 +10,15 @@ from deepspeed import comm as dist
 
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.save import save_checkpoint
+from scalekd_ds.cluster.launcher import check_hostfile
+from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine.gather import student_state
 from scalekd_ds.errors import UserError
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
+from scalekd_ds.training.run_dir import held_run_dir
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
 from scalekd_ds.training.student_card import student_card
@@ -30,7 +33,7 @@ def begin_checkpoint(run: Run, watch: Watch) -> Path:
     """Begins a checkpoint of the current step, and returns its folder; collective."""
     state = {
         "step": run.step,
-        "samples": run.step * run.cfg.global_batch_size,
+        "samples": run.images,
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
         "cpu_seconds": run.cpu_seconds,
@@ -44,6 +47,7 @@ def begin_checkpoint(run: Run, watch: Watch) -> Path:
         "seconds": watch.seconds(),
         "joules": watch.joules(),
         "config": run.cfg.as_dict(),
+        **run.record,
     }
     average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
     return save_checkpoint(run.engine, run.saver, state, card_of(run, "student"), average)
@@ -70,7 +74,15 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     """
     if cfg.run.progress == "json":
         claim_stdout()
-    run = build(cfg)
+    check_hostfile()
+    join_ranks()
+    with held_run_dir(Path(cfg.run.dir)):
+        return _train(build(cfg))
+
+
+def _train(run: Run) -> dict[str, Any]:
+    """Trains a run that is built; as `train`."""
+    cfg = run.cfg
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
     if dist.get_rank() == 0:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
@@ -155,6 +167,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
+        "images": run.images,
         "weights": run.shipped_weights,
         "top1": shipped["top1"],
         "top5": shipped["top5"],
