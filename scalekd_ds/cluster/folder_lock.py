@@ -29,6 +29,8 @@ BEAT = 5.0
 STALE = 30.0
 # seconds to wait for an owner on this machine, which may be about to end
 GRACE = 10.0
+# a little longer, after which the next try has taken over what a dead machine left
+MARGIN = 2.0
 # the file has one length, so that a full disk has room for the next count
 _LENGTH = 512
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
@@ -94,8 +96,7 @@ class FolderLock:
                 first = owner
                 self._say(f"is in use by {who}: waiting {limit:.0f} s for it to end")
             moved = not here and owner.get("count") != first.get("count")
-            # a little longer than the limit, after which the next try takes over what a dead machine has left
-            if time.monotonic() - waiting_since > limit + 2.0 or moved:
+            if time.monotonic() - waiting_since > limit + MARGIN or moved:
                 raise UserError(
                     f"{self.key} is {str(self.path.parent)!r}, in which {who} trains: wait for it to end, stop it, or choose "
                     f"another {self.key}."
