@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +109,6 @@ def _train(run: Run) -> dict[str, Any]:
 def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
     """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
     cfg = run.cfg.run
-    # an interval of less than a step is each step
-    eval_steps = max(1, round(cfg.eval_every * run.steps_per_epoch)) if cfg.eval_every else 0
     batches = iter(run.train_loader)
     run.engine.train()
     watch.reset()
@@ -126,7 +125,7 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
         stopping = run.preemption.stop() and run.step < last
-        evaluating = not stopping and ((eval_steps and run.step % eval_steps == 0) or run.step == last)
+        evaluating = not stopping and (evaluation_is_due(run) or run.step == last)
         saving = stopping or (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
         if not evaluating and not saving:
             continue
@@ -142,6 +141,19 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
         watch.reset()
         cpu = time.process_time()
     return True
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the last step has reached the next multiple of `run.eval_every` epochs; an interval below a step is each step.
+
+    Counted in images: an interval that was rounded to steps would drift, and drop evaluations of a long run.
+    """
+    if not run.cfg.run.eval_every:
+        return False
+    interval, batch = run.cfg.run.eval_every * run.steps_per_epoch, run.cfg.global_batch_size
+    before, after = ((run.images - batch * back) / batch / interval for back in (1, 0))
+    # a multiple that is reached but for rounding is reached
+    return math.floor(after + 1e-9) > math.floor(before + 1e-9)
 
 
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
