@@ -41,6 +41,11 @@ SILENT = {
 }
 # fields that nothing reads after the first step of a run
 WITHOUT_EFFECT = {"student_weights": "the student's weights are those of the checkpoint"}
+# sections of the merged DeepSpeed JSON that fields of the run fill in, which are compared themselves, and its monitors
+FROM_THE_RUN = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("tensorboard", "csv_monitor", "wandb", "comet", "steps_per_print"),
+}
 PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "scalekd-ds")
 
 
@@ -128,6 +133,35 @@ def images_record(source: Source) -> dict[str, Any]:
         names = (source.name(i).removeprefix(root) for i in range(first, min(first + 65536, len(source))))
         digest.update("\0".join(names).encode(errors="surrogateescape"))
     return {"count": len(source), "digest": digest.hexdigest()}
+
+
+def engine_changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """One line for each setting of the DeepSpeed JSON that has changed.
+
+    Args:
+        before: The merged JSON of the run that wrote the checkpoint, or None where it was not kept.
+        now: That of the run that goes on.
+    """
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            if not prefix and key in FROM_THE_RUN:
+                continue
+            if isinstance(value, dict):
+                found |= flat(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+        return found
+
+    if before is None:
+        return []
+    old, new = flat(before), flat(json.loads(json.dumps(now)))
+    return [
+        f"DeepSpeed's {key} is {_shown(new.get(key))} from here on, and was {_shown(old.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def version_changes(before: dict[str, str] | None) -> str | None:

@@ -38,6 +38,7 @@ from scalekd_ds.training.changes import (
     check_teacher,
     classes_of,
     config_changes,
+    engine_changes,
     images_change,
     images_record,
     package_versions,
@@ -75,7 +76,7 @@ def build(cfg: RunConfig) -> Run:
     if device.type == "cpu" and rank == 0:
         say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0, classes=train.classes)
-    record = _record(cfg, distiller, train, val, state)
+    record = _record(cfg, distiller, ds_merged, train, val, state)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)
@@ -148,15 +149,24 @@ def build(cfg: RunConfig) -> Run:
     )
 
 
-def _record(cfg: RunConfig, distiller: ScaleKD, train: Source, val: Source, state: dict[str, Any]) -> dict[str, Any]:
-    """What checkpoints say of data, teacher and packages; says what of them has changed since the checkpoint `state`.
+def _record(
+    cfg: RunConfig,
+    distiller: ScaleKD,
+    ds_merged: dict[str, Any],
+    train: Source,
+    val: Source,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """What checkpoints say of data, teacher, engine and packages, and what of it has changed since the checkpoint `state`.
 
     Raises:
         UserError: The teacher's weights are not those of the checkpoint.
     """
     teacher = weights_digest(distiller.teacher.model) if distiller.teacher is not None else None
     check_teacher(state.get("teacher_digest"), teacher, state.get("config", {}), cfg)
-    record: dict[str, Any] = {"teacher_digest": teacher, "packages": package_versions()}
+    record: dict[str, Any] = {"teacher_digest": teacher, "packages": package_versions(), "ds_config": ds_merged}
+    for line in engine_changes(state.get("ds_config"), ds_merged):
+        say(line)
     say(version_changes(state.get("packages")))
     if dist.get_rank() == 0:
         for key, source in (("data.train", train), ("data.val", val)):

@@ -206,6 +206,16 @@ def test_classes_in_another_order_keep_the_checkpoints(stopped):
     assert card["classes"] == ["class_0", "class_1", "class_2"]
 
 
+def test_another_deepspeed_json_is_said(stopped):
+    done = go_on(stopped, "--run.ds_config", "zero2", "--run.stop_after", 9)
+    assert done.returncode == 0, done.stderr
+    assert "DeepSpeed's zero_optimization.stage is 2 from here on, and was 1" in done.stdout
+    assert "DeepSpeed's torch_autocast.enabled is True from here on, and was " in done.stdout
+    assert "train_batch_size" not in done.stdout
+    done = go_on(stopped, "--run.ds_config", "zero2", "--run.stop_after", 10, "--run.monitors", "csv")
+    assert done.returncode == 0 and "from here on" not in done.stdout, done.stdout
+
+
 def test_other_packages_are_said(stopped):
     checkpoint = checkpoints_of(stopped / "run")[-1]
     state = read_state(checkpoint)
