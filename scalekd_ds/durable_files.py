@@ -61,9 +61,3 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
-
-
-def problem_of(error: OSError) -> str:
-    """What is wrong with which file, in one line."""
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return f"{error.strerror or ' '.join(str(error).split())}{f': {names[0]}' if names else ''}"

@@ -22,7 +22,7 @@ from scalekd_ds.checkpoint.layout import LATEST, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, problem_of
 from scalekd_ds.models.card import EVALUATION
 
 # limit on the time that the slowest rank writes; the heartbeat notices a rank that died long before
@@ -208,7 +208,9 @@ def _error_of(work: Callable[[], None]) -> str | None:
     """Runs `work`, and returns the message of its error in one line, or None."""
     try:
         work()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except OSError as error:
+        return problem_of(error)
+    except (RuntimeError, SafetensorError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
 

@@ -9,8 +9,8 @@ import torch
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader
 from scalekd_ds.data.sources.image_folder import index_folder
-from scalekd_ds.durable_files import problem_of, save_tensors, written_aside
-from scalekd_ds.errors import UserError
+from scalekd_ds.durable_files import save_tensors, written_aside
+from scalekd_ds.errors import UserError, problem_of
 from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.models.build import build_model

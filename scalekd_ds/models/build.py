@@ -12,7 +12,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models with timm
-from scalekd_ds.errors import UserError, first_line, suggest
+from scalekd_ds.errors import UserError, cause_of, suggest
 from scalekd_ds.models.card import card_path, read_card
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
@@ -65,7 +65,7 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
     # the hub raises its own, requests' and the system's errors
     except Exception as error:
         raise UserError(
-            f"{name} has no model of timm's that can be read ({first_line(error)}): it needs config.json and weights, "
+            f"{name} has no model of timm's that can be read ({cause_of(error)}): it needs config.json and weights, "
             "as timm's push_to_hf_hub and save_for_hf write them."
         ) from None
 
@@ -151,7 +151,7 @@ def build_model(
         # the hub raises its own, requests' and the system's errors; what a user can do is the same for all of them
         except Exception as error:
             raise UserError(
-                f"pretrained weights of {name} could not be loaded ({first_line(error)}): check the network, or give a "
+                f"pretrained weights of {name} could not be loaded ({cause_of(error)}): check the network, or give a "
                 ".safetensors or .pth file with --teacher_weights or --student_weights."
             ) from None
     model = _create(name, pretrained=False, **kwargs)

@@ -15,9 +15,9 @@ from scalekd_ds.checkpoint.layout import WEIGHTS
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.save import save_checkpoint
 from scalekd_ds.config import RunConfig
-from scalekd_ds.durable_files import problem_of, write_json
+from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine.gather import student_state
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, problem_of
 from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.models.card import card_path
 from scalekd_ds.training.report_card import report_card
