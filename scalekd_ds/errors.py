@@ -1,4 +1,4 @@
-"""`UserError`, the one exception for what a user can get wrong, and the helpers that phrase and print it."""
+"""`UserError`, the one exception for what a user can get wrong, and the helpers that phrase and print lines."""
 
 from __future__ import annotations
 
@@ -141,6 +141,12 @@ def rank_and_host() -> str:
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return ""
     return f" (rank {os.environ.get('RANK', '0')} on {socket.gethostname()})"
+
+
+def say(notice: str | None) -> None:
+    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
+    if notice is not None and os.environ.get("RANK", "0") == "0":
+        print(notice, flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -12,8 +12,9 @@ def parser() -> Parser:
     """The verb's options."""
     options = Parser("evaluate", "Top-1 and top-5 of a consolidated file or any timm model.")
     options.add_argument("model", help="a consolidated .safetensors with its card beside it, or a timm model's name")
-    options.add_argument("--data", type=Path, required=True, help="validation images, one folder per class, or the "
-                        "folder that holds them as val/")  # fmt: skip
+    options.add_argument("--data", required=True, help="validation images in any form that training takes: class folders, "
+                        "tars, TFRecords, a table, hf:NAME:SPLIT; or the folder that holds them as val/")  # fmt: skip
+    options.add_argument("--allow-missing-classes", action="store_true", help="the images may lack some classes")
     options.add_argument("--weights", default="pretrained", help="for a timm name: pretrained, none or a .safetensors")
     options.add_argument("--image-size", type=int, default=None, help="side in pixels; the model's own if not given")
     options.add_argument("--eval-resize", type=int, default=None, help="shorter side before the centre crop in pixels; "
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         args.threads,
         args.logits,
         args.eval_resize,
+        args.allow_missing_classes,
         args.max_bad_share,
     )
     left_out = f", {result['left_out']} left out" if result["left_out"] else ""

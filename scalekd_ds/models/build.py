@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models with timm
-from scalekd_ds.errors import UserError, cause_of, suggest
+from scalekd_ds.errors import UserError, cause_of, say, suggest
 from scalekd_ds.models.card import card_path, read_card
+from scalekd_ds.models.known_classes import name_classes
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
 
@@ -158,8 +158,8 @@ def build_model(
     if weights != "none":
         head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
         notes = load_weights(model, weights, head)
-        if notes and os.environ.get("RANK", "0") == "0":
-            print(f"{weights}: {'; '.join(notes)}", flush=True)
+        say(f"{weights}: {'; '.join(notes)}" if notes else None)
+        name_classes(model, weights)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,12 +36,15 @@ class Run:
         val_loader: This rank's validation batches.
         mixer: Mixup and cutmix, where the run uses them.
         total_steps: Optimizer steps of the run.
+        images_before: Training images by which the run is ahead of `step * global_batch_size`, since earlier starts had
+            another global batch; negative where theirs was smaller.
         steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
         saver: Writer of checkpoints.
         heartbeat: Detector of ranks that died or hang.
         preemption: Receiver of signals that ask the run to stop.
         nonfinite: Guard against steps with NaN or inf.
         step: Optimizer steps done.
+        record: What checkpoints say of the run's data, teacher and packages.
         cpu_seconds: Processor time of training on this rank, with that of earlier starts.
         grad_norm: Norm of the last step's gradients where DeepSpeed reports none.
         unsharded_student: Copy of the student for evaluation under ZeRO-3.
@@ -74,6 +77,8 @@ class Run:
     preemption: Preemption
     nonfinite: NonfiniteGuard
     step: int = 0
+    images_before: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     grad_norm: torch.Tensor | None = None
     unsharded_student: nn.Module | None = None
@@ -89,6 +94,11 @@ class Run:
     joules_before: float = 0.0
     picture_images: torch.Tensor | None = None
     logs_pictures: bool = False
+
+    @property
+    def images(self) -> int:
+        """Training images seen, with repetition."""
+        return self.images_before + self.step * self.cfg.global_batch_size
 
     @property
     def distiller(self) -> ScaleKD:

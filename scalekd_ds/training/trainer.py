@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from deepspeed import comm as dist
 
 from scalekd_ds.checkpoint.layout import WEIGHTS
-from scalekd_ds.checkpoint.plain_weights import write_student
-from scalekd_ds.checkpoint.save import save_checkpoint
+from scalekd_ds.cluster.launcher import check_hostfile
+from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
-from scalekd_ds.engine.gather import student_state
-from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.left_out import LeftOutError
-from scalekd_ds.models.card import card_path
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
+from scalekd_ds.training.run_dir import held_run_dir
+from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
-from scalekd_ds.training.student_card import MEASURED, student_card
+from scalekd_ds.training.student_card import MEASURED
 from scalekd_ds.training.validation import validate
 from scalekd_ds.training.watch import Watch
 from scalekd_ds.watching.provenance import hyperparameters, summary
 from scalekd_ds.watching.terminal import Reporter, reporter_for
 from scalekd_ds.watching.terminal.json_lines import claim_stdout
-
-
-def begin_checkpoint(run: Run, watch: Watch) -> Path:
-    """Begins a checkpoint of the current step, and returns its folder; collective."""
-    state = {
-        "step": run.step,
-        "samples": run.step * run.cfg.global_batch_size,
-        "world_size": dist.get_world_size(),
-        "zero_stage": run.engine.zero_optimization_stage(),
-        "cpu_seconds": run.cpu_seconds,
-        **accuracies(run),
-        "seconds": watch.seconds(),
-        "joules": watch.joules(),
-        "config": run.cfg.as_dict(),
-    }
-    average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
-    return save_checkpoint(run.engine, run.saver, state, card_of(run, "student"), average)
-
-
-def accuracies(run: Run) -> dict[str, Any]:
-    """What is known of a run's accuracy, for the state of a checkpoint."""
-    return {
-        # the accuracy of the weights that the run ships, by which the best checkpoints are kept
-        "top1": (run.accuracy_of(run.shipped_weights) or {}).get("top1"),
-        "accuracy": run.accuracy,
-        "evaluated_step": run.evaluated_step,
-        "ema_accuracy": run.ema_accuracy,
-        "teacher_accuracy": run.teacher_accuracy,
-        "best": run.best,
-    }
 
 
 def evaluate_and_note(run: Run, reporter: Reporter, watch: Watch, saved: bool) -> None:
@@ -90,12 +59,6 @@ def evaluate_and_note(run: Run, reporter: Reporter, watch: Watch, saved: bool) -
     run.saver.note_evaluation(run.step, {"state": accuracies(run) | spent, "cards": cards})
 
 
-def card_of(run: Run, weights: Literal["student", "ema"]) -> dict[str, Any]:
-    """The card of the student's own weights or of their average; it has no accuracy of another step's weights."""
-    accuracy = run.accuracy_of(weights) if run.evaluated_step == run.step else None
-    return student_card(run.cfg, run.distiller, run.classes, run.step, accuracy, run.teacher_accuracy, weights)
-
-
 def train(cfg: RunConfig) -> dict[str, Any]:
     """Trains to the end of the run, to `run.stop_after`, or until a signal asks it to stop; collective.
 
@@ -111,7 +74,15 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     """
     if cfg.run.progress == "json":
         claim_stdout()
-    run = build(cfg)
+    check_hostfile()
+    join_ranks()
+    with held_run_dir(Path(cfg.run.dir)):
+        return _train(build(cfg))
+
+
+def _train(run: Run) -> dict[str, Any]:
+    """Trains a run that is built; as `train`."""
+    cfg = run.cfg
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
     if dist.get_rank() == 0:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
@@ -137,10 +108,8 @@ def train(cfg: RunConfig) -> dict[str, Any]:
 def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
     """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
     cfg = run.cfg.run
-    # an interval of less than a step is each step
-    eval_steps = max(1, round(cfg.eval_every * run.steps_per_epoch)) if cfg.eval_every else 0
-    if 0 < run.step < last and eval_steps and run.step % eval_steps == 0 and run.evaluated_step != run.step:
-        # the run ended between the checkpoint and its evaluation
+    if 0 < run.step < last and evaluation_is_due(run) and run.evaluated_step != run.step:
+        # the start before ended between the checkpoint and its evaluation
         evaluate_and_note(run, reporter, watch, saved=True)
     batches = iter(run.train_loader)
     run.engine.train()
@@ -158,7 +127,7 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
         stopping = run.preemption.stop() and run.step < last
-        evaluating = not stopping and ((eval_steps and run.step % eval_steps == 0) or run.step == last)
+        evaluating = not stopping and (evaluation_is_due(run) or run.step == last)
         saving = stopping or (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
         if not evaluating and not saving:
             continue
@@ -177,6 +146,19 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
         watch.reset()
         cpu = time.process_time()
     return True
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the last step has reached the next multiple of `run.eval_every` epochs; an interval below a step is each step.
+
+    Counted in images: an interval that was rounded to steps would drift, and drop evaluations of a long run.
+    """
+    if not run.cfg.run.eval_every:
+        return False
+    interval, batch = run.cfg.run.eval_every * run.steps_per_epoch, run.cfg.global_batch_size
+    before, after = ((run.images - batch * back) / batch / interval for back in (1, 0))
+    # a multiple that is reached but for rounding is reached
+    return math.floor(after + 1e-9) > math.floor(before + 1e-9)
 
 
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
@@ -202,6 +184,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
+        "images": run.images,
         "weights": run.shipped_weights,
         "top1": shipped["top1"],
         "top5": shipped["top5"],
@@ -217,7 +200,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         "cpu_seconds": run.cpu_seconds,
         "world_size": dist.get_world_size(),
     }
-    problem = problem or _problem_of_rank_0(lambda: write_json(run_dir / "results.json", results))
+    problem = problem or problem_of_rank_0(lambda: write_json(run_dir / "results.json", results))
     if problem:
         run.saver.finish()
         kept = run.saver.folder / f"step{run.step:08d}"
@@ -231,31 +214,3 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         reporter.card(report_card(run.cfg, results, len(run.classes)))
     dist.barrier()
     return results
-
-
-def ship(run: Run) -> str | None:
-    """Writes student.safetensors with its card, and once it is written only the card again; collective.
-
-    Returns:
-        Why it could not be written, the same on every rank, or None.
-    """
-    file = Path(run.cfg.run.dir) / "student.safetensors"
-    if run.shipped_step == run.step:
-        return _problem_of_rank_0(lambda: write_json(card_path(file), card_of(run, run.shipped_weights)))
-    weights = run.ema.state() if run.shipped_weights == "ema" else student_state(run.distiller)
-    problem = _problem_of_rank_0(lambda: write_student(file, weights, card_of(run, run.shipped_weights)))
-    run.shipped_step = None if problem else run.step
-    return problem
-
-
-def _problem_of_rank_0(write: Callable[[], None]) -> str | None:
-    """Rank 0 calls `write`; returns what is wrong with the disk, the same on every rank, or None; collective."""
-    problem = [None]
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except OSError as error:
-            problem = [problem_of(error)]
-    if dist.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(problem)
-    return problem[0]

@@ -77,7 +77,8 @@ def _validate(run: Run, reporter: Reporter) -> None:
             if dist.get_rank() == 0:
                 run.monitor.pictures(run.step, pictures)
     teacher = run.teacher
-    if teacher is not None and run.teacher_accuracy is None and teacher.num_classes == len(run.classes):
+    answers = teacher is not None and teacher.num_classes == len(run.classes) and teacher.same_classes
+    if answers and run.teacher_accuracy is None:
         run.teacher_accuracy = _accuracy(
             run,
             lambda batches: evaluate(lambda images: run.distiller.teacher_targets(images).logits, batches, run.device),

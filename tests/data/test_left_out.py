@@ -12,9 +12,8 @@ import torch
 from image_fixtures import make_folder
 from loading import eval_loader
 from PIL import Image
-from source_fixtures import needs_datasets, write_table, write_tar
+from source_fixtures import example, needs_datasets, write_records, write_table, write_tar
 from test_bad_files import DAMAGE, SUSPECT, encoded
-from test_sources import example, write_records
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.eval_loader import FILLER, LEFT_OUT

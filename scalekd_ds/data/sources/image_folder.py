@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from scalekd_ds.class_names import positions_in
 from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
-from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.data.sources.labels import Classes, listed, read_classes
+from scalekd_ds.errors import UserError, say, suggest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # the coarsest resolution at which file systems keep modification times: a folder that changed so shortly before it was
@@ -75,13 +77,13 @@ class ImageFolder:
         )
 
 
-def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> ImageFolder:
+def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder:
     """Opens a folder of class folders; its index is built, or read where an earlier run kept it.
 
     Args:
         folder: One sub-folder per class; further folders inside a class are walked.
         key: Setting that names the source, for error messages.
-        classes: Names of the training classes; None takes the names of the folders.
+        classes: Names of the training classes, or a function that lists them; None takes the sorted names of the folders.
 
     Raises:
         UserError: The folder is missing, has fewer than two classes, or has a class without images or not in `classes`.
@@ -92,30 +94,43 @@ def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> Im
         hint = suggest(folder.name, near) if parent.is_dir() else f" Not even {str(parent)!r} exists."
         raise UserError(f"{key}: the folder {str(folder)!r} does not exist.{hint}")
     # checked here, so that the error is the same whether or not there is an index
-    _class_folders(folder, key)
+    found = _class_folders(folder, key)
     index = cached_index(folder, key, lambda: _build_index(folder, key), lambda stamp: _what_changed(folder, stamp))
     labels, names = index.codes, index.raw
+    classes = _order_of_file(folder, names, key) or classes if not isinstance(classes, list) else classes
+    classes = listed(classes, names)
+    if len(classes or found) == 1:
+        raise UserError(f"{key}: {str(folder)!r} has one class, {found[0]!r}: a classifier needs two or more.")
     if classes is not None and names != classes:
-        if unknown := sorted(set(names) - set(classes)):
+        positions = positions_in(names, classes)
+        if unknown := [name for name, position in zip(names, positions, strict=True) if position < 0]:
             raise UserError(
                 f"{key}: {len(unknown)} class folders of {str(folder)!r} are not among the {len(classes)} classes of "
                 f"training ({', '.join(unknown[:5])}).{suggest(unknown[0], classes)}"
             )
-        labels, names = np.array([classes.index(name) for name in names])[labels], classes
+        labels, names = positions[labels], classes
     paths = [os.path.join(folder, name) for name in index.names]
     return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
 
 
+def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None:
+    """The order in which the folder's classes.txt lists its classes; None where there is none, or of something else."""
+    own = read_classes(folder, key)
+    if own is not None and sorted(own) != names:
+        unlike = next((name for name in own if name not in names), None) or next(n for n in names if n not in own)
+        say(f"{key}: {str(folder / 'classes.txt')!r} is not used: it does not list the class folders ({unlike!r})")
+        return None
+    return own
+
+
 def _class_folders(folder: Path, key: str) -> list[str]:
-    """Names of the class folders, sorted; raises UserError for fewer than two."""
+    """Names of the class folders, sorted; raises UserError where there is none."""
     try:
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
-    if len(classes) == 1:
-        raise UserError(f"{key}: {str(folder)!r} has one class, {classes[0]!r}: a classifier needs two or more.")
     return classes
 
 

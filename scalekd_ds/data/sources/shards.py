@@ -144,18 +144,28 @@ def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> lis
             )
         files = sorted(str(path) for path in where.iterdir() if is_shard(path))
     else:
-        files = [str(where)]
-        while match := _RANGE.search(files[0]):
-            first, last = match.groups()
-            if not 0 <= int(last) - int(first) < _MAX_SHARDS:
-                raise UserError(f"{key}: {str(where)!r} has the range {match[0]}: it must count up, as {{000..012}}.")
-            numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-            files = [file.replace(match[0], number, 1) for file in files for number in numbers]
+        files = shards_of_pattern(str(where), key)
     for file in files:
         if not os.path.isfile(file):
             parent = Path(file).parent
             near = [path.name for path in parent.iterdir()] if parent.is_dir() else []
             raise UserError(f"{key}: the shard {file!r} does not exist.{suggest(Path(file).name, near)}")
+    return files
+
+
+def shards_of_pattern(where: str, key: str) -> list[str]:
+    """The paths that a pattern such as `shard-{000..012}.tar` stands for, in order; a path without one is itself.
+
+    Raises:
+        UserError: A range does not count up, or is too long.
+    """
+    files = [where]
+    while match := _RANGE.search(files[0]):
+        first, last = match.groups()
+        if not 0 <= int(last) - int(first) < _MAX_SHARDS:
+            raise UserError(f"{key}: {where!r} has the range {match[0]}: it must count up, as {{000..012}}.")
+        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        files = [file.replace(match[0], number, 1) for file in files for number in numbers]
     return files
 
 
