@@ -73,11 +73,14 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise UserError(f"{name} does not take these arguments: {error}.") from None
-    except (AssertionError, ValueError, RuntimeError) as error:
+    # without arguments of the user's, an error is the network's, which the caller explains
+    except Exception as error:
         shown = {k: v for k, v in kwargs.items() if k not in ("pretrained", "num_classes")}
-        raise UserError(f"{name} cannot be built with {shown}: {error}") from None
+        if kwargs["pretrained"] and not isinstance(error, TypeError | AssertionError | ValueError):
+            raise
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            raise UserError(f"{name} does not take these arguments: {cause_of(error)}.") from None
+        raise UserError(f"{name} cannot be built with {shown}: {cause_of(error)}.") from None
 
 
 # names of timm's modules whose models are built for one image size, though some of them also run on others
