@@ -24,6 +24,7 @@ from typing import Any
 
 from scalekd_ds.checkpoint.manifest import MANIFEST
 from scalekd_ds.errors import UserError
+from scalekd_ds.models.card import read_evaluation
 
 # names the newest checkpoint, so that a run whose newest checkpoint is missing fails instead of starting afresh
 LATEST = "latest.json"
@@ -40,8 +41,12 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint that `verify` has passed."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """The `state.json` of a checkpoint that `verify` has passed, with what was measured after it was saved.
+
+    Raises:
+        UserError: The accuracies, or the state, are damaged.
+    """
+    return json.loads((checkpoint / "state.json").read_text()) | read_evaluation(checkpoint).get("state", {})
 
 
 def resolve_checkpoint(path: Path) -> Path:

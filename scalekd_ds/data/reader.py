@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.undecodable import flaw_by_structure
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, first_line
 
 # files whose sizes the estimate of a data set's size is taken from
 _SIZE_SAMPLES = 64
@@ -66,12 +66,18 @@ class Reader:
             if error.errno is not None and self._in_a_folder:
                 _check_storage(self.source.root)
             raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
+        # libraries of tables raise errors of their own for a damaged row
+        except Exception as error:
+            raise BadImageError(self.source.name(index), f"cannot be read: {first_line(error)}") from None
         if not self._checked[index]:
             # whole files may look cut off, as photos with a film behind them do: the decoders decide
             if flaw_by_structure(memoryview(data)) and (flaw := flaw_of(data)):
                 raise BadImageError(self.source.name(index), flaw)
             self._checked[index] = True
-        data = _png16_to_png8(data)
+        try:
+            data = _png16_to_png8(data)
+        except Exception as error:
+            raise BadImageError(self.source.name(index), _reason(error)) from None
         if self._cache is not None:
             self._cache[index] = data
         return data
@@ -88,7 +94,8 @@ class Reader:
             try:
                 with Image.open(io.BytesIO(encoded)) as image:
                     height, width = image.height, image.width
-            except (OSError, Image.DecompressionBombError) as error:
+            # Pillow raises errors of many kinds on damaged headers
+            except Exception as error:
                 raise BadImageError(self.source.name(index), _reason(error)) from None
             self.source.sizes[index] = height, width
         return height, width
@@ -130,8 +137,8 @@ def _estimated_bytes(source: Source) -> float:
     for index in range(0, len(source), max(1, len(source) // _SIZE_SAMPLES)):
         try:
             sizes.append(len(source.read(index)))
-        except OSError:
-            # the error is reported when the file itself is needed
+        # the error is reported when the image itself is needed
+        except Exception:
             continue
     return len(source) * float(np.mean(sizes)) if sizes else 0.0
 
@@ -145,7 +152,8 @@ def flaw_of(data: np.ndarray) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Pillow raises errors of many kinds on damaged files
+    except Exception as error:
         return flaw or _reason(error)
     return flaw if flaw and not _count_decoded([data]) else None
 
@@ -160,15 +168,19 @@ def _reason(error: Exception) -> str:
         size = f"{int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "its pixels"
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"is too large: {size}, and at most {limit:.0f} are read, against decompression bombs; scale it down"
-    return f"is damaged: {error}"
+    return f"is damaged: {first_line(error)}"
 
 
-def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+def find_undecodable(
+    source: Source, indices: Sequence[int], decoder: dict | None = None, device_id: int | None = None
+) -> dict[int, str]:
     """Decodes samples one by one with Pillow and with DALI, whose own error need not name the file.
 
     Args:
         source: The images.
         indices: The samples to decode.
+        decoder: Arguments of DALI's decoder; None decodes on the CPU.
+        device_id: Number of the GPU that this decoder is on, or None.
 
     Returns:
         Index -> reason of those that cannot be decoded; a reason completes the sentence "FILE ...".
@@ -178,8 +190,9 @@ def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
     for index in indices:
         try:
             data = source.read(index)
-        except OSError as error:
-            found[index] = f"cannot be read: {error.strerror or error}"
+        # OSError, or what a library of tables raises for a damaged row
+        except Exception as error:
+            found[index] = f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
             continue
         if flaw := flaw_of(data):
             found[index] = flaw
@@ -187,24 +200,25 @@ def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
             decodable.append((index, data))
     while decodable:
         # a pipeline cannot run after an error: the next one takes the files after the refused one
-        count = _count_decoded([data for _, data in decodable])
+        count = _count_decoded([data for _, data in decodable], decoder, device_id)
         if count < len(decodable):
             found[decodable[count][0]] = "is refused by DALI's decoder"
         decodable = decodable[count + 1 :]
     return found
 
 
-def _count_decoded(files: Sequence[np.ndarray]) -> int:
-    """How many files DALI decodes before it refuses one."""
+def _count_decoded(files: Sequence[np.ndarray], decoder: dict | None = None, device_id: int | None = None) -> int:
+    """How many files DALI decodes before it refuses one; the arguments are those of `find_undecodable`."""
+    decoder = decoder or {"device": "cpu", "output_type": types.RGB}
     remaining = iter(files)
 
     def next_file() -> list[np.ndarray]:
         return [next(remaining)]
 
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         encoded = fn.external_source(source=next_file, dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
+        pipeline.set_outputs(fn.decoders.image(encoded, **decoder))
     for decoded in range(len(files)):
         try:
             pipeline.run()

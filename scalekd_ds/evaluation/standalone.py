@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from scalekd_ds.class_names import match_classes
@@ -14,8 +13,10 @@ from scalekd_ds.data import EvalLoader
 from scalekd_ds.data.sources.open import open_source
 from scalekd_ds.data.sources.source import Source, check_all_present, with_classes
 from scalekd_ds.data.verify import without_quarantined
-from scalekd_ds.errors import say
+from scalekd_ds.durable_files import save_tensors, written_aside
+from scalekd_ds.errors import UserError, problem_of, say
 from scalekd_ds.evaluation.accuracy import evaluate
+from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes
@@ -33,6 +34,7 @@ def evaluate_model(
     logits_file: Path | None = None,
     eval_resize: int | None = None,
     allow_missing_classes: bool = False,
+    max_bad_share: float = DataConfig.max_bad_share,
 ) -> dict[str, float]:
     """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32.
 
@@ -47,14 +49,15 @@ def evaluate_model(
             None writes none.
         eval_resize: Shorter side before the centre crop in pixels; None takes that of training, in proportion where the
             size is another.
-
         allow_missing_classes: The images may lack some of the model's classes.
+        max_bad_share: Share of the images that may be left out because they cannot be used.
 
     Returns:
-        `top1` and `top5` in percent, and `images`, their number.
+        `top1` and `top5` in percent, `images`, their number, and `left_out`, the number of those that cannot be used.
 
     Raises:
-        UserError: The model or the images cannot be opened, or they have different classes.
+        UserError: The model or the images cannot be opened, they have different classes, too many images cannot be used, or
+            the logits cannot be written.
     """
     card = read_card(name) if name.endswith(".safetensors") else {}
     # with its number of classes given, a model of a file is built for the new size
@@ -87,13 +90,16 @@ def evaluate_model(
         return logits
 
     result = evaluate(predict, batches(), device)
+    check_left_out(loader, result, max_bad_share, "--max-bad-share")
     if logits_file is not None:
         labels = torch.cat(all_labels)
         real = labels >= 0
-        save_file(
-            {"logits": torch.cat(all_logits)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()},
-            logits_file,
-        )
+        found = {"logits": torch.cat(all_logits)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()}
+        try:
+            with written_aside(logits_file) as partial:
+                save_tensors(partial, found)
+        except OSError as error:
+            raise UserError(f"--logits: {logits_file} cannot be written: {problem_of(error)}.") from None
     return result
 
 

@@ -51,6 +51,8 @@ class Run:
         teacher_accuracy: `top1` and `top5` of the teacher in percent, once it is evaluated.
         accuracy: The same of the student's own weights at the last evaluation.
         evaluated_step: The step of the last evaluation.
+        left_out: Validation images that the last evaluation left out, over all ranks.
+        shipped_step: The step of the weights in student.safetensors, where this start of the run has written them.
         ema: Moving average of the student, where the run keeps one.
         ema_accuracy: Accuracy of the moving average at the last evaluation.
         best: `top1` and `step` of the best evaluation so far.
@@ -83,6 +85,8 @@ class Run:
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
     evaluated_step: int | None = None
+    left_out: int = 0
+    shipped_step: int | None = None
     ema: StudentEma | None = None
     ema_accuracy: dict[str, float] | None = None
     best: dict[str, float] | None = None

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scalekd_ds.cluster.folder_lock import held
-from scalekd_ds.errors import UserError
+from scalekd_ds.config import RunConfig
+from scalekd_ds.durable_files import write_json
+from scalekd_ds.errors import UserError, problem_of
 
 
 def make_run_dir(run_dir: Path) -> Path:
@@ -25,6 +27,20 @@ def make_run_dir(run_dir: Path) -> Path:
     except OSError as error:
         raise UserError(f"run.dir is {str(run_dir)!r}, which cannot be made: {error}.") from None
     return run_dir
+
+
+def write_config(run_dir: Path, cfg: RunConfig) -> None:
+    """Writes the run's configuration into its folder, which is made where it does not exist.
+
+    Raises:
+        UserError: The folder or the file cannot be written, as the checkpoints could not be.
+    """
+    try:
+        write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
+    except OSError as error:
+        raise UserError(
+            f"run.dir is {str(run_dir)!r}, which cannot be written ({problem_of(error)}): free its disk, or name another."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.run_sources import read_sources
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine import ds_config
 from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.processes import job_store, start_processes
@@ -50,7 +49,7 @@ from scalekd_ds.training.micro_batch import micro_batch_notice
 from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import make_run_dir
+from scalekd_ds.training.run_dir import write_config
 from scalekd_ds.watching.monitor import Monitor
 
 
@@ -101,7 +100,7 @@ def build(cfg: RunConfig) -> Run:
     ema = start_ema(engine, cfg.ema.decay, resume_from)
     if rank == 0:
         say(slow_average_notice(cfg.ema.decay, total_steps))
-        write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
+        write_config(run_dir, cfg)
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
         if resume_from:
