@@ -230,11 +230,14 @@ class Loader:
         raise NotImplementedError
 
     def _find_undecodable(self, indices: Sequence[int], error: RuntimeError) -> dict[int, str]:
-        """Index -> reason of the undecodable images among `indices`; raises `error` where all of them can be decoded."""
+        """Index -> reason of the undecodable images among `indices`.
+
+        Raises `error` where all of them can be decoded, and are what they were when this run first read them.
+        """
         bad = find_undecodable(self.source, indices)
         if not bad and self._gpu:
             # a GPU's decoder may refuse what the CPU's takes
             bad = find_undecodable(self.source, indices, self._decoder(), self.device.index or 0)
-        if not bad:
+        if not bad and not self._reader.forget_changed(indices):
             raise error
         return bad

@@ -73,14 +73,40 @@ class Reader:
             # whole files may look cut off, as photos with a film behind them do: the decoders decide
             if flaw_by_structure(memoryview(data)) and (flaw := flaw_of(data)):
                 raise BadImageError(self.source.name(index), flaw)
+            self._check_size(index, data)
             self._checked[index] = True
         try:
-            data = _png16_to_png8(data)
+            data = _as_pillow_reads(data)
         except Exception as error:
             raise BadImageError(self.source.name(index), _reason(error)) from None
         if self._cache is not None:
             self._cache[index] = data
         return data
+
+    def _check_size(self, index: int, data: np.ndarray) -> None:
+        """Corrects the size that the index has for an image, where another one has taken its place since.
+
+        It is read from the header at the first time that a run reads the image: 30 microseconds, a hundredth of decoding.
+        """
+        known = self.source.sizes[index].tolist()
+        if known[0] and (found := _header_size(data)) is not None and list(found) != known:
+            self.source.sizes[index] = found
+
+    def forget_changed(self, indices: Sequence[int]) -> list[int]:
+        """Takes the sizes of images anew whose files have changed since this run read them, and returns which these are."""
+        changed = []
+        for index in indices:
+            known = self.source.sizes[index].tolist()
+            try:
+                found = _header_size(self.source.read(index))
+            except OSError:
+                continue
+            if found is not None and known[0] and list(found) != known:
+                self.source.sizes[index] = found
+                changed.append(index)
+            if self._cache is not None:
+                self._cache.pop(index, None)
+        return changed
 
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
         """(height, width) of one image in pixels, from the index or else from the header in `encoded`.
@@ -117,13 +143,28 @@ def _check_storage(root: Path) -> None:
         )
 
 
-def _png16_to_png8(data: np.ndarray) -> np.ndarray:
-    """A 16-bit PNG as an 8-bit one, and any other file as it is.
+def _header_size(data: np.ndarray) -> tuple[int, int] | None:
+    """(height, width) from the header of an image; None where Pillow finds none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    # Pillow raises errors of many kinds on damaged headers
+    except Exception:
+        return None
 
-    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte.
+
+def _as_pillow_reads(data: np.ndarray) -> np.ndarray:
+    """A 16-bit PNG or PNM and a TIFF as an 8-bit PNG, and any other file as it is.
+
+    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte. Of TIFFs it does not
+    read all that Pillow does.
     """
-    png_of_16_bits = data[:8].tobytes() == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and data[24] == 16
-    if not png_of_16_bits:
+    head = data[:64].tobytes()
+    png_of_16_bits = head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 24 and head[24] == 16
+    # the header of a PNM is text: kind, width, height, largest value
+    pnm_of_16_bits = re.match(rb"P[2356]\s+(?:#.*\s+)*\d+\s+\d+\s+(\d+)\s", head)
+    is_tiff = head.startswith((b"II*\x00", b"MM\x00*"))
+    if not (png_of_16_bits or is_tiff or (pnm_of_16_bits and int(pnm_of_16_bits[1]) > 255)):
         return data
     out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
@@ -155,7 +196,7 @@ def flaw_of(data: np.ndarray) -> str | None:
     # Pillow raises errors of many kinds on damaged files
     except Exception as error:
         return flaw or _reason(error)
-    return flaw if flaw and not _count_decoded([data]) else None
+    return flaw if flaw and not _count_decoded([_as_pillow_reads(data)]) else None
 
 
 def _reason(error: Exception) -> str:
@@ -197,7 +238,7 @@ def find_undecodable(
         if flaw := flaw_of(data):
             found[index] = flaw
         else:
-            decodable.append((index, data))
+            decodable.append((index, _as_pillow_reads(data)))
     while decodable:
         # a pipeline cannot run after an error: the next one takes the files after the refused one
         count = _count_decoded([data for _, data in decodable], decoder, device_id)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from scalekd_ds.class_names import are_numbers
-from scalekd_ds.data.sources.image_folder import EXTENSIONS
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
+from scalekd_ds.data.sources.what_counts import EXTENSIONS, hidden_part, is_image_name
 from scalekd_ds.errors import UserError
 
 _FILTERS = {
@@ -101,11 +101,12 @@ def find_images(given: Sequence[str]) -> list[AnyImage]:
             found.update(dict.fromkeys(images))
             continue
         if path.is_dir():
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            below = (p for p in folder.rglob("*") if is_image_name(p.name))
+            files = sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.suffix.lower() in EXTENSIONS)
+            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
         if not files:
             raise UserError(
                 f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "

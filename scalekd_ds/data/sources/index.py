@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SUFFIX = ".scalekd_index.npz"
-VERSION = 1
+VERSION = 2
 # bytes that hold the header of nearly every image
 _HEADER_BYTES = 16 * 1024
 _ARRAYS = ("codes", "sizes", "lengths", "offsets", "shards")
