@@ -55,8 +55,9 @@ def build(cfg: RunConfig) -> Run:
     device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
     if device.type == "cpu" and rank == 0:
-        _say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
+        _say(slow_precision_notice(ds_config.autocast_dtype(ds_merged), cfg.run.ds_config))
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
