@@ -72,8 +72,9 @@ def build(cfg: RunConfig) -> Run:
     device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
     if device.type == "cpu" and rank == 0:
-        say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
+        say(slow_precision_notice(ds_config.autocast_dtype(ds_merged), cfg.run.ds_config))
     distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0, classes=train.classes)
     record = _record(cfg, distiller, ds_merged, train, val, state)
     if distiller.teacher is not None:

@@ -113,11 +113,9 @@ def _begin(command: list[str], env: dict[str, str], out: str, err: str) -> None:
     append = os.O_WRONLY | os.O_APPEND
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, append), os.open(err, append))):
         os.dup2(file, number)
-    helpers = Path(__file__).parent
-    # what PYTHONPATH names stays, as in any other process: a checkout beside the installed one is the one to test
-    own = {Path(p) for p in env.get("PYTHONPATH", "").split(os.pathsep) if p}
-    dropped = {helpers, ROOT} - own
-    sys.path[:] = [str(Path(command[0]).parent), *(p for p in sys.path if p and Path(p) not in dropped)]
+    # what pytest added, and no interpreter that is started here would have
+    added = {Path(__file__).parent, ROOT} - set(map(Path, env.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:] = [str(Path(command[0]).parent), *(p for p in sys.path if p and Path(p) not in added)]
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")
