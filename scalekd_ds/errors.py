@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from scalekd_ds import output, signals
+
 _OWN_CODE = str(Path(__file__).parent)
 # colours and the like
 _TERMINAL_CODES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")
@@ -155,10 +157,16 @@ def run_cli(main: Callable[[], int | None]) -> None:
     Every rank of a job meets the same mistake. Ranks other than 0 wait a moment before they print, so that the
     launcher, which ends the others as soon as one fails, normally leaves exactly one line to read. What
     `explained` leaves keeps its traceback; in a job of several ranks a last line says on which rank and host it was raised.
+    A signal ends `main` with one line and status 128 + its number, and output that nobody can read any more is no error.
     """
+    output.guard()
+    signals.install()
     try:
         status = explained(main)
+        signals.finished()
     except UserError as error:
+        _end_if_interrupted()
+        signals.end_quietly(error.status)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1.5)
         message = " ".join(str(error).split())
@@ -166,7 +174,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
         # os._exit, because a process group that is half set up could hang a normal exit; it does not flush by itself
         sys.stdout.flush()
         os._exit(error.status)
+    except signals.Interrupted as error:
+        signals.end(error.number)
     except Exception as error:
+        _end_if_interrupted()
         if not rank_and_host():
             raise
         # one write for all of it, because other ranks print theirs into the same terminal
@@ -174,4 +185,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
         message = " ".join(str(error).split())
         print(f"{text}error{rank_and_host()}: {type(error).__name__}: {message}\n", end="", file=sys.stderr, flush=True)
         sys.exit(1)
+    if failure := output.failure():
+        print(f"error: standard output cannot be written: {output.reason(failure)}.", file=sys.stderr, flush=True)
+        status = status or UserError.status
     sys.exit(status or 0)
+
+
+def _end_if_interrupted() -> None:
+    """Ends as a signal asked where the interruption was turned into another error on its way up."""
+    if (number := signals.interrupted()) is not None:
+        signals.end(number)

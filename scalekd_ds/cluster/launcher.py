@@ -1,8 +1,9 @@
-"""Checks the hosts file of the deepspeed launcher that started this process."""
+"""The launcher that started this process: its hosts file, and whether it is still there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import psutil
 
@@ -11,6 +12,48 @@ from scalekd_ds.errors import UserError
 
 # what the launcher's command line contains when it is started as a command, a script or a module
 _LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
+
+
+# those of all launchers, on the node of the command and on the others
+_ANY_LAUNCHER = (
+    *_LAUNCHERS,
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+)
+# set by `run_job`: the process that has to outlive the job, and takes its signals
+STARTED_BY = "SCALEKD_STARTED_BY"
+
+
+def abandonment() -> Callable[[], str | None]:
+    """A function that says why this process should end, once one of those that started it has; None until then.
+
+    A launcher that is killed leaves its ranks behind: they would train on with nobody to tell, and to stop them.
+    """
+    started = {}
+    for process in psutil.Process().parents():
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if os.environ.get(STARTED_BY) == str(process.pid):
+            started["the command that started it"] = process
+        elif "RANK" in os.environ and any(os.path.basename(part) in _ANY_LAUNCHER for part in command[:4]):
+            started[f"its launcher, process {process.pid},"] = process
+
+    def reason() -> str | None:
+        return next((f"{name} has ended" for name, process in started.items() if not _runs(process)), None)
+
+    return reason
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        # a process of that number that was started at another time is another one
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def check_hostfile() -> None:

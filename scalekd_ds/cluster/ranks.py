@@ -100,7 +100,11 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
             "the node of rank 0 (mpirun -x MASTER_ADDR=NODE)."
         )
     if port:
-        _number(environment, "MASTER_PORT")
+        if not 0 < _number(environment, "MASTER_PORT") < 65_536:
+            raise UserError(
+                f"the environment variable MASTER_PORT is {port!r}: a port is a number from 1 to 65535 (--master_port of the "
+                "launcher)."
+            )
     elif world_size == 1:
         port = str(free_port())
     elif same:

@@ -15,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+from scalekd_ds import signals
+from scalekd_ds.cluster.job import run_job
 from scalekd_ds.commands.parser import Parser
-from scalekd_ds.commands.train import MODULE
+from scalekd_ds.commands.train import LAUNCHER, MODULE
 from scalekd_ds.errors import UserError
 from scalekd_ds.training.run_dir import make_run_dir
 
@@ -101,10 +103,12 @@ def main(argv: list[str] | None = None) -> int:
         if hosts:
             hostfile = folder / f"hosts.{start}"
             hostfile.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
-            command = ["deepspeed", "--hostfile", hostfile, *shlex.split(arguments.deepspeed_args)]
+            command = [*LAUNCHER, "--hostfile", hostfile, *shlex.split(arguments.deepspeed_args)]
             print(f"supervisor: start {start} on {', '.join(hosts)}", flush=True)
             before = results.stat().st_mtime_ns if results.exists() else None
-            status = subprocess.run([*command, "--module", MODULE, *run], stdin=subprocess.DEVNULL).returncode
+            status, number = run_job([*command, "--module", MODULE, *run], stdin=subprocess.DEVNULL)
+            if number is not None and status != 0:
+                raise signals.Interrupted(number)
             if status == 0:
                 finished = results.exists() and results.stat().st_mtime_ns != before
                 print(

@@ -6,14 +6,17 @@ import argparse
 import os
 import shlex
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
+from scalekd_ds import output, signals
 from scalekd_ds.cluster.ranks import free_port, rank_variables, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 
 # the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
+# not the `deepspeed` command, which may be that of another environment on PATH
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +64,7 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
             f"--gpus or --hostfile is given to each of {tasks.world_size} tasks, which {tasks.starter} has started: leave it "
             "out, since the tasks are the ranks."
         )
-    # not the `deepspeed` command, which may be that of another environment on PATH
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command = [*LAUNCHER]
     if given.hostfile is not None:
         from scalekd_ds.cluster.hosts import read_hosts
 
@@ -85,12 +87,20 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
     return [*command, *extra_arguments, "--module", MODULE, *run]
 
 
-def _start_launcher(command: list[str]) -> NoReturn:
+def _launch(command: list[str]) -> int:
+    """Runs the launcher, and returns its status."""
+    from scalekd_ds.cluster.job import run_job
+
     sys.stdout.flush()
-    os.execv(command[0], command)
+    status, number = run_job(command)
+    if status < 0:
+        # it was ended before there was a rank to say so
+        raise signals.Interrupted(number or -status)
+    return status
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
+    """Returns the launcher's status where it starts one."""
     # parsed before the heavy imports, so that a typing error answers at once
     from scalekd_ds.recipes.command_line import parse_run
 
@@ -99,16 +109,21 @@ def main(argv: list[str] | None = None) -> None:
     given, run = launcher.parse_known_args(argv)
     parsed = parse_run(run, "scalekd train", add_launcher_arguments, examples_of("train"))
     if parsed is None:
-        return
+        return None
     cfg, dump = parsed
     if dump is not None:
         from scalekd_ds.durable_files import write_json
 
         write_json(dump, cfg.as_dict())
         print(f"wrote {dump}: start it with --config {dump}")
-        return
+        return None
     if given.gpus is not None or given.hostfile is not None:
-        _start_launcher(launcher_command(given, run))
+        return _launch(launcher_command(given, run))
+    from scalekd_ds.cluster.launcher import abandonment
+
+    output.goes_on("training")
+    signals.outcome("no step was done, and nothing is lost")
+    signals.watch(abandonment())
     # a wrong environment answers at once, too
     rank_variables(os.environ)
     if given.deepspeed_args:
@@ -121,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from scalekd_ds.training.trainer import train
 
     train(cfg)
+    return None
 
 
 if __name__ == "__main__":

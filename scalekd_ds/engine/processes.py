@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from scalekd_ds.cluster.ranks import join_ranks
+from scalekd_ds.cluster.rendezvous import check_meeting_place, meeting
 from scalekd_ds.engine.host_memory import keep_freed_memory
 
 # every rank begins the same runs in the same order
@@ -26,14 +27,18 @@ def start_processes() -> torch.device:
         The device of this rank.
 
     Raises:
-        UserError: The environment has a part of what a launcher sets, or what another job has left over.
+        UserError: The environment has a part of what a launcher sets, or what another job has left over; or the ranks cannot
+            meet, such as at a port that is in use.
     """
     join_ranks()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed(verbose=False)
+    if not torch.distributed.is_initialized():
+        check_meeting_place()
+    with meeting():
+        deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         _unlink_shared_buffers()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scalekd_ds import signals
+from scalekd_ds.cluster.job import run_job
 from scalekd_ds.errors import UserError
 from scalekd_ds.recipes.command_line import parse_run
 
@@ -70,8 +72,10 @@ def finished_run(script: Path, arguments: list[str], threads: int, log: Path) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as out:
-        done = subprocess.run([sys.executable, script, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode:
+        status, number = run_job([sys.executable, script, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
+    if number is not None:
+        raise signals.Interrupted(number)
+    if status:
         last = log.read_text().strip().splitlines()[-1:] or ["no output"]
-        raise UserError(f"{run_dir.name} failed with status {done.returncode} ({last[0]}); the whole log is {log}.")
+        raise UserError(f"{run_dir.name} failed with status {status} ({last[0]}); the whole log is {log}.")
     return json.loads(results.read_text())

@@ -116,9 +116,14 @@ class Run:
         return "ema" if self.ema is not None and self.cfg.ema.evaluate else "student"
 
     def validation_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's validation batches; each one counts as progress for the heartbeat."""
+        """This rank's validation batches; each one counts as progress for the heartbeat.
+
+        Raises:
+            Preempted: A signal asked the run to stop.
+        """
         for batch in self.val_loader:
             self.heartbeat.progress()
+            self.preemption.raise_if_stopped()
             yield batch
 
     def accuracy_of(self, weights: Literal["student", "ema"]) -> dict[str, float] | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from deepspeed import comm as dist
 
+from scalekd_ds import signals
 from scalekd_ds.checkpoint.layout import WEIGHTS
 from scalekd_ds.cluster.launcher import check_hostfile
+from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
@@ -88,10 +90,14 @@ def _train(run: Run) -> dict[str, Any]:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
+    signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
     with run.heartbeat, run.preemption, Watch(run) as watch:
         try:
-            finished = _loop(run, reporter, watch, last)
-            results = _finish(run, reporter, watch) if finished else _stop(run, reporter)
+            try:
+                _loop(run, reporter, watch, last)
+                results = _finish(run, reporter, watch)
+            except Preempted:
+                results = _stop(run, reporter)
             run.saver.finish()
         except UserError:
             raise
@@ -105,8 +111,12 @@ def _train(run: Run) -> dict[str, Any]:
     return results
 
 
-def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
-    """Trains to step `last` and returns True; at a signal before it begins a checkpoint and returns False."""
+def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> None:
+    """Trains to step `last`.
+
+    Raises:
+        Preempted: A signal asked the run to stop; a checkpoint of the last step is begun.
+    """
     cfg = run.cfg.run
     if 0 < run.step < last and evaluation_is_due(run) and run.evaluated_step != run.step:
         # the start before ended between the checkpoint and its evaluation
@@ -126,26 +136,31 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> bool:
             scalars = watch.scalars(losses)
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
-        stopping = run.preemption.stop() and run.step < last
-        evaluating = not stopping and (evaluation_is_due(run) or run.step == last)
-        saving = stopping or (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
-        if not evaluating and not saving:
+        stopping = run.preemption.stop()
+        evaluating = evaluation_is_due(run) or run.step == last
+        saving = (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
+        if not (evaluating or saving or stopping):
             continue
         # evaluation and saving are not training time
         run.cpu_seconds += time.process_time() - cpu
         # what was trained is saved first: an evaluation may fail for reasons of its own
-        if saving:
+        if saving or stopping:
             begin_checkpoint(run, watch)
         if stopping:
-            return False
+            raise Preempted
         if run.step == last:
             ship(run)
         if evaluating:
-            evaluate_and_note(run, reporter, watch, saving)
+            try:
+                evaluate_and_note(run, reporter, watch, saving)
+            except Preempted:
+                # an evaluation may take longer than a scheduler waits; it is repeated when the run goes on
+                if not saving:
+                    begin_checkpoint(run, watch)
+                raise
         run.heartbeat.progress(run.step)
         watch.reset()
         cpu = time.process_time()
-    return True
 
 
 def evaluation_is_due(run: Run) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from deepspeed import comm as dist
 from torch import nn
 
+from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.engine.gather import student_state, synchronise_buffers
 from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
 from scalekd_ds.evaluation.left_out import check_left_out
@@ -47,12 +48,29 @@ def validate(run: Run, reporter: Reporter) -> None:
 
     Raises:
         LeftOutError: Too many validation images cannot be used; every rank raises it.
+        Preempted: A signal asked the run to stop; the accuracies are those of the evaluation before.
     """
+    before = run.accuracy, run.ema_accuracy, run.evaluated_step
     generators = rng_state()
     try:
-        _validate(run, reporter)
+        _measure(run)
+    except Preempted:
+        run.accuracy, run.ema_accuracy, run.evaluated_step = before
+        raise
     finally:
         set_rng_state(generators)
+    top1 = run.accuracy_of(run.shipped_weights)["top1"]
+    if run.best is None or top1 > run.best["top1"]:
+        run.best = {"top1": top1, "step": run.step}
+    # (prefix in TensorBoard, name in the table, accuracy)
+    found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
+    found.append(("teacher_", "teacher", run.teacher_accuracy))
+    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
+    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
+    scalars |= {"val/best_top1": run.best["top1"], "data/bad_val_files": float(run.left_out)}
+    run.monitor.log(run.step, scalars)
+    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
+    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])
 
 
 def _accuracy(run: Run, measure: Callable[[Iterator], dict[str, float]]) -> dict[str, float]:
@@ -63,7 +81,8 @@ def _accuracy(run: Run, measure: Callable[[Iterator], dict[str, float]]) -> dict
     return accuracy
 
 
-def _validate(run: Run, reporter: Reporter) -> None:
+def _measure(run: Run) -> None:
+    """Stores the accuracies in `run`, and draws pictures; collective."""
     synchronise_buffers(run.distiller)
     student = student_to_evaluate(run)
     run.accuracy = _accuracy(run, lambda batches: evaluate_module(student, batches, run.device))
@@ -86,15 +105,3 @@ def _validate(run: Run, reporter: Reporter) -> None:
     if run.ema is not None:
         average = averaged_student(run)
         run.ema_accuracy = _accuracy(run, lambda batches: evaluate_module(average, batches, run.device))
-    top1 = run.accuracy_of(run.shipped_weights)["top1"]
-    if run.best is None or top1 > run.best["top1"]:
-        run.best = {"top1": top1, "step": run.step}
-    # (prefix in TensorBoard, name in the table, accuracy)
-    found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
-    found.append(("teacher_", "teacher", run.teacher_accuracy))
-    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
-    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
-    scalars |= {"val/best_top1": run.best["top1"], "data/bad_val_files": float(run.left_out)}
-    run.monitor.log(run.step, scalars)
-    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
-    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])

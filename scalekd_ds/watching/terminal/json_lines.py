@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import IO, Any
 
+from scalekd_ds.output import lossy
 from scalekd_ds.watching.terminal.plain import Reporter
 from scalekd_ds.watching.terminal.report import ReportCard
 
@@ -23,7 +24,7 @@ def claim_stdout() -> None:
     if _claimed_stdout:
         return
     sys.stdout.flush()
-    _claimed_stdout.append(os.fdopen(os.dup(1), "w"))
+    _claimed_stdout.append(lossy(os.dup(1), "utf-8", shown=1))
     os.dup2(2, 1)
 
 
