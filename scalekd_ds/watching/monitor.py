@@ -2,38 +2,108 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
+
+from scalekd_ds.errors import UserError, first_line
 
 # the metrics in TensorBoard's table of runs
 METRICS = ("val/best_top1", "val/top1", "loss/total")
+# DeepSpeed's monitor, the package that it needs, and the cure where it does not start; first those that may need a login,
+# so that nothing is written where they do
+MONITORS: dict[str, tuple[type, str | None, str]] = {
+    "wandb": (WandbMonitor, "wandb", "log in with `wandb login`, or set WANDB_MODE=offline"),
+    "comet": (CometMonitor, "comet_ml", "set COMET_API_KEY"),
+    "tensorboard": (TensorBoardMonitor, "tensorboard", "make its folder writable"),
+    "csv_monitor": (csvMonitor, None, "make its folder writable"),
+}
 
 
 class Monitor:
     """Writes the logs of a run on rank 0, and does nothing on other ranks.
 
+    A monitor that fails later, because the network is gone or its disk is full, is given up with one warning, and
+    training goes on.
+
     Args:
         config: The monitors' part of the DeepSpeed JSON (`ds_config.monitors`).
+
+    Raises:
+        UserError: A monitor cannot start, on every rank.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         # not engine.monitor, which would add DeepSpeed's own scalars and flush them at every step
-        self._monitor = MonitorMaster(get_monitor_config(config))
-        board = self._monitor.tb_monitor
-        # the writer of DeepSpeed's monitor, so that everything is in one file
-        self._writer = board.summary_writer if board is not None else None
+        self._monitors: dict[str, Any] = {}
+        problem = self._start(config) if dist.get_rank() == 0 else None
+        if dist.get_world_size() > 1:
+            told = [problem]
+            torch.distributed.broadcast_object_list(told)
+            (problem,) = told
+        if problem is not None:
+            raise UserError(problem)
+
+    def _start(self, config: dict[str, Any]) -> str | None:
+        """Starts each monitor; returns why one of them could not, or None."""
+        settings = get_monitor_config(config)
+        for name, (monitor, package, cure) in MONITORS.items():
+            if not getattr(settings, name).enabled:
+                continue
+            try:
+                if package is not None:
+                    # DeepSpeed would print advice of its own where this fails
+                    importlib.import_module(package)
+                self._monitors[name] = monitor(getattr(settings, name))
+            # the packages of services raise errors of their own, of many classes
+            except Exception as error:
+                shown = f"{type(error).__name__}: {first_line(error)}"
+                return f"the monitor {name} cannot start ({shown}): {cure}, or name other monitors with --run.monitors."
+        if "tensorboard" in self._monitors:
+            _silence_writer_threads()
+        return None
+
+    @property
+    def _writer(self) -> Any:
+        """The writer of DeepSpeed's monitor, so that everything is in one file; None without TensorBoard."""
+        board = self._monitors.get("tensorboard")
+        return None if board is None else board.summary_writer
+
+    def _attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Writes to a monitor, and gives it up with a warning where it fails."""
+        try:
+            write()
+        except Exception as error:
+            del self._monitors[name]
+            shown = f"{type(error).__name__}: {first_line(error)}"
+            message = f"warning: the monitor {name} failed ({shown}): it gets nothing more, and training goes on."
+            print(message, file=sys.stderr, flush=True)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of an optimizer step, and flushes everything to disk."""
-        self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
+        events = [(name, value, step) for name, value in scalars.items()]
+        for name, monitor in list(self._monitors.items()):
+            self._attempt(name, lambda monitor=monitor: monitor.write_events(events))
 
     def pictures(self, step: int, pictures: dict[str, torch.Tensor]) -> None:
         """Adds pictures (3, H, W) in 0 to 1, by name; they reach the disk with the next scalars."""
-        for name, picture in pictures.items():
-            self._writer.add_image(name, picture, step)
+
+        def write() -> None:
+            for name, picture in pictures.items():
+                self._writer.add_image(name, picture, step)
+
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def begin(self, step: int, text: str, hyperparameters: dict[str, bool | str | float]) -> None:
         """Writes the run's summary and its row in TensorBoard's table of runs.
@@ -43,19 +113,40 @@ class Monitor:
             text: The summary, in Markdown.
             hyperparameters: The values of the row.
         """
-        if self._writer is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
 
-        self._writer.add_text("run/summary", text, step)
-        # not `add_hparams`, which would write a second file in a folder of its own, and so show a second run
-        experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
-        for event in (experiment, start):
-            self._writer.file_writer.add_summary(event)
-        self._writer.flush()
+        def write() -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            self._writer.add_text("run/summary", text, step)
+            # not `add_hparams`, which would write a second file in a folder of its own, and so show a second run
+            experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
+            for event in (experiment, start):
+                self._writer.file_writer.add_summary(event)
+            self._writer.flush()
+
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def end(self) -> None:
         """Marks the run as finished in the table of runs."""
-        if self._writer is not None:
+
+        def write() -> None:
             self._writer.file_writer.add_summary(self._end)
             self._writer.flush()
+
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
+
+
+def _silence_writer_threads() -> None:
+    """Keeps TensorBoard's threads from printing a traceback where they fail: the next call raises the same error."""
+    previous = threading.excepthook
+    if getattr(previous, "without_tensorboard", False):
+        return
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            previous(args)
+
+    hook.without_tensorboard = True
+    threading.excepthook = hook
