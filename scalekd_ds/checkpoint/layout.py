@@ -10,6 +10,7 @@ run_dir/checkpoints/step00000500/
     student_ema.*                   the same two for its moving average, where the run keeps one
     state.json                      step, samples seen, world size, ZeRO stage
     manifest.json                   size and SHA-256 of every file above, written last
+    zero_to_fp32.py                 says how to get the student, to whoever knows DeepSpeed's script of this name
 
 Any number of ranks can read it, at any ZeRO stage. Its only pickles are torch's files of the generators, which are read
 with `weights_only`.

@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 
 from scalekd_ds.checkpoint.layout import BUFFERS, WEIGHTS
 from scalekd_ds.checkpoint.plain_weights import write_student
+from scalekd_ds.checkpoint.recovery_script import write_recovery_script
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
 from scalekd_ds.durable_files import save_tensors, sync, write_json
@@ -76,6 +77,7 @@ def save_checkpoint(
             if average is not None:
                 write_student(folder / WEIGHTS["ema"], *average)
             write_json(folder / "state.json", state)
+            write_recovery_script(folder)
         for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
             sync(path)
 

@@ -149,7 +149,16 @@ def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str
     merged = chosen | {("csv_monitor" if name == "csv" else name): defaults[name] for name in dict.fromkeys(listed)}
     if not listed:
         merged["tensorboard"] = defaults["tensorboard"] | chosen.get("tensorboard", {})
+    if "comet" in merged:
+        # of DeepSpeed's "samples", which are steps here: it would drop what comes sooner after the last
+        merged["comet"] = {"samples_log_interval": 1} | merged["comet"]
     for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
-        if merged.get(name, {}).get("enabled") and find_spec(package) is None:
+        if merged.get(name, {}).get("enabled") and not _is_installed(package):
             raise UserError(f"the monitor {name} needs its package, which is not installed: pip install {package}")
     return merged
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # Weights & Biases writes into a folder `wandb`, which Python takes for a package without a file
+    return spec is not None and spec.origin is not None

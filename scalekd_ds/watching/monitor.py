@@ -1,82 +1,129 @@
-"""Logs a run: scalars through DeepSpeed's monitors, and pictures, text and hyperparameters into the same TensorBoard file.
-
-No run ends because a curve cannot be written: what fails is said once, and tried again at the next scalars.
-"""
+"""Logs a run: scalars through DeepSpeed's monitors, and pictures, text and hyperparameters into the same TensorBoard file."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
 
-from scalekd_ds.errors import cause_of
+from scalekd_ds.errors import UserError, first_line
 
 # the metrics in TensorBoard's table of runs
 METRICS = ("val/best_top1", "val/top1", "loss/total")
-NAMES = {"tb": "TensorBoard's file", "csv": "the .csv files", "wandb": "W&B", "comet": "Comet"}
+# DeepSpeed's monitor, the package that it needs, and the cure where it does not start; first those that may need a login,
+# so that nothing is written where they do
+MONITORS: dict[str, tuple[type, str | None, str]] = {
+    "wandb": (WandbMonitor, "wandb", "log in with `wandb login`, or set WANDB_MODE=offline"),
+    "comet": (CometMonitor, "comet_ml", "set COMET_API_KEY"),
+    "tensorboard": (TensorBoardMonitor, "tensorboard", "make its folder writable"),
+    "csv_monitor": (csvMonitor, None, "make its folder writable"),
+}
+# monitors that write files, and need no service
+FILES = ("tensorboard", "csv_monitor")
 
 
 class Monitor:
     """Writes the logs of a run on rank 0, and does nothing on other ranks.
 
+    A service that fails later, because the network is gone, is given up with one warning, and training goes on. A file that
+    cannot be written, because the disk is full, is tried again at the next scalars.
+
     Args:
         config: The monitors' part of the DeepSpeed JSON (`ds_config.monitors`).
+
+    Raises:
+        UserError: A monitor cannot start, on every rank.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        # not engine.monitor, which would add DeepSpeed's own scalars and flush them at every step
+        self._monitors: dict[str, Any] = {}
         self._failed: set[str] = set()
         self._end: Any = None
-        self._monitors: dict[str, Any] = {}
-        _silence_tensorboards_thread()
-        with self._not_essential("monitors"):
-            # not engine.monitor, which would add DeepSpeed's own scalars and flush them at every step
-            master = MonitorMaster(get_monitor_config(config))
-            found = {name: getattr(master, f"{name}_monitor") for name in ("tb", "wandb", "csv", "comet")}
-            self._monitors = {name: monitor for name, monitor in found.items() if monitor is not None}
+        problem = self._start(config) if dist.get_rank() == 0 else None
+        if dist.get_world_size() > 1:
+            told = [problem]
+            torch.distributed.broadcast_object_list(told)
+            (problem,) = told
+        if problem is not None:
+            raise UserError(problem)
+
+    def _start(self, config: dict[str, Any]) -> str | None:
+        """Starts each monitor; returns why one of them could not, or None."""
+        settings = get_monitor_config(config)
+        for name, (monitor, package, cure) in MONITORS.items():
+            if not getattr(settings, name).enabled:
+                continue
+            try:
+                if package is not None:
+                    # DeepSpeed would print advice of its own where this fails
+                    importlib.import_module(package)
+                self._monitors[name] = monitor(getattr(settings, name))
+            # the packages of services raise errors of their own, of many classes
+            except Exception as error:
+                shown = f"{type(error).__name__}: {first_line(error)}"
+                return f"the monitor {name} cannot start ({shown}): {cure}, or name other monitors with --run.monitors."
+        if "tensorboard" in self._monitors:
+            _silence_writer_threads()
+        return None
 
     @property
     def _writer(self) -> Any:
-        """The writer of DeepSpeed's TensorBoard monitor, so that everything is in one file; None without it."""
-        board = self._monitors.get("tb")
-        return board.summary_writer if board is not None and "tb" not in self._failed else None
+        """The writer of DeepSpeed's monitor, so that everything is in one file; None without TensorBoard."""
+        board = self._monitors.get("tensorboard")
+        return None if board is None or "tensorboard" in self._failed else board.summary_writer
 
-    @contextlib.contextmanager
-    def _not_essential(self, name: str) -> Iterator[None]:
-        """A context whose errors are a warning, the first time; writers and services raise errors of many kinds."""
+    def _attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Writes to a monitor, and gives it up with a warning where it fails."""
         try:
-            yield
+            write()
+            self._failed.discard(name)
         except Exception as error:
+            # a disk may have room again; a service that is gone would be waited for at every step
+            retried = name in FILES
             if name not in self._failed:
-                text = f"{NAMES.get(name, name)} cannot be written ({cause_of(error)}), and training goes on without"
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+                then = "it is tried again at the next scalars" if retried else "it gets nothing more"
+                shown = f"{type(error).__name__}: {first_line(error)}"
+                print(
+                    f"warning: the monitor {name} failed ({shown}): {then}, and training goes on.",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._failed.add(name)
-
-    def _write(self, write: Callable[[Any], None]) -> None:
-        """Calls `write` with TensorBoard's writer, where there is one that works."""
-        if self._writer is not None:
-            with self._not_essential("tb"):
-                write(self._writer)
+            if not retried:
+                del self._monitors[name]
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of an optimizer step, and flushes everything to disk."""
-        for name, monitor in self._monitors.items():
-            with self._not_essential(name):
-                if name == "tb" and name in self._failed:
-                    # its thread ended at the error; another file begins where the disk has room again
-                    monitor.get_summary_writer()
-                monitor.write_events([(key, value, step) for key, value in scalars.items()])
-                self._failed.discard(name)
+        events = [(name, value, step) for name, value in scalars.items()]
+        for name, monitor in list(self._monitors.items()):
+            self._attempt(name, lambda name=name, monitor=monitor: self._log(name, monitor, events))
+
+    def _log(self, name: str, monitor: Any, events: list[tuple[str, float, int]]) -> None:
+        if name == "tensorboard" and name in self._failed:
+            # its thread ended at the error, and takes nothing more: another file begins
+            monitor.get_summary_writer()
+        monitor.write_events(events)
 
     def pictures(self, step: int, pictures: dict[str, torch.Tensor]) -> None:
         """Adds pictures (3, H, W) in 0 to 1, by name; they reach the disk with the next scalars."""
-        for name, picture in pictures.items():
-            self._write(lambda writer, name=name, picture=picture: writer.add_image(name, picture, step))
+
+        def write() -> None:
+            for name, picture in pictures.items():
+                self._writer.add_image(name, picture, step)
+
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def begin(self, step: int, text: str, hyperparameters: dict[str, bool | str | float]) -> None:
         """Writes the run's summary and its row in TensorBoard's table of runs.
@@ -87,36 +134,40 @@ class Monitor:
             hyperparameters: The values of the row.
         """
 
-        def write(writer: Any) -> None:
+        def write() -> None:
             from torch.utils.tensorboard.summary import hparams
 
-            writer.add_text("run/summary", text, step)
+            self._writer.add_text("run/summary", text, step)
             # not `add_hparams`, which would write a second file in a folder of its own, and so show a second run
             experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
             for event in (experiment, start):
-                writer.file_writer.add_summary(event)
-            writer.flush()
+                self._writer.file_writer.add_summary(event)
+            self._writer.flush()
 
-        self._write(write)
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def end(self) -> None:
         """Marks the run as finished in the table of runs."""
 
-        def write(writer: Any) -> None:
+        def write() -> None:
             if self._end is not None:
-                writer.file_writer.add_summary(self._end)
-            writer.flush()
+                self._writer.file_writer.add_summary(self._end)
+            self._writer.flush()
 
-        self._write(write)
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
 
-def _silence_tensorboards_thread() -> None:
-    """Keeps a thread of TensorBoard that a full disk ends from printing a traceback: the writer raises the same error."""
-    shown = threading.excepthook
+def _silence_writer_threads() -> None:
+    """Keeps TensorBoard's threads from printing a traceback where they fail: the next call raises the same error."""
+    previous = threading.excepthook
+    if getattr(previous, "without_tensorboard", False):
+        return
 
-    def hook(found: threading.ExceptHookArgs) -> None:
-        own = type(found.thread).__module__.startswith("tensorboard.")
-        if not (own and isinstance(found.exc_value, OSError)):
-            shown(found)
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            previous(args)
 
+    hook.without_tensorboard = True
     threading.excepthook = hook
