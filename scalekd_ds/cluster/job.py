@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from scalekd_ds import signals
-from scalekd_ds.cluster.launcher import STARTED_BY
+from scalekd_ds.cluster.launcher import STARTED_BY, identity
 
 # seconds for which processes that a dead launcher has left behind may save
 _LEFT_BEHIND_S = 600.0
@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, command: list[str | Path], **more: Any) -> None:
         self.signal: int | None = None
-        environment = {**(more.pop("env", None) or os.environ), STARTED_BY: str(os.getpid())}
+        environment = {**(more.pop("env", None) or os.environ), STARTED_BY: identity()}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True, **more)
 
     def wait(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import psutil
@@ -22,8 +23,14 @@ _ANY_LAUNCHER = (
     "torch.distributed.run",
     "torch.distributed.launch",
 )
-# set by `run_job`: the process that has to outlive the job, and takes its signals
+# set by `run_job`: the process that has to outlive the job, and takes its signals, as `identity` writes it
 STARTED_BY = "SCALEKD_STARTED_BY"
+
+
+def identity() -> str:
+    """This process's number and the time of its start, by which a later process of that number is told from it."""
+    process = psutil.Process()
+    return f"{process.pid} {process.create_time()}"
 
 
 def abandonment() -> Callable[[], str | None]:
@@ -31,21 +38,50 @@ def abandonment() -> Callable[[], str | None]:
 
     A launcher that is killed leaves its ranks behind: they would train on with nobody to tell, and to stop them.
     """
-    started = {}
-    for process in psutil.Process().parents():
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            continue
-        if os.environ.get(STARTED_BY) == str(process.pid):
-            started["the command that started it"] = process
-        elif "RANK" in os.environ and any(os.path.basename(part) in _ANY_LAUNCHER for part in command[:4]):
-            started[f"its launcher, process {process.pid},"] = process
+    started: dict[str, Callable[[], bool]] = {}
+    if by := os.environ.get(STARTED_BY):
+        started["the command that started it"] = lambda: _still_runs(by)
+    if "RANK" in os.environ:
+        own, *above = [psutil.Process(), *psutil.Process().parents()]
+        for process in above:
+            if _is_launcher(process):
+                started[f"its launcher, process {process.pid},"] = lambda process=process: _runs(process)
+        # those of DeepSpeed: the one on each node starts the ranks, and another one has started that
+        nodes = [p for p in above if "deepspeed.launcher.launch" in _command(p)]
+        first = nodes[-1] if nodes else own
+        if any(word.startswith("--local_rank=") for word in sys.argv) and _orphaned(first):
+            started["its launcher"] = lambda: False
 
     def reason() -> str | None:
-        return next((f"{name} has ended" for name, process in started.items() if not _runs(process)), None)
+        return next((f"{name} has ended" for name, runs in started.items() if not runs()), None)
 
     return reason
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    return any(os.path.basename(part) in _ANY_LAUNCHER for part in _command(process)[:4])
+
+
+def _orphaned(process: psutil.Process) -> bool:
+    """Whether the parent has ended before this process could see it, and init or its like has taken its place."""
+    parent = process.parent()
+    return parent is not None and not _is_launcher(parent) and (parent.pid == 1 or parent.name() == "systemd")
+
+
+def _still_runs(identity: str) -> bool:
+    number, started = identity.split()
+    try:
+        process = psutil.Process(int(number))
+        return _runs(process) and abs(process.create_time() - float(started)) < 1.0
+    except psutil.Error:
+        return False
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -180,8 +180,8 @@ def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
     """Ends a run after a signal: waits for the checkpoint, and tells the user how to resume."""
     run.saver.finish()
     reporter.line(
-        f"stopped at step {run.step} of {run.total_steps}, as a signal asked "
-        f"({run.preemption.signal or 'on another rank'}); the same command with --run.resume auto goes on "
+        f"stopped at step {run.step} of {run.total_steps} ({run.preemption.signal or 'a signal to another rank'}); the same "
+        f"command with --run.resume auto goes on "
         f"from it in {run.cfg.run.dir}"
     )
     return {"step": run.step, "total_steps": run.total_steps, "stopped_by": run.preemption.signal}
