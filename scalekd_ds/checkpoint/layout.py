@@ -62,3 +62,17 @@ def resolve_checkpoint(path: Path) -> Path:
     if not found:
         raise UserError(f"{str(path)!r} holds no checkpoint: give runs/NAME or runs/NAME/checkpoints/stepNNNNNNNN.")
     return found[-1]
+
+
+def read_latest(latest: Path) -> str | None:
+    """The name of the checkpoint that `latest` names as the newest; None where there is no such file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not latest.exists():
+        return None
+    try:
+        return json.loads(latest.read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{latest} is damaged ({error}): give the checkpoint as --run.resume PATH.") from None

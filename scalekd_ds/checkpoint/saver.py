@@ -5,6 +5,7 @@ The state is copied before the next update of the weights, and written to the di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from deepspeed import comm as dist
 from safetensors import SafetensorError
 
-from scalekd_ds.checkpoint.layout import LATEST, read_state
+from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
@@ -183,12 +184,17 @@ class Saver:
         before = _set_aside(final) if final.exists() else None
         try:
             partial.rename(final)
+            sync(final.parent)
+            write_json(self._latest, {"checkpoint": final.name})
         except OSError:
-            if before is not None:
-                before.rename(final)
+            # all as it was: what is not known to be on the disk must not be taken for the newest
+            with contextlib.suppress(OSError):
+                if final.exists():
+                    final.rename(partial)
+            with contextlib.suppress(OSError):
+                if before is not None:
+                    before.rename(final)
             raise
-        sync(final.parent)
-        write_json(self._latest, {"checkpoint": final.name})
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
         if problem := _error_of(self._delete_old):
@@ -196,11 +202,12 @@ class Saver:
             print(f"warning: an old checkpoint could not be deleted ({problem})", file=sys.stderr, flush=True)
 
     def _delete_old(self) -> None:
-        """Deletes the checkpoints that are no longer kept."""
+        """Deletes the checkpoints that are no longer kept, and never the one that is named as the newest."""
+        newest = read_latest(self._latest)
         found = sorted(p for p in self.folder.glob("step*") if p.is_dir())
         best = sorted(found, key=_top1, reverse=True)[: self.keep_best]
         for old in found[: -self.keep_last]:
-            if old not in best or _top1(old) < 0.0:
+            if old.name != newest and (old not in best or _top1(old) < 0.0):
                 shutil.rmtree(_set_aside(old))
 
 
