@@ -185,7 +185,6 @@ class Saver:
         try:
             partial.rename(final)
             sync(final.parent)
-            write_json(self._latest, {"checkpoint": final.name})
         except OSError:
             # all as it was: what is not known to be on the disk must not be taken for the newest
             with contextlib.suppress(OSError):
@@ -197,9 +196,11 @@ class Saver:
             raise
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
-        if problem := _error_of(self._delete_old):
-            # the new one is whole, and the next one tries again
-            print(f"warning: an old checkpoint could not be deleted ({problem})", file=sys.stderr, flush=True)
+        # the checkpoint is whole from here on. Where its name cannot be noted, an older one is named, which is not deleted
+        problem = _error_of(lambda: write_json(self._latest, {"checkpoint": final.name})) or _error_of(self._delete_old)
+        if problem:
+            text = f"{final.name} is saved, but {self._latest} or an old checkpoint could not be changed ({problem})"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _delete_old(self) -> None:
         """Deletes the checkpoints that are no longer kept, and never the one that is named as the newest."""
@@ -217,7 +218,7 @@ def _error_of(work: Callable[[], None]) -> str | None:
         work()
     except OSError as error:
         return problem_of(error)
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, UserError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
