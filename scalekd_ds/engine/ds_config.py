@@ -35,7 +35,8 @@ def find(name: str) -> Path:
         UserError: There is no such file.
     """
     for path in (Path(name), FOLDER / name, FOLDER / f"{name}.json"):
-        if path.is_file():
+        # unlike is_file(), it takes a name that is too long for one that is missing
+        if os.path.isfile(path):
             return path
     names = sorted(p.stem for p in FOLDER.glob("*.json"))
     raise UserError(f"DeepSpeed config {name!r} is neither a file nor in ds_configs/.{suggest(name, names)} {names}")

@@ -7,9 +7,11 @@ a run what DeepSpeed documents, or it may only have the value that describes wha
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -87,7 +89,21 @@ def _is_module_class(name: Any) -> bool:
         return False
 
 
+def _can_be_written(name: Any) -> bool:
+    """Whether a file can be written under a name, for which DeepSpeed makes folders."""
+    if not TEXT.fits(name):
+        return False
+    path = Path(name).absolute()
+    try:
+        there = next(p for p in (path, *path.parents) if p.exists())
+    except OSError:
+        # a name that is too long
+        return False
+    return os.access(there, os.W_OK) and (there.is_dir() if there != path else not path.is_dir())
+
+
 TEXT = Rule("text", lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
+FILE = Rule("a file that can be written", _can_be_written)
 MODULES = Rule(
     "a list of classes of modules such as 'torch.nn.Linear'",
     lambda value: isinstance(value, list) and bool(value) and all(map(_is_module_class, value)),
@@ -126,7 +142,7 @@ KEYS: dict[str, Rule] = {
     "flops_profiler.module_depth": whole(-1),
     "flops_profiler.top_modules": whole(1),
     "flops_profiler.detailed": flag(),
-    "flops_profiler.output_file": TEXT,
+    "flops_profiler.output_file": FILE,
     "flops_profiler.recompute_fwd_factor": always(0.0, "no activations are recomputed"),
     "tensorboard.enabled": flag(auto=False),
     "tensorboard.output_path": TEXT,

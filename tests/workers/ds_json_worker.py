@@ -82,9 +82,9 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     skip_nonfinite(engine)
     generator = torch.Generator().manual_seed(dist.get_rank())
 
-    def step() -> float:
+    def step(scale: float = 1.0) -> float:
         for _ in range(ACCUMULATION):
-            images = torch.randn(MICRO, 3, 32, 32, generator=generator)
+            images = torch.randn(MICRO, 3, 32, 32, generator=generator) * scale
             labels = torch.randint(CLASSES, (MICRO,), generator=generator)
             parts = engine(images, labels, distiller.teacher_targets(images))
             engine.backward(parts["loss/total"])
@@ -92,8 +92,19 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         return parts["loss/total"].item()
 
     losses = [step() for _ in range(STEPS)]
-    before = checksum(distiller)
-    rank = dist.get_rank()
+    norm = engine.get_global_grad_norm()
+    before, skipped = checksum(distiller), engine.skipped_steps
+    buffers = {name: buffer.clone() for name, buffer in distiller.named_buffers()}
+
+    def reset_buffers() -> None:
+        for name, buffer in distiller.named_buffers():
+            buffer.copy_(buffers[name])
+
+    # on one rank, and all skip it
+    step(float("nan") if dist.get_rank() == 1 else 1.0)
+    poisoned = checksum(distiller)
+    reset_buffers()
+    rank, batches = dist.get_rank(), generator.get_state()
     save_file(snapshot(engine, HostCopies()), shard_file(folder, rank))
     if rank == 0:
         (folder / ENGINE).write_text(json.dumps(engine_state(engine)))
@@ -101,9 +112,22 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     step()
     changed = checksum(distiller)
     restore(engine, folder, dist.get_world_size())
-    after = checksum(distiller)
+    restored = checksum(distiller)
+    reset_buffers()
+    generator.set_state(batches)
+    step()
+    again = checksum(distiller)
     engine.destroy()
-    return {"losses": losses, "weights": before, "changed": changed, "restored": after, "skipped": engine.skipped_steps}
+    return {
+        "losses": losses,
+        "norm": None if norm is None else float(norm),
+        "weights": before,
+        "poisoned": poisoned,
+        "changed": changed,
+        "restored": restored,
+        "again": again,
+        "skipped": [skipped, engine.skipped_steps - skipped],
+    }
 
 
 def checksum(distiller: Any) -> float:
