@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.errors import UserError, say
+from scalekd_ds.models.known_classes import fit_classifier
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.student import Student, Taps
 from scalekd_ds.teacher import Teacher
 
 
-def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
+def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Sequence[str] | None = None) -> ScaleKD:
     """Builds student, teacher and projectors, each initialised from the run's seed.
 
     Args:
         cfg: The run.
         num_classes: Width of the student's classifier: the number of classes of the training images.
         verbose: Prints how student and teacher are paired.
+        classes: Names of the classes, by which the teacher's logits and a classifier that comes with the student's weights
+            are put into their order; None leaves both as they are.
 
     Raises:
-        UserError: A model that cannot be built, or a student and a teacher that do not fit each other.
+        UserError: A model that cannot be built, a student and a teacher that do not fit each other, or a teacher of other
+            classes.
     """
     seed_everything(cfg.seed)
     image_size = cfg.data.image_size
@@ -37,7 +44,9 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
         seed_everything(cfg.seed)
     taps = Taps(cfg.student_taps, normed_last=False) if cfg.student_taps else None
     student = Student(cfg.student, num_classes, image_size, cfg.student_weights, taps, **cfg.student_kwargs)
-    return ScaleKD(
+    if classes is not None:
+        say(fit_classifier(student.model, classes))
+    distiller = ScaleKD(
         student,
         teacher,
         image_size=image_size,
@@ -46,3 +55,20 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool) -> ScaleKD:
         verbose=verbose,
         **vars(cfg.distill),
     )
+    if classes is not None and teacher is not None and teacher.num_classes == len(classes):
+        _match_teacher(distiller, classes)
+    return distiller
+
+
+def _match_teacher(distiller: ScaleKD, classes: Sequence[str]) -> None:
+    """Puts the teacher's logits into the order of the classes; other classes are an error where logits are distilled."""
+    try:
+        say(distiller.teacher.match(classes))
+    except UserError as error:
+        if distiller.kd_weight > 0.0:
+            raise UserError(
+                f"{error} Logit KD compares class by class: fine-tune the teacher on these classes, or set "
+                "--distill.kd_weight 0."
+            ) from None
+        distiller.teacher.same_classes = False
+        say(f"{str(error).rstrip('.')}: its top-1 is not measured")

@@ -1,11 +1,20 @@
-"""Writes files that a crash cannot leave half written: to a temporary name first, synced to disk, then renamed."""
+"""Writes files that a crash cannot leave half written: to a temporary name first, synced to disk, then renamed.
+
+All of it raises OSError where the disk is full, fails or refuses; the file that was there before is then there still.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def sync(path: Path) -> None:
@@ -17,15 +26,38 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` for its new content, which the end of the block gives the name `path`.
+
+    After an error in the block the temporary file is deleted.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; whoever reads `path` meanwhile sees either the old file or the whole new one."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    with written_aside(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes `text`, as `write_json` does."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors, not aside; an error of the system is raised as OSError, which safetensors hides in a text."""
+    # commands that write no tensors start without torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise

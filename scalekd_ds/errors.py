@@ -1,16 +1,46 @@
-"""`UserError`, the one exception for what a user can get wrong, and the helpers that phrase and print it."""
+"""`UserError`, the one exception for what a user can get wrong, and the helpers that phrase and print lines."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
+import re
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from scalekd_ds import output, signals
+
+_OWN_CODE = str(Path(__file__).parent)
+# colours and the like
+_TERMINAL_CODES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")
+_LONGEST_CAUSE = 300
+# what a user can do about an error of the system
+_CURES = {
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "the quota of its disk is used up: delete files, or ask for more",
+    errno.EFBIG: "files may not grow so large here: raise `ulimit -f`, or use another disk",
+    errno.EROFS: "its disk may only be read: name another folder",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EIO: "its disk or network fails: look at `dmesg`",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "it is a folder: name a file",
+    errno.EEXIST: "it is there already: name another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: check the path",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "the machine has too many open files",
+    errno.ESTALE: "its network disk is gone: mount it again",
+}
+# other processes and connections, whose loss is no mistake of the user's
+_NO_FILE = (ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, InterruptedError, BlockingIOError)
 
 
 class UserError(ValueError):
@@ -24,6 +54,78 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class where the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def cause_of(error: BaseException) -> str:
+    """The cause of an error of another library in one line: the deepest one that it names, without colours or advice.
+
+    A converter or a loader wraps the error that says something in several that only say that it failed.
+    """
+    found, deeper = [error], error
+    while (deeper := deeper.__cause__) is not None and deeper not in found:
+        found.append(deeper)
+    for cause in reversed(found):
+        lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+            lines = [problem_of(cause)]
+        if text := next(filter(None, lines), ""):
+            # the text of a KeyError is the key alone
+            text = f"{type(cause).__name__}: {text}" if isinstance(cause, LookupError) else text
+            return text[:_LONGEST_CAUSE].rstrip(" .")
+    return type(found[-1]).__name__
+
+
+def problem_of(error: OSError) -> str:
+    """What is wrong with which file, in one line."""
+    name = error.filename if error.filename is not None else error.filename2
+    text = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{text}: {os.fsdecode(name) if isinstance(name, bytes) else name}" if name is not None else text
+
+
+def explained(main: Callable[[], int | None]) -> int | None:
+    """Runs `main`, and turns what the world outside of this package does to it into UserErrors.
+
+    An error of the system that concerns a file is always one. Another exception is one where code of another library raised
+    it: its whole traceback is then in a file that the line names. What our own code raises is a mistake of ours, and stays
+    as it is; so does whatever ends a job of several ranks, which can be started again.
+
+    Raises:
+        UserError: As above.
+    """
+    try:
+        return main()
+    except UserError:
+        raise
+    except OSError as error:
+        if isinstance(error, _NO_FILE) or error.errno is None or error.errno < 0:
+            raise
+        cure = _CURES.get(error.errno, "check the path and its disk")
+        raise UserError(f"{problem_of(error)}: {cure}.") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if rank_and_host() or not frames or frames[-1].filename.startswith((_OWN_CODE, "<")):
+            raise
+        where = _kept_traceback(error)
+        told = f"; the whole traceback is in {where}" if where else ""
+        raise UserError(f"{_library_of(frames[-1].filename)} fails: {cause_of(error)}{told}.") from error
+
+
+def _library_of(file: str) -> str:
+    """The name of the package that a file of Python belongs to."""
+    parts = Path(file).parts
+    place = max((i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")), default=None)
+    return parts[place + 1].removesuffix(".py") if place is not None and place + 1 < len(parts) else Path(file).stem
+
+
+def _kept_traceback(error: BaseException) -> str | None:
+    """Writes a traceback into a file, and returns its path; None where no folder takes it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="scalekd-", suffix=".traceback.txt")
+        with os.fdopen(handle, "w") as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return None
+    return path
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -43,18 +145,24 @@ def rank_and_host() -> str:
     return f" (rank {os.environ.get('RANK', '0')} on {socket.gethostname()})"
 
 
+def say(notice: str | None) -> None:
+    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
+    if notice is not None and os.environ.get("RANK", "0") == "0":
+        print(notice, flush=True)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs `main`, turning a UserError into one line on stderr and its exit status, without a traceback.
 
     Every rank of a job meets the same mistake. Ranks other than 0 wait a moment before they print, so that the
-    launcher, which ends the others as soon as one fails, normally leaves exactly one line to read. Any other exception
-    keeps its traceback; in a job of several ranks a last line says on which rank and host it was raised. A signal ends
-    `main` with one line and status 128 + its number, and output that nobody can read any more is no error.
+    launcher, which ends the others as soon as one fails, normally leaves exactly one line to read. What
+    `explained` leaves keeps its traceback; in a job of several ranks a last line says on which rank and host it was raised.
+    A signal ends `main` with one line and status 128 + its number, and output that nobody can read any more is no error.
     """
     output.guard()
     signals.install()
     try:
-        status = main()
+        status = explained(main)
         signals.finished()
     except UserError as error:
         _end_if_interrupted()

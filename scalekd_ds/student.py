@@ -10,7 +10,7 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cause_of
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.preprocessing import Preprocessing
 
@@ -139,10 +139,11 @@ class Student(nn.Module):
         self.model.eval()
         try:
             out = self(images)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        # a model that is built with odd arguments may fail in any way
+        except Exception as error:
             name = type(self.model).__name__
             raise UserError(
-                f"the student ({name}) cannot take {image_size[0]}x{image_size[1]} images: {error}"
+                f"the student ({name}) cannot take {image_size[0]}x{image_size[1]} images: {cause_of(error)}"
             ) from None
         finally:
             for module, mode in modes.items():
@@ -153,4 +154,9 @@ class Student(nn.Module):
                     f"the student's {name} map has shape {tuple(feature_map.shape)}: it must be (B, C, h, w); choose "
                     "another --student or --student_taps."
                 )
+        if out.logits.dim() != 2:
+            raise UserError(
+                f"the student's logits have shape {tuple(out.logits.shape)} for one image: they must be (1, classes); look "
+                "at --student_kwargs."
+            )
         return out

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from scalekd_ds.class_names import match_classes
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.build import build_model
+from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.teacher_families import (
     FAMILIES,
@@ -78,6 +81,8 @@ class Teacher(nn.Module):
 
     Attributes:
         num_classes: Width of its classifier; 0 where it has none.
+        class_positions: (K,) int64 output of each training class, set by `match`; None leaves the logits as they are.
+        same_classes: False where its classes are not those of the training images, though as many.
         family: The functions that run it and its last stage; None without features.
         last_input, last_output: `Stage` of the tokens that enter and leave the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
@@ -105,6 +110,9 @@ class Teacher(nn.Module):
             model = build_model(model, None, kwargs, weights, image_size)
         self.model = model
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
+        # not in the state-dict, which is the timm model's
+        self.register_buffer("class_positions", None, persistent=False)
+        self.same_classes = True
         self.precision: torch.dtype | None = None
         self.engine: tuple[Any, ...] = ()
         self.requires_grad_(False)
@@ -126,6 +134,28 @@ class Teacher(nn.Module):
                 f"{size[0]}x{size[1]}: build it with img_size, or leave out --teacher_image_size."
             )
         self.model.pretrained_cfg = dict(getattr(self.model, "pretrained_cfg", None) or {}, input_size=(3, *size))
+
+    def match(self, classes: Sequence[str]) -> str | None:
+        """Gives the logits in the order of the training classes from then on, found by name.
+
+        Args:
+            classes: Names of the training classes, as many as the teacher has.
+
+        Returns:
+            What a user should know, in one line, or None.
+
+        Raises:
+            UserError: They are other classes than the teacher's.
+        """
+        matched = match_classes(
+            known_classes(self.model), self.num_classes, classes, "the teacher", "the set of training images"
+        )
+        device = next(self.model.parameters()).device
+        self.class_positions = None if matched.same_order else torch.from_numpy(matched.positions).to(device)
+        return matched.notice
+
+    def _in_order(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.class_positions is None else logits.index_select(1, self.class_positions)
 
     def _check_patches(self) -> None:
         """Refuses images that patches do not divide: timm would silently cut off their right and lower border."""
@@ -180,11 +210,12 @@ class Teacher(nn.Module):
         """Targets for images (B, 3, H, W) in the teacher's own normalisation and size."""
         with self._autocast(images):
             if self.family is None:
-                return TeacherTargets(images.new_empty(0), self.model(images))
+                return TeacherTargets(images.new_empty(0), self._in_order(self.model(images)))
             tokens, features = self.family.forward(self.model, images)
             # the losses' kernels need contiguous channels, which the maps of convolutional teachers do not have
             tokens = tokens.contiguous()
-            return TeacherTargets(tokens, self.model.forward_head(features) if self.num_classes else None)
+            logits = self._in_order(self.model.forward_head(features)) if self.num_classes else None
+            return TeacherTargets(tokens, logits)
 
     @torch.no_grad()
     def before_last_stage(self, images: torch.Tensor) -> torch.Tensor:

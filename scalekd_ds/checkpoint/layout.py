@@ -10,6 +10,7 @@ run_dir/checkpoints/step00000500/
     student_ema.*                   the same two for its moving average, where the run keeps one
     state.json                      step, samples seen, world size, ZeRO stage
     manifest.json                   size and SHA-256 of every file above, written last
+    zero_to_fp32.py                 says how to get the student, to whoever knows DeepSpeed's script of this name
 
 Any number of ranks can read it, at any ZeRO stage. Its only pickles are torch's files of the generators, which are read
 with `weights_only`.
@@ -24,6 +25,7 @@ from typing import Any
 
 from scalekd_ds.checkpoint.manifest import MANIFEST
 from scalekd_ds.errors import UserError
+from scalekd_ds.models.card import read_evaluation
 
 # names the newest checkpoint, so that a run whose newest checkpoint is missing fails instead of starting afresh
 LATEST = "latest.json"
@@ -40,8 +42,12 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint that `verify` has passed."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """The `state.json` of a checkpoint that `verify` has passed, with what was measured after it was saved.
+
+    Raises:
+        UserError: The accuracies, or the state, are damaged.
+    """
+    return json.loads((checkpoint / "state.json").read_text()) | read_evaluation(checkpoint).get("state", {})
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -56,3 +62,17 @@ def resolve_checkpoint(path: Path) -> Path:
     if not found:
         raise UserError(f"{str(path)!r} holds no checkpoint: give runs/NAME or runs/NAME/checkpoints/stepNNNNNNNN.")
     return found[-1]
+
+
+def read_latest(latest: Path) -> str | None:
+    """The name of the checkpoint that `latest` names as the newest; None where there is no such file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not latest.exists():
+        return None
+    try:
+        return json.loads(latest.read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{latest} is damaged ({error}): give the checkpoint as --run.resume PATH.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from deepspeed import comm as dist
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint.layout import BUFFERS, LATEST, checkpoints_of, read_state
+from scalekd_ds.checkpoint.layout import BUFFERS, LATEST, checkpoints_of, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.checkpoint.shard_files import ENGINE, restore
 from scalekd_ds.engine.gather import overwrite
@@ -42,7 +41,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if resume != "auto":
         verify(Path(resume), rank, world_size)
         return Path(resume)
-    newest = _read_latest(run_dir / LATEST)
+    newest = read_latest(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
         raise UserError(
             f"{run_dir / 'checkpoints' / newest} is missing, though {run_dir / LATEST} names it as the newest: restore "
@@ -52,16 +51,6 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
         return None
     verify(found[-1], rank, world_size)
     return found[-1]
-
-
-def _read_latest(latest: Path) -> str | None:
-    """The checkpoint that `latest` names; None where there is no such file."""
-    if not latest.exists():
-        return None
-    try:
-        return json.loads(latest.read_text())["checkpoint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{latest} is damaged ({error}): give the checkpoint as --run.resume PATH.") from None
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path, PurePosixPath
 
+from scalekd_ds.checkpoint import recovery_script
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.errors import UserError
 
@@ -18,8 +19,11 @@ def _sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Syncs every file of a folder to the disk, and writes the manifest that lists them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """Syncs every file of a folder to the disk, and writes the manifest that lists them.
+
+    It leaves out the script for people who look for DeepSpeed's: a checkpoint without it is as good.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, recovery_script.NAME))
     entries = {}
     for path in files:
         sync(path)

@@ -7,23 +7,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.manifest import verify
-from scalekd_ds.durable_files import sync, write_json
+from scalekd_ds.durable_files import save_tensors, write_json, written_aside
 from scalekd_ds.errors import UserError
 
 
 def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
-    """Writes plain weights and their JSON card beside them; the file of the weights appears last, and complete."""
+    """Writes plain weights and their JSON card beside them; the file of the weights appears last, and complete.
+
+    Raises:
+        OSError: It cannot be written; the file that was there before is there still.
+    """
     weights.parent.mkdir(parents=True, exist_ok=True)
-    write_json(weights.with_suffix(".json"), card)
-    partial = weights.with_name(f".{weights.name}.partial")
-    save_file(state, partial, metadata={"format": "pt"})
-    sync(partial)
-    partial.rename(weights)
-    sync(weights.parent)
+    with written_aside(weights) as partial:
+        # what takes the most room comes first: where it fails, the card of the file before is still that of the file
+        save_tensors(partial, state, {"format": "pt"})
+        write_json(weights.with_suffix(".json"), card)
 
 
 def consolidate(checkpoint_dir: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:

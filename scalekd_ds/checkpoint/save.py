@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from safetensors.torch import save_file
 
 from scalekd_ds.checkpoint.layout import BUFFERS, WEIGHTS
 from scalekd_ds.checkpoint.plain_weights import write_student
+from scalekd_ds.checkpoint.recovery_script import write_recovery_script
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
-from scalekd_ds.durable_files import sync, write_json
+from scalekd_ds.durable_files import save_tensors, sync, write_json
 from scalekd_ds.engine.gather import gather_to_cpu, student_state, synchronise_buffers
 from scalekd_ds.rng import rng_state
 
@@ -66,15 +66,18 @@ def save_checkpoint(
         return functools.partial(write, shards, weights | statistics)
 
     def write(shards: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], folder: Path) -> None:
-        save_file(shards, shard_file(folder, rank))
-        torch.save(generators, folder / f"rng_rank{rank}.pt")
+        save_tensors(shard_file(folder, rank), shards)
+        # through Python's file, whose errors say what the system says
+        with (folder / f"rng_rank{rank}.pt").open("wb") as file:
+            torch.save(generators, file)
         if rank == 0:
-            save_file(untrained, folder / BUFFERS)
+            save_tensors(folder / BUFFERS, untrained)
             write_json(folder / ENGINE, counters)
             write_student(folder / WEIGHTS["student"], weights, card)
             if average is not None:
                 write_student(folder / WEIGHTS["ema"], *average)
             write_json(folder / "state.json", state)
+            write_recovery_script(folder)
         for path in (shard_file(folder, rank), folder / f"rng_rank{rank}.pt"):
             sync(path)
 

@@ -5,6 +5,7 @@ The state is copied before the next update of the weights, and written to the di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -18,11 +19,12 @@ from typing import Any
 from deepspeed import comm as dist
 from safetensors import SafetensorError
 
-from scalekd_ds.checkpoint.layout import LATEST
+from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.models.card import EVALUATION
 
 # limit on the time that the slowest rank writes; the heartbeat notices a rank that died long before
 _WRITE_TIMEOUT = timedelta(hours=2)
@@ -51,6 +53,7 @@ class Saver:
         self.copies = HostCopies()
         self._pool = ThreadPoolExecutor(1, "save-checkpoint")
         self._pending: tuple[Path, Future] | None = None
+        self._noted: Future | None = None
         self._copied = threading.Event()
         self._copied.set()
         self._count = 0
@@ -99,6 +102,28 @@ class Saver:
             print(f"warning: {message} Free the disk of {self.folder}.", file=sys.stderr, flush=True)
         return problem
 
+    def note_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
+        """Adds what was measured after a checkpoint was begun: a checkpoint must not wait for its evaluation, which may fail.
+
+        The file is no part of the manifest, since it appears later. Without a checkpoint of this step it is not written.
+
+        Args:
+            step: The optimizer step.
+            evaluation: What `read_evaluation` returns.
+        """
+        if dist.get_rank() == 0:
+            self._noted = self._pool.submit(self._note, self.folder / f"step{step:08d}", evaluation)
+
+    def _note(self, checkpoint: Path, evaluation: dict[str, Any]) -> None:
+        def note() -> None:
+            if checkpoint.is_dir():
+                write_json(checkpoint / EVALUATION, evaluation)
+                self._delete_old()
+
+        if problem := _error_of(note):
+            message = f"the accuracy could not be added to {checkpoint.name} ({problem}), and training goes on."
+            print(f"warning: {message} Free the disk of {self.folder}.", file=sys.stderr, flush=True)
+
     def finish(self) -> None:
         """Waits for the last checkpoint, and ends the thread.
 
@@ -106,6 +131,7 @@ class Saver:
             UserError: The last checkpoint could not be written.
         """
         problem = self.wait_written()
+        # waits for a note, too
         self._pool.shutdown()
         if problem:
             kept = _newest_name(self.folder)
@@ -154,41 +180,61 @@ class Saver:
     def _publish(self, partial: Path, final: Path) -> None:
         """Gives a complete checkpoint its final name, and deletes the ones that are no longer kept."""
         write_manifest(partial)
-        if final.exists():
-            # a resumed run that ends without a step saves the same step again
-            _remove(final)
-        partial.rename(final)
-        sync(final.parent)
-        write_json(self._latest, {"checkpoint": final.name})
+        # a resumed run that ends without a step saves the same step again
+        before = _set_aside(final) if final.exists() else None
+        try:
+            partial.rename(final)
+            sync(final.parent)
+        except OSError:
+            # all as it was: what is not known to be on the disk must not be taken for the newest
+            with contextlib.suppress(OSError):
+                if final.exists():
+                    final.rename(partial)
+            with contextlib.suppress(OSError):
+                if before is not None:
+                    before.rename(final)
+            raise
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        # the checkpoint is whole from here on. Where its name cannot be noted, an older one is named, which is not deleted
+        problem = _error_of(lambda: write_json(self._latest, {"checkpoint": final.name})) or _error_of(self._delete_old)
+        if problem:
+            text = f"{final.name} is saved, but {self._latest} or an old checkpoint could not be changed ({problem})"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _delete_old(self) -> None:
+        """Deletes the checkpoints that are no longer kept, and never the one that is named as the newest."""
+        newest = read_latest(self._latest)
         found = sorted(p for p in self.folder.glob("step*") if p.is_dir())
         best = sorted(found, key=_top1, reverse=True)[: self.keep_best]
         for old in found[: -self.keep_last]:
-            if old not in best or _top1(old) < 0.0:
-                _remove(old)
+            if old.name != newest and (old not in best or _top1(old) < 0.0):
+                shutil.rmtree(_set_aside(old))
 
 
 def _error_of(work: Callable[[], None]) -> str | None:
     """Runs `work`, and returns the message of its error in one line, or None."""
     try:
         work()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except OSError as error:
+        return problem_of(error)
+    except (RuntimeError, SafetensorError, UserError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint."""
-    # renamed first, so that a kill meanwhile leaves no incomplete checkpoint under a valid name
+def _set_aside(folder: Path) -> Path:
+    """Renames a checkpoint that is to be deleted, so that a kill meanwhile leaves no incomplete one under a valid name."""
     doomed = folder.with_name(f".partial-old-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return folder.rename(doomed)
 
 
 def _top1(checkpoint: Path) -> float:
     """The top-1 accuracy in percent of the checkpoint's last evaluation, -1 where there was none."""
     try:
-        return float(json.loads((checkpoint / "state.json").read_text())["top1"])
+        return float(read_state(checkpoint)["top1"])
+    # UserError is a ValueError
     except (OSError, ValueError, KeyError, TypeError):
         return -1.0
 

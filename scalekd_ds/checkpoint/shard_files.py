@@ -198,6 +198,7 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
     if stage == 3:
         zero.checkpoint_event_prologue()
     saved_shards, names = _SavedShards(folder, world_size), _parameter_names(engine)
+    _check_layers(engine, saved_shards.layers("weight", ""), folder)
     saved = json.loads((folder / ENGINE).read_text())
     state = _base_optimizer(engine).state
     for shard in shards_of(engine):
@@ -222,12 +223,36 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
     for name, value in saved["counters"].items():
         setattr(engine, name, value)
     if engine.lr_scheduler is not None:
-        groups = _base_optimizer(engine).param_groups
-        engine.lr_scheduler.load_state_dict({"lr_lambdas": [None] * len(groups)} | saved["scheduler"])
-        for group, lr in zip(groups, engine.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        _restore_schedule(engine.lr_scheduler, _base_optimizer(engine).param_groups, saved["scheduler"])
     if hasattr(zero, "loss_scaler") and hasattr(zero.loss_scaler, "cur_scale"):
         zero.loss_scaler.cur_scale = saved["loss_scale"]
+
+
+def _restore_schedule(scheduler: Any, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Takes the step of a saved schedule; the rates are those of the run's configuration, which may have changed."""
+    own = {"lr_lambdas": [None] * len(groups), "base_lrs": scheduler.base_lrs}
+    scheduler.load_state_dict(saved | own)
+    rates = [
+        base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler._last_lr = rates
+    for group, lr in zip(groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def _check_layers(engine: Any, saved: dict[str, int], folder: Path) -> None:
+    """Raises UserError unless the checkpoint has exactly the layers that are trained, of the same sizes.
+
+    A part of a larger layer would else pass for a smaller one.
+    """
+    own = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters() if p.requires_grad}
+    for name in sorted(own.keys() | saved.keys()):
+        if own.get(name) != saved.get(name):
+            has, trains = (f"{numel:,} values" if numel else "nothing" for numel in (saved.get(name), own.get(name)))
+            raise UserError(
+                f"{folder} has {has} of {name}, where this run trains {trains}: it is of another model; resume the run with "
+                "the settings that it was started with."
+            )
 
 
 def _update_model_weights(engine: Any) -> None:

@@ -26,7 +26,8 @@ def env_paths(folder: Path) -> list[Path]:
     """The files that the launcher reads when it is started in `folder`, in that order; a later one overrides an earlier."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     # an absolute $DS_ENV_FILE gives the same path twice
-    return list(dict.fromkeys([Path.home() / name, folder / name]))
+    # as the launcher finds it, also for a user without a home
+    return list(dict.fromkeys([Path(os.path.expanduser("~")) / name, folder / name]))
 
 
 def exported(folder: Path) -> dict[str, str]:

@@ -192,12 +192,18 @@ class Heartbeat:
                 listed = ", ".join(f"rank {r} at step {s}" for r, s in sorted(steps.items()))
                 self._exit(f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {self._dump_stacks()}.")
 
-    def _dump_stacks(self) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _dump_stacks(self) -> str:
+        """Writes the stacks of this rank's threads, and returns where they are."""
         path = self.folder / f"rank{self.rank}.txt"
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        return path
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            # a full disk must not keep a job that hangs from ending
+            faulthandler.dump_traceback(all_threads=True)
+            return f"above, since {path} cannot be written ({error.strerror})"
+        return str(path)
 
     def _exit(self, reason: str) -> None:
         print(f"error (rank {self.rank} on {socket.gethostname()}): {reason} {_HINT}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scalekd_ds.commands.verbs import VERBS, module_of
-from scalekd_ds.errors import UserError, run_cli, suggest
+from scalekd_ds.errors import UserError, explained, run_cli, suggest
 
 
 def usage() -> str:
@@ -40,7 +40,7 @@ def dispatch(argv: list[str]) -> int | None:
         given = f"unknown verb {name!r}.{suggest(name, VERBS)}" if name else "no verb is given."
         raise UserError(f"{given} Verbs: {', '.join(VERBS)}; scalekd --help says what they do.")
     command: Callable[[list[str]], int | None] = module_of(verb).main
-    return command(rest)
+    return explained(lambda: command(rest))
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ def required_paths(run: list[str]) -> tuple[dict[str, str], str]:
     Raises:
         UserError: The arguments are no valid run.
     """
+    from scalekd_ds.data.sources.shards import shards_of_pattern
     from scalekd_ds.recipes.command_line import parse_run
 
     parsed = parse_run(run, "scalekd doctor")
@@ -104,8 +105,13 @@ def required_paths(run: list[str]) -> tuple[dict[str, str], str]:
     cfg, _ = parsed
     paths = {}
     if cfg.data.root:
-        names = {"data.train": cfg.data.train, "data.val": cfg.data.val}
-        paths = {key: os.path.join(cfg.data.root, name) for key, name in names.items() if not name.startswith("hf:")}
+        for key, name in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
+            if not name.startswith("hf:"):
+                shards = shards_of_pattern(os.path.join(cfg.data.root, name), key)
+                # a folder that was copied halfway lacks its last shards
+                paths |= (
+                    {key: shards[0]} if len(shards) == 1 else {f"{key} (first)": shards[0], f"{key} (last)": shards[-1]}
+                )
     # values that are no files are names of timm models
     for key in ("teacher", "teacher_weights", "student_weights"):
         value = getattr(cfg, key)

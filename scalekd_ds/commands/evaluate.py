@@ -12,14 +12,17 @@ def parser() -> Parser:
     """The verb's options."""
     options = Parser("evaluate", "Top-1 and top-5 of a consolidated file or any timm model.")
     options.add_argument("model", help="a consolidated .safetensors with its card beside it, or a timm model's name")
-    options.add_argument("--data", type=Path, required=True, help="validation images, one folder per class, or the "
-                        "folder that holds them as val/")  # fmt: skip
+    options.add_argument("--data", required=True, help="validation images in any form that training takes: class folders, "
+                        "tars, TFRecords, a table, hf:NAME:SPLIT; or the folder that holds them as val/")  # fmt: skip
+    options.add_argument("--allow-missing-classes", action="store_true", help="the images may lack some classes")
     options.add_argument("--weights", default="pretrained", help="for a timm name: pretrained, none or a .safetensors")
     options.add_argument("--image-size", type=int, default=None, help="side in pixels; the model's own if not given")
     options.add_argument("--eval-resize", type=int, default=None, help="shorter side before the centre crop in pixels; "
                         "as in training if not given, in proportion at another size")  # fmt: skip
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--threads", type=int, default=2, help="decoding threads")
+    options.add_argument("--max-bad-share", type=float, default=0.001, metavar="X", help="share of the images that may be "
+                        "left out because they cannot be used (0.001)")  # fmt: skip
     options.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
     return options
 
@@ -28,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.threads < 1:
         raise UserError(f"--batch-size is {args.batch_size} and --threads {args.threads}: both must be at least 1.")
-
+    if not 0.0 <= args.max_bad_share <= 1.0:
+        raise UserError(f"--max-bad-share is {args.max_bad_share:g}: it must be a share, 0 to 1.")
     for name in ("image_size", "eval_resize"):
         value, least = getattr(args, name), 8 if name == "image_size" else args.image_size or 8
         if value is not None and value < least:
@@ -44,5 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         args.threads,
         args.logits,
         args.eval_resize,
+        args.allow_missing_classes,
+        args.max_bad_share,
     )
-    print(f"{args.model}: top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  ({result['images']} images)")
+    left_out = f", {result['left_out']} left out" if result["left_out"] else ""
+    print(
+        f"{args.model}: top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  ({result['images']} images{left_out})"
+    )

@@ -18,7 +18,9 @@ def parser() -> Parser:
         "checkpoint", help="a run's folder, a checkpoint's, a .safetensors with its card, or a timm name"
     )
     options.add_argument(
-        "images", nargs="+", help="folders, files or quoted globs; folders named as classes say the truth"
+        "images",
+        nargs="+",
+        help="folders, files, quoted globs or sources of training; folders named as classes say the truth",
     )
     options.add_argument("--out", type=Path, default=Path("inspect.png"), help="the PNG to write (inspect.png)")
     options.add_argument("--images", dest="count", type=int, default=8, metavar="N", help="rows of the sheet (8)")

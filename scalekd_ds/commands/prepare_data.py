@@ -28,13 +28,20 @@ def verify(args: argparse.Namespace) -> None:
     from scalekd_ds.data import verify as data
     from scalekd_ds.data.sources.open import open_source
 
-    folders = [folder for name in ("train", "val") if (folder := args.dir / name).is_dir()] or [args.dir]
-    sources = [open_source(folder, "verify") for folder in folders]
+    where = Path(args.dir)
+    is_hub = args.dir.startswith("hf:")
+    sources = [folder for name in ("train", "val") if (folder := where / name).is_dir()] or [args.dir]
+    sources = [open_source(source, "verify") for source in sources]
     flaws = {name: reason for source in sources for name, reason in data.find_flaws(source, args.workers).items()}
     for name, reason in sorted(flaws.items()):
         print(f"{name} {reason}")
-    listed = data.write_quarantine(args.dir, flaws)
-    print(f"{len(flaws)} of {sum(map(len, sources))} images cannot be used: {listed}, which training leaves out")
+    found = f"{len(flaws)} of {sum(map(len, sources))} images cannot be used"
+    if is_hub:
+        print(f"{found}: training replaces each by another one of its class")
+        return
+    # beside a table or a shard, since that folder is the data.root of a run
+    listed = data.write_quarantine(where if where.is_dir() else where.parent, flaws)
+    print(f"{found}: {listed}, which training leaves out")
 
 
 def parser() -> Parser:
@@ -50,7 +57,9 @@ def parser() -> Parser:
     )
     fashion.set_defaults(run=fashion_mnist)
     check = commands.add_parser("verify", help="decode every image below DIR and list the ones that cannot be used")
-    check.add_argument("dir", type=Path, help="the folder that is given to training as --data.root")
+    check.add_argument(
+        "dir", help="the folder that is given to training as --data.root, or a table, a shard or hf:NAME:SPLIT in it"
+    )
     check.add_argument("--workers", type=int, default=None, help="threads; one per core if not given")
     check.set_defaults(run=verify)
     return options

@@ -18,6 +18,9 @@ class DataConfig:
             `train-{000..127}.tar`), TFRecords, a .csv, .tsv or .parquet with columns path and label, or
             `hf:NAME[:SPLIT]`.
         val: Validation images below `root`, in any of these forms, with the same classes.
+        class_order: `string` sorts the names of the classes as torchvision does, `10` before `2`; `natural` sorts numbers
+            in them as numbers, as timm's own training script does.
+        allow_missing_classes: Validation images may lack some of the classes.
         image_size: Side of the square that the student sees, in pixels.
         train_images: Use only this many training images (drawn with the seed), or all when None.
         images_per_class: Use only this many training images of every class (drawn with the seed), or all when None.
@@ -47,13 +50,15 @@ class DataConfig:
         hw_decoder_load: Share of the JPEGs that a GPU's hardware decoder takes, where it has one.
         largest_image: Height and width in pixels for which a GPU's decoder reserves memory at the start; by default
             those of ImageNet's largest image.
-        max_bad_share: Share of the training images that may be unreadable before the run stops; each of them is
-            replaced by another image of its class.
+        max_bad_share: Share of the images that may be unreadable before the run stops; in training each of them is
+            replaced by another image of its class, and in validation it is left out.
     """
 
     root: str = ""
     train: str = "train"
     val: str = "val"
+    class_order: Literal["string", "natural"] = "string"
+    allow_missing_classes: bool = False
     image_size: int = 224
     train_images: int | None = None
     images_per_class: int | None = None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from scalekd_ds.config.data import DataConfig
 from scalekd_ds.config.distill import AsPublishedConfig, DistillConfig
+from scalekd_ds.config.model_kwargs import check_model_kwargs
 from scalekd_ds.config.optim import EmaConfig, OptimConfig, ScheduleConfig
 from scalekd_ds.config.require import require
 from scalekd_ds.config.run_dir import RunDirConfig
@@ -22,7 +23,7 @@ class RunConfig:
         recipe: Name of the recipe that this configuration started from.
         student: timm name, also a hub's (`hf-hub:` or `local-dir:`), or a consolidated .safetensors with its card
             beside it.
-        student_kwargs: Further arguments of the student's constructor, as JSON.
+        student_kwargs: Further arguments of the student's constructor, as JSON; not those that a field here decides.
         student_sync_bn: The student's BatchNorm takes its statistics over all ranks, on GPUs; on CPUs there is no such
             operator.
         student_weights: `none` starts from timm's initialisation, `pretrained` from timm's weights, else from a
@@ -31,7 +32,7 @@ class RunConfig:
             None takes the ones that the published code takes for this kind of model.
         teacher: timm name, also a hub's (`hf-hub:` or `local-dir:`), a consolidated .safetensors with its card beside
             it, or `none` for supervised training.
-        teacher_kwargs: Further arguments of the teacher's constructor, as JSON.
+        teacher_kwargs: Further arguments of the teacher's constructor, as JSON; not those that a field here decides.
         teacher_weights: `pretrained`, `none` (random; for tests), or a .safetensors, .pth or .pt file with timm's
             names, mmpretrain's or those of the original release; its number of classes is the teacher's.
         teacher_image_size: Side of the square that the teacher sees, in pixels; None is its own, or the student's where
@@ -74,6 +75,7 @@ class RunConfig:
         require(
             self.label_smoothing == 0.0 or self.loss == "ce", "label_smoothing", self.label_smoothing, "0 with loss bce"
         )
+        check_model_kwargs(self.student_kwargs, self.teacher_kwargs, self.data.image_size)
 
     @property
     def learning_rate(self) -> float:

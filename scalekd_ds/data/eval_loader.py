@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from nvidia.dali import fn, types
+from PIL import Image
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.pipeline import FILTERS, Loader
+from scalekd_ds.data.reader import BadImageError, StorageGoneError
 from scalekd_ds.data.sampler import eval_shard
 from scalekd_ds.data.sources.source import Source
+
+# labels that are no class: of filler, which completes a batch, and of an image that cannot be used
+FILLER, LEFT_OUT = -1, -2
+
+
+def _black_square(side: int) -> np.ndarray:
+    """An encoded image that stands where there is none to show."""
+    data = io.BytesIO()
+    Image.new("RGB", (side, side)).save(data, "JPEG")
+    return np.frombuffer(data.getvalue(), dtype=np.uint8)
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -26,7 +39,9 @@ def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tupl
 class EvalLoader(Loader):
     """Validation batches of one rank: images are resized, centre cropped and normalised as torchvision does it.
 
-    All ranks together see each image once. Every rank gets the same number of batches; filler completes the last ones.
+    All ranks together see each image once. Every rank gets the same number of batches; filler completes the last ones. An
+    image that cannot be read or decoded is left out, and a black one with the label -2 keeps its place: no other image may
+    take it, which would count twice.
 
     Args:
         source: The validation images.
@@ -38,8 +53,14 @@ class EvalLoader(Loader):
         mean: (3,) mean of the pixels, which lie in [0, 1].
         std: (3,) standard deviation of the pixels.
 
+    Attributes:
+        left_out: Index -> reason of the images of this rank that cannot be used, as far as they are known; a reason
+            completes the sentence "FILE ...".
+        storage_gone: Why none of the images can be read any more, or None.
+
     Yields:
-        Normalised images (B, 3, S, S) float32 and labels (B,) int64; label -1 marks filler.
+        Normalised images (B, 3, S, S) float32 and labels (B,) int64; label -1 marks filler, and -2 an image that cannot be
+        used.
     """
 
     def __init__(
@@ -56,6 +77,9 @@ class EvalLoader(Loader):
         super().__init__(source, cfg, batch_size, device, mean, std)
         self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 1), (types.INT32, 1)]
         self.shard = eval_shard(len(source), rank, world_size, batch_size)
+        self.left_out: dict[int, str] = {}
+        self.storage_gone: str | None = None
+        self._black = _black_square(cfg.image_size)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -75,14 +99,37 @@ class EvalLoader(Loader):
         return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
 
     def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
-        indices = self.shard[number]
-        read = np.maximum(indices, 0)
-        labels = np.where(indices < 0, -1, self.source.labels[read])
-        encoded = [self._reader.encoded(i) for i in read.tolist()]
-        boxes = [
-            _centre_crop(*self._reader.size(i, data), self.cfg.eval_shorter_side, self.cfg.image_size)
-            for data, i in zip(encoded, read.tolist(), strict=True)
-        ]
-        sizes = [np.array(size, dtype=np.float32) for size, _ in boxes]
-        anchors = [np.array(anchor, dtype=np.int32) for _, anchor in boxes]
-        return read, [encoded, list(labels), sizes, anchors], None
+        side, labels, encoded, sizes, anchors = self.cfg.image_size, [], [], [], []
+        for index in self.shard[number].tolist():
+            image = self._read(index)
+            if image is None:
+                labels.append(np.int64(FILLER if index < 0 else LEFT_OUT))
+                image = self._black, ((side, side), (0, 0))
+            else:
+                labels.append(self.source.labels[index])
+            encoded.append(image[0])
+            sizes.append(np.array(image[1][0], dtype=np.float32))
+            anchors.append(np.array(image[1][1], dtype=np.int32))
+        return self.shard[number], [encoded, labels, sizes, anchors], None
+
+    def _read(self, index: int) -> tuple[np.ndarray, tuple[tuple[int, int], tuple[int, int]]] | None:
+        """The encoded bytes of an image, and its size and corner of `_centre_crop`; None for filler and without an image.
+
+        An error of one rank must not end its evaluation, since the others wait for it in the next collective.
+        """
+        if index < 0 or index in self.left_out:
+            return None
+        try:
+            data = self._reader.encoded(index)
+            return data, _centre_crop(*self._reader.size(index, data), self.cfg.eval_shorter_side, self.cfg.image_size)
+        except BadImageError as error:
+            self.left_out[index] = error.reason
+        except StorageGoneError as error:
+            self.storage_gone = str(error)
+            self.left_out[index] = "cannot be read"
+        return None
+
+    def _handle_undecodable(self, indices: np.ndarray, error: RuntimeError) -> None:
+        """Records the undecodable images of `indices`, which are then left out; raises `error` where there is none."""
+        shown = [index for index in np.unique(indices).tolist() if index >= 0 and index not in self.left_out]
+        self.left_out |= self._find_undecodable(shown, error)

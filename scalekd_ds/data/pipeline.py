@@ -22,7 +22,6 @@ from nvidia.dali import Pipeline, fn, types
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.reader import Reader, find_undecodable
 from scalekd_ds.data.sources.source import Source
-from scalekd_ds.errors import UserError
 
 # bytes that are enough for every image of ImageNet-1K, from NVIDIA's training examples
 _LARGEST_DEVICE_PADDING, _LARGEST_HOST_PADDING = 211_025_920, 140_544_512
@@ -41,8 +40,8 @@ class UndecodableError(Exception):
 class Loader:
     """Runs a DALI pipeline over batches that are prepared on the host.
 
-    A subclass gives `_inputs`, the (type, number of dimensions) of each input of the pipeline, and the methods `_graph`
-    and `_prepare_batch`. It may also override `_postprocess` and `_handle_undecodable`.
+    A subclass gives `_inputs`, the (type, number of dimensions) of each input of the pipeline, and the methods `_graph`,
+    `_prepare_batch` and `_handle_undecodable`. It may also override `_postprocess`.
 
     Args:
         source: The images.
@@ -227,13 +226,18 @@ class Loader:
         return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
 
     def _handle_undecodable(self, indices: np.ndarray, error: RuntimeError) -> None:
-        """Acts on an error of DALI: finds the undecodable images among the samples `indices`.
+        """Acts on an error of DALI at the samples `indices`, so that the same batch can be made; or raises `error`."""
+        raise NotImplementedError
 
-        Raises:
-            UserError: Naming the first of them.
-            RuntimeError: `error` itself, where all of them can be decoded.
+    def _find_undecodable(self, indices: Sequence[int], error: RuntimeError) -> dict[int, str]:
+        """Index -> reason of the undecodable images among `indices`.
+
+        Raises `error` where all of them can be decoded, and are what they were when this run first read them.
         """
-        bad = find_undecodable(self.source, np.unique(indices).tolist())
-        if not bad:
+        bad = find_undecodable(self.source, indices)
+        if not bad and self._gpu:
+            # a GPU's decoder may refuse what the CPU's takes
+            bad = find_undecodable(self.source, indices, self._decoder(), self.device.index or 0)
+        if not bad and not self._reader.forget_changed(indices):
             raise error
-        raise UserError(f"image {self.source.name(next(iter(bad)))!r} cannot be decoded. Mend or remove it.")
+        return bad

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.undecodable import flaw_by_structure
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, first_line
 
 # files whose sizes the estimate of a data set's size is taken from
 _SIZE_SAMPLES = 64
@@ -66,15 +66,47 @@ class Reader:
             if error.errno is not None and self._in_a_folder:
                 _check_storage(self.source.root)
             raise BadImageError(self.source.name(index), f"cannot be read: {error.strerror or error}") from None
+        # libraries of tables raise errors of their own for a damaged row
+        except Exception as error:
+            raise BadImageError(self.source.name(index), f"cannot be read: {first_line(error)}") from None
         if not self._checked[index]:
             # whole files may look cut off, as photos with a film behind them do: the decoders decide
             if flaw_by_structure(memoryview(data)) and (flaw := flaw_of(data)):
                 raise BadImageError(self.source.name(index), flaw)
+            self._check_size(index, data)
             self._checked[index] = True
-        data = _png16_to_png8(data)
+        try:
+            data = _as_pillow_reads(data)
+        except Exception as error:
+            raise BadImageError(self.source.name(index), _reason(error)) from None
         if self._cache is not None:
             self._cache[index] = data
         return data
+
+    def _check_size(self, index: int, data: np.ndarray) -> None:
+        """Corrects the size that the index has for an image, where another one has taken its place since.
+
+        It is read from the header at the first time that a run reads the image: 30 microseconds, a hundredth of decoding.
+        """
+        known = self.source.sizes[index].tolist()
+        if known[0] and (found := _header_size(data)) is not None and list(found) != known:
+            self.source.sizes[index] = found
+
+    def forget_changed(self, indices: Sequence[int]) -> list[int]:
+        """Takes the sizes of images anew whose files have changed since this run read them, and returns which these are."""
+        changed = []
+        for index in indices:
+            known = self.source.sizes[index].tolist()
+            try:
+                found = _header_size(self.source.read(index))
+            except OSError:
+                continue
+            if found is not None and known[0] and list(found) != known:
+                self.source.sizes[index] = found
+                changed.append(index)
+            if self._cache is not None:
+                self._cache.pop(index, None)
+        return changed
 
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
         """(height, width) of one image in pixels, from the index or else from the header in `encoded`.
@@ -88,7 +120,8 @@ class Reader:
             try:
                 with Image.open(io.BytesIO(encoded)) as image:
                     height, width = image.height, image.width
-            except (OSError, Image.DecompressionBombError) as error:
+            # Pillow raises errors of many kinds on damaged headers
+            except Exception as error:
                 raise BadImageError(self.source.name(index), _reason(error)) from None
             self.source.sizes[index] = height, width
         return height, width
@@ -110,13 +143,28 @@ def _check_storage(root: Path) -> None:
         )
 
 
-def _png16_to_png8(data: np.ndarray) -> np.ndarray:
-    """A 16-bit PNG as an 8-bit one, and any other file as it is.
+def _header_size(data: np.ndarray) -> tuple[int, int] | None:
+    """(height, width) from the header of an image; None where Pillow finds none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    # Pillow raises errors of many kinds on damaged headers
+    except Exception:
+        return None
 
-    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte.
+
+def _as_pillow_reads(data: np.ndarray) -> np.ndarray:
+    """A 16-bit PNG or PNM and a TIFF as an 8-bit PNG, and any other file as it is.
+
+    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte. Of TIFFs it does not
+    read all that Pillow does.
     """
-    png_of_16_bits = data[:8].tobytes() == b"\x89PNG\r\n\x1a\n" and len(data) > 24 and data[24] == 16
-    if not png_of_16_bits:
+    head = data[:64].tobytes()
+    png_of_16_bits = head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 24 and head[24] == 16
+    # the header of a PNM is text: kind, width, height, largest value
+    pnm_of_16_bits = re.match(rb"P[2356]\s+(?:#.*\s+)*\d+\s+\d+\s+(\d+)\s", head)
+    is_tiff = head.startswith((b"II*\x00", b"MM\x00*"))
+    if not (png_of_16_bits or is_tiff or (pnm_of_16_bits and int(pnm_of_16_bits[1]) > 255)):
         return data
     out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
@@ -130,8 +178,8 @@ def _estimated_bytes(source: Source) -> float:
     for index in range(0, len(source), max(1, len(source) // _SIZE_SAMPLES)):
         try:
             sizes.append(len(source.read(index)))
-        except OSError:
-            # the error is reported when the file itself is needed
+        # the error is reported when the image itself is needed
+        except Exception:
             continue
     return len(source) * float(np.mean(sizes)) if sizes else 0.0
 
@@ -145,9 +193,10 @@ def flaw_of(data: np.ndarray) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Pillow raises errors of many kinds on damaged files
+    except Exception as error:
         return flaw or _reason(error)
-    return flaw if flaw and not _count_decoded([data]) else None
+    return flaw if flaw and not _count_decoded([_as_pillow_reads(data)]) else None
 
 
 def _reason(error: Exception) -> str:
@@ -160,15 +209,19 @@ def _reason(error: Exception) -> str:
         size = f"{int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "its pixels"
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"is too large: {size}, and at most {limit:.0f} are read, against decompression bombs; scale it down"
-    return f"is damaged: {error}"
+    return f"is damaged: {first_line(error)}"
 
 
-def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+def find_undecodable(
+    source: Source, indices: Sequence[int], decoder: dict | None = None, device_id: int | None = None
+) -> dict[int, str]:
     """Decodes samples one by one with Pillow and with DALI, whose own error need not name the file.
 
     Args:
         source: The images.
         indices: The samples to decode.
+        decoder: Arguments of DALI's decoder; None decodes on the CPU.
+        device_id: Number of the GPU that this decoder is on, or None.
 
     Returns:
         Index -> reason of those that cannot be decoded; a reason completes the sentence "FILE ...".
@@ -178,33 +231,35 @@ def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
     for index in indices:
         try:
             data = source.read(index)
-        except OSError as error:
-            found[index] = f"cannot be read: {error.strerror or error}"
+        # OSError, or what a library of tables raises for a damaged row
+        except Exception as error:
+            found[index] = f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
             continue
         if flaw := flaw_of(data):
             found[index] = flaw
         else:
-            decodable.append((index, data))
+            decodable.append((index, _as_pillow_reads(data)))
     while decodable:
         # a pipeline cannot run after an error: the next one takes the files after the refused one
-        count = _count_decoded([data for _, data in decodable])
+        count = _count_decoded([data for _, data in decodable], decoder, device_id)
         if count < len(decodable):
             found[decodable[count][0]] = "is refused by DALI's decoder"
         decodable = decodable[count + 1 :]
     return found
 
 
-def _count_decoded(files: Sequence[np.ndarray]) -> int:
-    """How many files DALI decodes before it refuses one."""
+def _count_decoded(files: Sequence[np.ndarray], decoder: dict | None = None, device_id: int | None = None) -> int:
+    """How many files DALI decodes before it refuses one; the arguments are those of `find_undecodable`."""
+    decoder = decoder or {"device": "cpu", "output_type": types.RGB}
     remaining = iter(files)
 
     def next_file() -> list[np.ndarray]:
         return [next(remaining)]
 
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         encoded = fn.external_source(source=next_file, dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
+        pipeline.set_outputs(fn.decoders.image(encoded, **decoder))
     for decoded in range(len(files)):
         try:
             pipeline.run()

@@ -1,7 +1,7 @@
 """The order of the samples, a pure function of (seed, step, rank, world size).
 
 The training stream is endless. With n samples in an epoch, sample g of the run is the one at place g % n in the order
-of epoch g // n, and optimizer step s takes the samples from g = s * global batch on. Over all ranks every sample comes
+of epoch g // n, and optimizer step s takes the samples from g = offset + s * global batch on. Over all ranks every sample comes
 exactly once in an epoch, all batches are full, and the stream is the same on any number of ranks. A resumed run starts
 at another g.
 """
@@ -72,6 +72,8 @@ class StreamSampler:
         repeats: How often each sample comes in a row, each time with other augmentations (repeated augmentation, Hoffer
             et al. 2020), at neighbouring places of a global batch. An epoch then has `size / repeats` distinct samples.
         labels: (size,) classes, for `balanced_order`; None takes each sample once.
+        offset: Samples by which the stream is ahead of `step * global_batch`: a run whose global batch has changed has seen
+            as many more, or fewer.
 
     Attributes:
         accumulation: Micro batches in an optimizer step on one rank.
@@ -90,6 +92,7 @@ class StreamSampler:
         world_size: int,
         repeats: int = 1,
         labels: np.ndarray | None = None,
+        offset: int = 0,
     ) -> None:
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is no multiple of {micro_batch} x {world_size} ranks.")
@@ -97,7 +100,7 @@ class StreamSampler:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch // (micro_batch * world_size)
-        self.repeats = repeats
+        self.repeats, self.offset = repeats, offset
         order = functools.partial(permutation, seed, size=size)
         # an order costs a sort, so the two that a batch across epochs needs are cached
         self._order = (
@@ -111,7 +114,7 @@ class StreamSampler:
             (micro_batch,) sample indices, and (micro_batch,) numbers to draw the augmentations of each sample with: the
             epoch, or with repeats `epoch * repeats + repeat`.
         """
-        first = step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
+        first = self.offset + step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
         distinct, passes = np.divmod(np.arange(first, first + self.micro_batch), self.repeats)
         epochs, places = np.divmod(distinct, self.size)
         chosen = np.empty(self.micro_batch, dtype=np.int64)

@@ -22,7 +22,7 @@ from scalekd_ds.data import augment
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.pipeline import FILTERS, Loader
 from scalekd_ds.data.policy import Op, Policy, apply_ops, draw_erasing_box
-from scalekd_ds.data.reader import BadImageError, find_undecodable
+from scalekd_ds.data.reader import BadImageError
 from scalekd_ds.data.sampler import StreamSampler
 from scalekd_ds.data.sources.source import Source
 
@@ -239,8 +239,5 @@ class TrainLoader(Loader):
 
     def _handle_undecodable(self, indices: np.ndarray, error: RuntimeError) -> None:
         """Records the undecodable images of `indices`, which are then replaced; raises `error` where there is none."""
-        bad = find_undecodable(self.source, np.unique(indices).tolist())
-        if not bad:
-            raise error
-        for index, reason in bad.items():
+        for index, reason in self._find_undecodable(np.unique(indices).tolist(), error).items():
             self.bad_files.add(index, reason)

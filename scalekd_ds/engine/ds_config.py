@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from scalekd_ds.config import RunConfig
+from scalekd_ds.engine.ds_check import checked, parse
 from scalekd_ds.errors import UserError, suggest
 
 FOLDER = Path(__file__).parent.parent / "ds_configs"
 
-# the top-level keys that DeepSpeed 0.19 reads; it ignores any other without a warning
-KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
-    zero_optimization torch_autocast bf16 fp16 data_types communication_data_type prescale_gradients
-    gradient_predivide_factor gradient_allreduce_op steps_per_print wall_clock_breakdown memory_breakdown dump_state
-    tensorboard wandb csv_monitor comet comms_logger flops_profiler activation_checkpointing aio checkpoint
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer disable_allgather disable_python_gc compile timers
-    check_overflow seed log_level use_node_local_storage optimizer scheduler train_micro_batch_size""".split()
-)
 # keys that the recipe sets, and its fields; the JSON may have them as "auto", which tells a reader where they come from
 FROM_RECIPE = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -42,7 +35,8 @@ def find(name: str) -> Path:
         UserError: There is no such file.
     """
     for path in (Path(name), FOLDER / name, FOLDER / f"{name}.json"):
-        if path.is_file():
+        # unlike is_file(), it takes a name that is too long for one that is missing
+        if os.path.isfile(path):
             return path
     names = sorted(p.stem for p in FOLDER.glob("*.json"))
     raise UserError(f"DeepSpeed config {name!r} is neither a file nor in ds_configs/.{suggest(name, names)} {names}")
@@ -51,65 +45,23 @@ def find(name: str) -> Path:
 def read(name: str) -> dict[str, Any]:
     """Reads and checks one DeepSpeed JSON.
 
+    Returns:
+        What DeepSpeed gets of it: keys that are "auto" and sections that are off are left out.
+
     Raises:
-        UserError: The file is missing or no JSON, or it has a key that DeepSpeed does not know or has removed, or that
-            the recipe sets.
+        UserError: The file is missing or no JSON, or one of its keys or values is none that a run takes.
     """
     path = find(name)
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}: it must be a JSON object.")
-    _check_removed(config, path)
-    for key in config:
-        if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: DeepSpeed does not know the key {key!r}.{suggest(key, KNOWN_KEYS)}")
+    config = parse(path)
     for key, field in FROM_RECIPE.items():
         if config.get(key, "auto") != "auto":
             raise UserError(f'{path} sets {key!r}, which is the recipe\'s: write "auto" there and set --{field}.')
-    _check_zero(config, path)
-    _check_autocast(config, path)
-    return config
-
-
-def _check_removed(config: dict[str, Any], path: Path) -> None:
-    # DeepSpeed's own check, made before the ranks connect, and without its traceback
-    from deepspeed.runtime import config as deepspeed_config
-
-    check = getattr(deepspeed_config, "_reject_removed_config_keys", None)
-    if check is None:
-        return
-    try:
-        check(config)
-    except deepspeed_config.DeepSpeedConfigError as error:
-        raise UserError(f"{path}: {error} Remove that key.") from None
-
-
-def _check_zero(config: dict[str, Any], path: Path) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f'{path}: zero_optimization is {zero!r}: it must be an object such as {{"stage": 1}}.')
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        hint = suggest(name, DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{path}: zero_optimization.{name} is {first['input']!r}: {first['msg']}.{hint}") from None
-
-
-def _check_autocast(config: dict[str, Any], path: Path) -> None:
+    config = checked({key: value for key, value in config.items() if key not in FROM_RECIPE}, path)
     autocast = config.get("torch_autocast", {})
-    if not isinstance(autocast, dict):
-        raise UserError(f'{path}: torch_autocast is {autocast!r}: it must be an object such as {{"enabled": true}}.')
-    dtype = autocast.get("dtype", "bfloat16")
-    if dtype not in ("bfloat16", "float16"):
-        raise UserError(f"{path}: torch_autocast.dtype is {dtype!r}: it must be 'bfloat16' or 'float16'.")
+    if autocast.get("enabled"):
+        # DeepSpeed leaves the choice to the device otherwise, which is float16 on a GPU
+        autocast.setdefault("dtype", "bfloat16")
+    return config
 
 
 def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, Any]:
@@ -119,7 +71,7 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
         UserError: The global batch cannot be split over `world_size` ranks.
     """
     micro, accumulation = run.batches(world_size)
-    merged = {k: v for k, v in config.items() if k not in MONITORS and k not in FROM_RECIPE}
+    merged = {k: v for k, v in config.items() if k not in MONITORS}
     return merged | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -127,6 +79,8 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
         "gradient_clipping": run.optim.clip,
         # DeepSpeed refuses optimizers that it does not know, such as our LAMB, which is tested under ZeRO here
         "zero_allow_untested_optimizer": True,
+        # and, beside offload_optimizer, all but its own
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
@@ -136,17 +90,34 @@ def autocast_dtype(config: dict[str, Any]) -> torch.dtype | None:
     return getattr(torch, autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else None
 
 
-def compute_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    """The 16-bit type that a config computes in, by torch_autocast or by DeepSpeed's own sections; None for float32."""
-    for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(section, {}).get("enabled") is True:
-            return dtype
-    return autocast_dtype(config)
-
-
 def stage_of(config: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed JSON, 0 to 3."""
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_memory(config: dict[str, Any], device: torch.device, name: str) -> None:
+    """Checks that the device could hold the buckets for gradients, which DeepSpeed allocates at once.
+
+    Args:
+        config: The JSON, merged.
+        device: Device of this rank.
+        name: Name of the JSON, for messages.
+
+    Raises:
+        UserError: The buckets are larger than all of the memory.
+    """
+    zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    buckets = 0 if zero.stage == 0 else 2 if zero.overlap_comm and zero.stage < 3 else 1
+    if device.type == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+    needed = buckets * zero.reduce_bucket_size * 4
+    if needed > total:
+        raise UserError(
+            f"{name}: zero_optimization.reduce_bucket_size is {zero.reduce_bucket_size}: buckets of so many elements "
+            f"take {needed / 2**30:,.0f} GiB, and {device} has {total / 2**30:,.0f} GiB: write a smaller number."
+        )
 
 
 def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str, Any]:
@@ -179,7 +150,16 @@ def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str
     merged = chosen | {("csv_monitor" if name == "csv" else name): defaults[name] for name in dict.fromkeys(listed)}
     if not listed:
         merged["tensorboard"] = defaults["tensorboard"] | chosen.get("tensorboard", {})
+    if "comet" in merged:
+        # of DeepSpeed's "samples", which are steps here: it would drop what comes sooner after the last
+        merged["comet"] = {"samples_log_interval": 1} | merged["comet"]
     for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
-        if merged.get(name, {}).get("enabled") and find_spec(package) is None:
+        if merged.get(name, {}).get("enabled") and not _is_installed(package):
             raise UserError(f"the monitor {name} needs its package, which is not installed: pip install {package}")
     return merged
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # Weights & Biases writes into a folder `wandb`, which Python takes for a package without a file
+    return spec is not None and spec.origin is not None

@@ -27,10 +27,14 @@ def synchronise_buffers(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_over_ranks(buffers: list[torch.Tensor]) -> None:
-    """Sets floating-point tensors to their mean over the ranks, in place, with one all-reduce; collective."""
+    """Sets floating-point tensors to their mean over the ranks, in place, with one all-reduce; collective.
+
+    A second call changes nothing, so it does not matter whether a checkpoint is saved before an evaluation or after it.
+    """
     if dist.get_world_size() == 1 or not buffers:
         return
-    flat = torch.cat([b.flatten().float() for b in buffers])
+    # in float32 the mean of three equal numbers may be another one
+    flat = torch.cat([b.flatten().double() for b in buffers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):

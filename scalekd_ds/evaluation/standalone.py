@@ -5,34 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import nn
 
+from scalekd_ds.class_names import match_classes
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader
-from scalekd_ds.data.sources.image_folder import index_folder
-from scalekd_ds.errors import UserError
+from scalekd_ds.data.sources.open import open_source
+from scalekd_ds.data.sources.source import Source, check_all_present, with_classes
+from scalekd_ds.data.verify import without_quarantined
+from scalekd_ds.durable_files import save_tensors, written_aside
+from scalekd_ds.errors import UserError, problem_of, say
 from scalekd_ds.evaluation.accuracy import evaluate
+from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import eval_resize_at, read_card
+from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 
 
 @torch.no_grad()
 def evaluate_model(
     name: str,
-    data: Path,
+    data: str | Path,
     weights: str = "pretrained",
     image_size: int | None = None,
     batch_size: int = 64,
     threads: int = 2,
     logits_file: Path | None = None,
     eval_resize: int | None = None,
+    allow_missing_classes: bool = False,
+    max_bad_share: float = DataConfig.max_bad_share,
 ) -> dict[str, float]:
     """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32.
 
     Args:
         name: Path of a .safetensors file with its card, or name of a timm model.
-        data: Folder with one folder of validation images per class, or the folder above it, which calls it val/.
+        data: Validation images in any form that `open_source` takes, or the folder above class folders in val/.
         weights: Weights of a timm model: `pretrained`, `none` or a .safetensors file.
         image_size: Height and width of the images in pixels; None takes the model's own.
         batch_size: Images in a forward pass.
@@ -41,23 +49,22 @@ def evaluate_model(
             None writes none.
         eval_resize: Shorter side before the centre crop in pixels; None takes that of training, in proportion where the
             size is another.
+        allow_missing_classes: The images may lack some of the model's classes.
+        max_bad_share: Share of the images that may be left out because they cannot be used.
 
     Returns:
-        `top1` and `top5` in percent, and `images`, their number.
+        `top1` and `top5` in percent, `images`, their number, and `left_out`, the number of those that cannot be used.
 
     Raises:
-        UserError: The model or the images cannot be opened, or they have different numbers of classes.
+        UserError: The model or the images cannot be opened, they have different classes, too many images cannot be used, or
+            the logits cannot be written.
     """
-    folder = data / "val" if (data / "val").is_dir() else data
-    source = index_folder(folder, "--data")
     card = read_card(name) if name.endswith(".safetensors") else {}
     # with its number of classes given, a model of a file is built for the new size
     model = build_model(name, card.get("num_classes") if image_size else None, None, weights, image_size).eval()
-    num_classes = int(model.num_classes)
-    if num_classes != len(source.classes):
-        raise UserError(
-            f"{name} has {num_classes} classes and {folder} has {len(source.classes)}: they must be the same."
-        )
+    source = images_for(model, name, data)
+    if not allow_missing_classes:
+        check_all_present(source, "--data", "--allow-missing-classes")
     size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -83,11 +90,43 @@ def evaluate_model(
         return logits
 
     result = evaluate(predict, batches(), device)
+    check_left_out(loader, result, max_bad_share, "--max-bad-share")
     if logits_file is not None:
         labels = torch.cat(all_labels)
         real = labels >= 0
-        save_file(
-            {"logits": torch.cat(all_logits)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()},
-            logits_file,
-        )
+        found = {"logits": torch.cat(all_logits)[real].cpu().contiguous(), "labels": labels[real].cpu().contiguous()}
+        try:
+            with written_aside(logits_file) as partial:
+                save_tensors(partial, found)
+        except OSError as error:
+            raise UserError(f"--logits: {logits_file} cannot be written: {problem_of(error)}.") from None
     return result
+
+
+def images_for(model: nn.Module, name: str, data: str | Path) -> Source:
+    """The images with labels as the model's outputs, by the names of the classes; without those in quarantine.
+
+    Raises:
+        UserError: The images cannot be opened, or have classes that the model has not.
+    """
+    count, known = int(model.num_classes), known_classes(model)
+    root = where = Path(data)
+    if str(data).startswith("hf:"):
+        root, where = Path(), str(data)
+    elif (root / "val").is_dir():
+        where = root / "val"
+
+    def outputs_or_names(names: list[str]) -> list[str]:
+        # labels that are numbers are outputs, unless the model knows them as the names of other ones
+        numbers = [str(position) for position in range(count)]
+        return numbers if set(names) <= set(numbers) else names
+
+    source = open_source(where, "--data", outputs_or_names)
+    matched = match_classes(known, count, source.classes, name, str(where), subset=True)
+    say(matched.notice)
+    classes = known.schemes[0] if known.schemes else source.classes
+    source = with_classes(source, matched.positions, classes)
+    # the list is in the folder that a run has as data.root
+    for folder in () if isinstance(where, str) else {root, where.parent}:
+        source = without_quarantined(source, folder)
+    return source

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.errors import UserError, cause_of, problem_of, suggest
 
 # the card for programs; beside a model.safetensors it makes that file a consolidated one, which this library can read
 CARD = "model.json"
@@ -129,7 +129,15 @@ def export(
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}.") from None
     try:
-        difference = writer.write(student, partial)
+        try:
+            difference = writer.write(student, partial)
+        except (UserError, OSError):
+            raise
+        # converters run the model's own code and that of other libraries, which may raise any error
+        except Exception as error:
+            raise UserError(
+                f"{student.card['architecture']} cannot be exported as {format}: {cause_of(error)}."
+            ) from None
         (partial / "README.md").write_text(readme(student, format, writer.usage(student), difference))
         write_json(partial / CARD, student.card)
         readable = (partial / "README.md").stat().st_mode
@@ -139,10 +147,15 @@ def export(
             sync(path)
         if out.exists():
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         sync(out.absolute().parent)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}.") from None
+        raise UserError(f"{out} cannot be written: {problem_of(error)}.") from None
     finally:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)

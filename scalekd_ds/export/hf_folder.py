@@ -7,25 +7,22 @@ from pathlib import Path
 import torch
 
 from scalekd_ds.export import timm_folder
-from scalekd_ds.export.student import LoadedStudent, export_error
+from scalekd_ds.export.student import LoadedStudent
 
 
 def write(student: LoadedStudent, folder: Path) -> float:
     """Writes timm's folder and loads it back with transformers.
 
     Raises:
-        UserError: The format timm refuses the student, transformers cannot load the folder, or the logits differ.
+        UserError: The format timm refuses the student, or the logits differ.
+        Exception: transformers cannot load the folder; it raises errors of its own, of timm and of the hub.
     """
     timm_folder.write(student, folder)
     from transformers import AutoModelForImageClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
-    # transformers raises errors of its own, of timm and of the hub
-    except Exception as error:
-        raise export_error(student, "hf", error) from None
+    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
     return student.check_logits(
         torch.no_grad()(lambda images: loaded(images).logits), "the folder, loaded by transformers,"
     )

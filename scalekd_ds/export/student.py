@@ -13,7 +13,7 @@ from torch import nn
 
 from scalekd_ds.checkpoint.layout import read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import weights_file
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cause_of
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import read_card
 
@@ -89,7 +89,7 @@ class LoadedStudent:
                 given = run(images)
             # an exported program may raise any error
             except Exception as error:
-                raise UserError(f"{what} fails at batch {batch}, and is not kept: {first_line(error)}.") from None
+                raise UserError(f"{what} fails at batch {batch}, and is not kept: {cause_of(error)}.") from None
             if given.shape != expected.shape:
                 raise UserError(f"{what} gives {tuple(given.shape)} at batch {batch}, not {tuple(expected.shape)}.")
             difference = (given - expected).abs().max().item()
@@ -101,17 +101,6 @@ class LoadedStudent:
                 )
             worst = max(worst, difference)
         return worst
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of another library, without its full stop, to quote in an error message."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def export_error(student: LoadedStudent, format: str, error: Exception) -> UserError:
-    """The UserError for a converter that failed with `error`."""
-    return UserError(f"{student.card['architecture']} cannot be exported as {format}: {first_line(error)}.")
 
 
 def _config_beside(file: Path, card: dict[str, Any]) -> dict[str, Any] | None:

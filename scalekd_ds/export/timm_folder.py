@@ -8,10 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 from scalekd_ds.config import DataConfig
-from scalekd_ds.durable_files import write_json
+from scalekd_ds.durable_files import save_tensors, write_json
 from scalekd_ds.errors import UserError
 from scalekd_ds.export.student import LoadedStudent
 
@@ -73,7 +72,7 @@ def write(student: LoadedStudent, folder: Path) -> float:
         )
     # copies, since safetensors refuses tensors that share memory, as tied weights do
     state = {name: tensor.detach().clone().contiguous() for name, tensor in student.model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", state, {"format": "pt"})
     write_json(folder / "config.json", config_of(student))
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return student.check_logits(torch.no_grad()(loaded), "the folder, loaded by timm,")

@@ -17,10 +17,12 @@ def write(student: LoadedStudent, folder: Path) -> float:
     def save_and_load(file: Path) -> torch.nn.Module:
         batch = ({0: Dim("batch")},)
         program = torch.export.export(student.network, (student.example_images(),), dynamic_shapes=batch)
-        torch.export.save(program, file)
+        # through Python's file, whose errors say what the system says
+        with file.open("wb") as written:
+            torch.export.save(program, written)
         return torch.export.load(file).module()
 
-    return write_program(student, folder / "model.pt2", "torch_export", "torch.export", save_and_load)
+    return write_program(student, folder / "model.pt2", "torch.export", save_and_load)
 
 
 def usage(student: LoadedStudent) -> str:

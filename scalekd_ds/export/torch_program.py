@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from scalekd_ds.export.student import LoadedStudent, export_error
+from scalekd_ds.export.student import LoadedStudent
 
 
 def write_program(
     student: LoadedStudent,
     file: Path,
-    format: str,
     loader: str,
     save_and_load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]],
 ) -> float:
@@ -23,7 +22,6 @@ def write_program(
     Args:
         student: The student to export.
         file: The file to write.
-        format: A key of `FORMATS`, for error messages.
         loader: The module of torch that loads the file, for error messages.
         save_and_load: Captures the student's network, writes the file, and returns the program that was read back.
 
@@ -31,16 +29,13 @@ def write_program(
         The largest absolute difference of the logits from the student's.
 
     Raises:
-        UserError: The network cannot be captured, or the program gives other logits than the student.
+        UserError: The program gives other logits than the student.
+        Exception: The network cannot be captured; capturing runs the model's own code, which may raise any error.
     """
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # about what a trace may have missed, which the check with other batches finds
-            warnings.simplefilter("ignore")
-            program = save_and_load(file)
-    # capturing runs the model's own code, which may raise any error
-    except Exception as error:
-        raise export_error(student, format, error) from None
+    with torch.no_grad(), warnings.catch_warnings():
+        # about what a trace may have missed, which the check with other batches finds
+        warnings.simplefilter("ignore")
+        program = save_and_load(file)
     return student.check_logits(torch.no_grad()(program), f"{file.name}, loaded by {loader},")
 
 

@@ -14,10 +14,13 @@ def write(student: LoadedStudent, folder: Path) -> float:
     """Writes the program; returns and raises as `write_program`."""
 
     def save_and_load(file: Path) -> torch.jit.ScriptModule:
-        torch.jit.trace(student.network, student.example_images(), check_trace=False).save(str(file))
+        program = torch.jit.trace(student.network, student.example_images(), check_trace=False)
+        # through Python's file, whose errors say what the system says
+        with file.open("wb") as written:
+            torch.jit.save(program, written)
         return torch.jit.load(file)
 
-    return write_program(student, folder / "model.ts", "torchscript", "torch.jit", save_and_load)
+    return write_program(student, folder / "model.ts", "torch.jit", save_and_load)
 
 
 def usage(student: LoadedStudent) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -13,17 +12,18 @@ from scalekd_ds.config import DataConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.frequencies import radial_spectrum
-from scalekd_ds.inspection.images import Crop, find_images, readable_images, spread_over_folders, true_class
+from scalekd_ds.inspection.images import AnyImage, Crop, find_images, readable_images, spread_over_folders, true_class
 from scalekd_ds.inspection.inspected_models import (
     InspectedModel,
     ModelOutput,
     ModelSource,
     check_same_classes,
     open_model,
+    positions_of,
     wrap_model,
 )
 from scalekd_ds.inspection.pictures import attention_pictures, blend, enlarge, heat_colours, pca_colours, spectrum
-from scalekd_ds.inspection.predictions import correctness, crosstable, is_correct, order_by_disagreement, top_classes
+from scalekd_ds.inspection.predictions import correctness, crosstable, order_by_disagreement, top_classes
 from scalekd_ds.inspection.projector_attention import projector_attention, restore_distiller
 from scalekd_ds.inspection.sheet import PictureColumn, PredictionColumn, Sheet, draw_sheet
 from scalekd_ds.models.card import eval_resize_at, read_card
@@ -133,7 +133,7 @@ def inspect(args: argparse.Namespace) -> list[str]:
     student, lines = models.student, []
     crop = _validation_crop(student, args.size)
     student.network.shapes((crop.side, crop.side))
-    truth = partial(true_class, folders=student.folder_names)
+    truth = partial(true_class, folders=student.folder_names, count=student.num_classes)
     if args.pick == "lost":
         if models.baseline is None:
             raise UserError("--pick lost compares with a baseline: give one as --baseline.")
@@ -147,7 +147,7 @@ def inspect(args: argparse.Namespace) -> list[str]:
         order = order_by_disagreement(found)
     else:
         order = spread_over_folders(paths, args.count)
-    shown: list[tuple[Path, torch.Tensor]] = []
+    shown: list[tuple[AnyImage, torch.Tensor]] = []
     for item in readable_images(order, crop):
         shown.append(item)
         if len(shown) == args.count:
@@ -192,12 +192,13 @@ def _prediction_column(
 ) -> PredictionColumn:
     """The predictions of a model, given the true classes of the images as classes of the student."""
     comparable = _comparable(student, model)
+    right_outputs = positions_of(student, model) if comparable else None
     rows = []
     for classes, values, truth in zip(*top_classes(output.logits), truths, strict=True):
         row = []
         for c, value in zip(classes.tolist(), values.tolist(), strict=True):
             names = model.classes or (student.classes if comparable else None)
-            right = is_correct(student, model, c, truth) if comparable and truth is not None else None
+            right = bool(c == right_outputs[truth]) if comparable and truth is not None else None
             row.append((names[c] if names else f"class {c}", value, right))
         rows.append(row)
     return PredictionColumn(model.role, rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import io
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from scalekd_ds.data.sources.image_folder import EXTENSIONS
+from scalekd_ds.class_names import are_numbers
+from scalekd_ds.data.sources.labels import is_number
+from scalekd_ds.data.sources.open import is_packed, open_source
+from scalekd_ds.data.sources.source import Source
+from scalekd_ds.data.sources.what_counts import EXTENSIONS, hidden_part, is_image_name
 from scalekd_ds.errors import UserError
 
 _FILTERS = {
@@ -36,40 +42,88 @@ class Crop(NamedTuple):
     filter: str
 
 
-def find_images(given: Sequence[str]) -> list[Path]:
-    """The image files that folders, files and globs name, each once.
+@dataclass(frozen=True, eq=False)
+class SourceImage:
+    """An image of a tar, a TFRecord, a table or a data set of Hugging Face, with what a `Path` offers here.
+
+    Attributes:
+        source: The source.
+        index: Position in it.
+    """
+
+    source: Source
+    index: int
+
+    @property
+    def parent(self) -> Path:
+        """The name of its class, as a folder."""
+        return Path(self.source.classes[self.source.labels[self.index]])
+
+    @property
+    def name(self) -> str:
+        """The last part of its name."""
+        return self.source.name(self.index).rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.source.name(self.index)
+
+
+AnyImage = Path | SourceImage
+
+
+def _images_of_source(where: str) -> list[SourceImage] | None:
+    """The images of a source that is no folder of files; None where `where` names none."""
+    if not is_packed(where):
+        return None
+
+    def numbers_or_names(names: list[str]) -> list[str]:
+        # labels that are numbers are positions in the student's classes, of which some may not occur
+        numbers = all(is_number(name) for name in names)
+        return [str(i) for i in range(max(1, *map(int, names)) + 1)] if numbers else names
+
+    source = open_source(where, "IMAGES", numbers_or_names)
+    return [SourceImage(source, i) for i in range(len(source))]
+
+
+def find_images(given: Sequence[str]) -> list[AnyImage]:
+    """The images that folders, files, globs and sources of training name, each once.
 
     A folder stands for all images below it, or below its val/ if it has one. The files of each folder and glob are sorted.
 
     Raises:
         UserError: One of the names has no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[AnyImage, None] = {}
     for name in given:
         path = Path(name)
+        folder = path / "val" if (path / "val").is_dir() else path
+        if (images := _images_of_source(name if path == folder else str(folder))) is not None:
+            found.update(dict.fromkeys(images))
+            continue
         if path.is_dir():
-            folder = path / "val" if (path / "val").is_dir() else path
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            below = (p for p in folder.rglob("*") if is_image_name(p.name))
+            files = sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.suffix.lower() in EXTENSIONS)
+            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
         if not files:
             raise UserError(
-                f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}."
+                f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "
+                "source of training."
             )
         found.update(dict.fromkeys(files))
     return list(found)
 
 
-def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
+def spread_over_folders(paths: Sequence[AnyImage], count: int) -> list[AnyImage]:
     """All of `paths`, ordered so that the first `count` are spread over the folders, and evenly over each folder.
 
     Args:
         paths: Files.
         count: How many of them will be shown.
     """
-    folders: dict[Path, list[Path]] = {}
+    folders: dict[Path, list[AnyImage]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path)
     per_folder = -(-count // len(folders))
@@ -81,14 +135,15 @@ def spread_over_folders(paths: Sequence[Path], count: int) -> list[Path]:
     return [files[i] for i in range(longest) for files in folders.values() if i < len(files)]
 
 
-def read_image(path: Path, crop: Crop) -> torch.Tensor:
+def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
     """Reads and crops an image: (3, side, side) in 0 to 1.
 
     Raises:
         OSError: The file cannot be read or decoded.
     """
     try:
-        with Image.open(path) as image:
+        file = path if isinstance(path, Path) else io.BytesIO(path.source.read(path.index).tobytes())
+        with Image.open(file) as image:
             image = image.convert("RGB")
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
@@ -100,7 +155,7 @@ def read_image(path: Path, crop: Crop) -> torch.Tensor:
     return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255
 
 
-def readable_images(paths: Iterable[Path], crop: Crop) -> Iterator[tuple[Path, torch.Tensor]]:
+def readable_images(paths: Iterable[AnyImage], crop: Crop) -> Iterator[tuple[AnyImage, torch.Tensor]]:
     """Yields (path, pixels (3, side, side) in 0 to 1) of each file; one that cannot be read is skipped with a message."""
     for path in paths:
         try:
@@ -109,6 +164,17 @@ def readable_images(paths: Iterable[Path], crop: Crop) -> Iterator[tuple[Path, t
             print(f"skipped {path}: {' '.join(str(error).split())}", flush=True)
 
 
-def true_class(path: Path, folders: Sequence[str] | None) -> int | None:
-    """The class whose folder name is that of the file's folder, or None if it is none of `folders`."""
-    return folders.index(path.parent.name) if folders and path.parent.name in folders else None
+def true_class(path: AnyImage, folders: Sequence[str] | None, count: int = 0) -> int | None:
+    """The class of an image: by the name of its folder or its label, or None if that is none of the classes.
+
+    Args:
+        path: The image.
+        folders: Names of the classes.
+        count: Number of classes, where a label in a source may be a number without names.
+    """
+    name = path.parent.name
+    if folders and name in folders:
+        return folders.index(name)
+    if isinstance(path, SourceImage) and are_numbers(path.source.classes) and int(name) < count:
+        return int(name)
+    return None

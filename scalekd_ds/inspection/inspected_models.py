@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from scalekd_ds.checkpoint.layout import resolve_checkpoint
 from scalekd_ds.checkpoint.plain_weights import weights_file
+from scalekd_ds.class_names import KnownClasses, match_classes
 from scalekd_ds.config import RunConfig
 from scalekd_ds.config.parser import read_config
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.pictures import tokens_to_map
 from scalekd_ds.models.build import HUB_PREFIXES, build_model, num_parameters
 from scalekd_ds.models.card import read_card
+from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
 from scalekd_ds.student import Student, StudentOutput, Taps
 from scalekd_ds.teacher import FAMILIES, Teacher
@@ -62,6 +64,7 @@ class InspectedModel:
         network: The model in eval mode, as a `Student` or a `Teacher`.
         classes: Names of its classes for people, or None if unknown.
         folder_names: Names of its classes as folders of images have them, or None if unknown.
+        known: All that is known of these names.
         size: (h, w) of its images in pixels, or None if it takes any.
         card: Its card; empty for a timm model.
         source: Where it comes from.
@@ -72,6 +75,7 @@ class InspectedModel:
     network: Student | Teacher
     classes: list[str] | None
     folder_names: list[str] | None
+    known: KnownClasses
     size: tuple[int, int] | None
     card: dict[str, Any]
     source: ModelSource
@@ -181,30 +185,39 @@ def wrap_model(model: nn.Module, role: str, title: str, source: ModelSource, car
         network = Student(model, taps=Taps(cfg.student_taps, False) if cfg and cfg.student_taps else None)
     network.eval().requires_grad_(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    classes, folder_names = _class_names(network.model, card)
+    known = known_classes(network.model)
+    # ImageNet's classes have numbers as folders, and words for people, of which the first is shown
+    classes, folder_names = (known.schemes[-1], known.schemes[0]) if known.schemes else (None, None)
     # a convolutional model takes images of any size; one with a grid of patches is built for one size
     has_fixed_size = hasattr(network.model, "patch_embed") or isinstance(network, Teacher)
     size = Preprocessing.of(network.model).size if has_fixed_size else None
-    return InspectedModel(role, title, network.to(device), classes, folder_names, size, card, source)
+    return InspectedModel(role, title, network.to(device), classes, folder_names, known, size, card, source)
 
 
-def _class_names(model: nn.Module, card: dict[str, Any]) -> tuple[list[str] | None, list[str] | None]:
-    """(names for people, names of folders) from the card, else those of ImageNet if timm knows the model's classes."""
-    if card.get("classes"):
-        return card["classes"], card["classes"]
-    subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
-    if subset is None:
-        return None, None
-    info = ImageNetInfo(subset)
-    names = [info.index_to_description(i).split(",")[0] for i in range(model.num_classes)]
-    return names, info.label_names()
+def positions_of(student: InspectedModel, other: InspectedModel) -> np.ndarray:
+    """The output of another model for each class of the student, by name where both have names.
+
+    Raises:
+        UserError: They have different classes.
+    """
+    it_is = f"the {other.role} ({other.title})"
+    if student.num_classes != other.num_classes:
+        raise UserError(f"{it_is} has {other.num_classes} classes and the student {student.num_classes}")
+    if other is student or not student.known.schemes or not other.known.schemes:
+        return np.arange(student.num_classes)
+    error = None
+    for names in student.known.schemes:
+        try:
+            return match_classes(other.known, other.num_classes, names, it_is, "the student").positions
+        except UserError as problem:
+            error = error or problem
+    raise error
 
 
 def check_same_classes(student: InspectedModel, other: InspectedModel) -> str | None:
     """How the classes of another model differ from the student's, in one line; None if they are the same."""
-    if student.num_classes != other.num_classes:
-        return f"the {other.role} ({other.title}) has {other.num_classes} classes and the student {student.num_classes}"
-    if student.classes and other.classes and set(student.classes) != set(other.classes):
-        first = sorted(set(other.classes) - set(student.classes))[0]
-        return f"the {other.role} ({other.title}) has a class {first!r} that the student has not"
+    try:
+        positions_of(student, other)
+    except UserError as error:
+        return str(error).rstrip(".")
     return None

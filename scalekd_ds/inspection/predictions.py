@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from scalekd_ds.inspection.images import spread_over_folders
-from scalekd_ds.inspection.inspected_models import InspectedModel
+from scalekd_ds.inspection.inspected_models import InspectedModel, positions_of
 
 
 def top_classes(logits: torch.Tensor, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,31 +40,25 @@ def correctness(
 
     Args:
         models: The student, and models with the same classes, which may be in another order.
-        images: (path, pixels (3, H, W) in 0 to 1).
-        label: Path -> its class in the order of the student's, or None if unknown; such images are left out.
+        images: (image, pixels (3, H, W) in 0 to 1).
+        label: Image -> its class in the order of the student's, or None if unknown; such images are left out.
         batch_size: Images in a forward pass.
 
     Returns:
-        (path, whether each of `models` is right) of each image.
+        (image, whether each of `models` is right) of each image.
     """
     found = []
+    outputs = [positions_of(models[0], model) for model in models]
     known = ((path, pixels, truth) for path, pixels in images if (truth := label(path)) is not None)
     for batch in batches(known, batch_size):
         device = next(models[0].model.parameters()).device
         pixels = torch.stack([item[1] for item in batch]).to(device)
         columns = []
-        for model in models:
+        for model, output in zip(models, outputs, strict=True):
             first = model.run(pixels).logits.argmax(-1).tolist()
-            columns.append([is_correct(models[0], model, c, item[2]) for c, item in zip(first, batch, strict=True)])
+            columns.append([c == output[item[2]] for c, item in zip(first, batch, strict=True)])
         found += [(item[0], list(right)) for item, right in zip(batch, zip(*columns, strict=True), strict=True)]
     return found
-
-
-def is_correct(student: InspectedModel, model: InspectedModel, predicted: int, truth: int) -> bool:
-    """Whether a class of `model` is the true one, which is a class of `student`; they are compared by name if possible."""
-    if student.classes and model.classes and set(student.classes) == set(model.classes):
-        return model.classes[predicted] == student.classes[truth]
-    return predicted == truth
 
 
 def order_by_disagreement(found: Sequence[tuple[Path, list[bool]]]) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models with timm
-from scalekd_ds.errors import UserError, first_line, suggest
+from scalekd_ds.errors import UserError, cause_of, say, suggest
 from scalekd_ds.models.card import card_path, read_card
+from scalekd_ds.models.known_classes import name_classes
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
 
@@ -65,7 +65,7 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
     # the hub raises its own, requests' and the system's errors
     except Exception as error:
         raise UserError(
-            f"{name} has no model of timm's that can be read ({first_line(error)}): it needs config.json and weights, "
+            f"{name} has no model of timm's that can be read ({cause_of(error)}): it needs config.json and weights, "
             "as timm's push_to_hf_hub and save_for_hf write them."
         ) from None
 
@@ -73,11 +73,14 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise UserError(f"{name} does not take these arguments: {error}.") from None
-    except (AssertionError, ValueError, RuntimeError) as error:
+    # without arguments of the user's, an error is the network's, which the caller explains
+    except Exception as error:
         shown = {k: v for k, v in kwargs.items() if k not in ("pretrained", "num_classes")}
-        raise UserError(f"{name} cannot be built with {shown}: {error}") from None
+        if kwargs["pretrained"] and not isinstance(error, TypeError | AssertionError | ValueError):
+            raise
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            raise UserError(f"{name} does not take these arguments: {cause_of(error)}.") from None
+        raise UserError(f"{name} cannot be built with {shown}: {cause_of(error)}.") from None
 
 
 # names of timm's modules whose models are built for one image size, though some of them also run on others
@@ -151,15 +154,15 @@ def build_model(
         # the hub raises its own, requests' and the system's errors; what a user can do is the same for all of them
         except Exception as error:
             raise UserError(
-                f"pretrained weights of {name} could not be loaded ({first_line(error)}): check the network, or give a "
+                f"pretrained weights of {name} could not be loaded ({cause_of(error)}): check the network, or give a "
                 ".safetensors or .pth file with --teacher_weights or --student_weights."
             ) from None
     model = _create(name, pretrained=False, **kwargs)
     if weights != "none":
         head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
         notes = load_weights(model, weights, head)
-        if notes and os.environ.get("RANK", "0") == "0":
-            print(f"{weights}: {'; '.join(notes)}", flush=True)
+        say(f"{weights}: {'; '.join(notes)}" if notes else None)
+        name_classes(model, weights)
     return model
 
 

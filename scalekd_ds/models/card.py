@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, first_line
+
+# beside a checkpoint's weights: what was measured after they were saved
+EVALUATION = "evaluation.json"
 
 
 def card_path(weights: str | Path) -> Path:
@@ -14,8 +17,27 @@ def card_path(weights: str | Path) -> Path:
     return Path(weights).with_suffix(".json")
 
 
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What an evaluation has added to a checkpoint's `state`, and to its `cards` by their weights; empty before it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / EVALUATION
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        return {
+            "state": dict(found["state"]),
+            "cards": {str(name): dict(card) for name, card in found["cards"].items()},
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}): remove it; it holds accuracies alone.") from None
+
+
 def read_card(weights: str | Path) -> dict[str, Any]:
-    """Reads the card of a consolidated weights file.
+    """Reads the card of a consolidated weights file, with the accuracy that was measured after they were saved.
 
     Raises:
         UserError: There is no such weights file, it has no card, or the card is not JSON.
@@ -29,9 +51,16 @@ def read_card(weights: str | Path) -> dict[str, Any]:
             f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
         )
     try:
-        return json.loads(card.read_text())
-    except ValueError as error:
-        raise UserError(f"{card} is not JSON ({error}): consolidate the checkpoint again.") from None
+        found = json.loads(card.read_text())
+    except OSError as error:
+        raise UserError(f"{card} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{card} is not JSON ({first_line(error)}): consolidate the checkpoint again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{card} holds a {type(found).__name__}, not a card: consolidate the checkpoint again.")
+    # a user's own file of that name lies beside no manifest
+    measured = read_evaluation(weights.parent) if (weights.parent / "manifest.json").is_file() else {}
+    return found | measured.get("cards", {}).get(weights.name, {})
 
 
 def eval_resize_at(card: dict[str, Any], image_size: int) -> int | None:

@@ -118,7 +118,10 @@ class Lamb(torch.optim.Optimizer):
                 squares[1, first + segment.layer] += step[part].norm().double().square()
             first += len(shard.parameters)
         if self._engine is not None and self._engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:
-            dist.all_reduce(squares)
+            # NCCL sends nothing from host memory, where the shards are with offload_optimizer
+            sent = squares.to(self._engine.device)
+            dist.all_reduce(sent)
+            squares = sent.to(squares.device)
         weight, update = squares.sqrt()
         return torch.where((weight > 0) & (update > 0), weight / update, torch.ones_like(weight)).float()
 

@@ -9,7 +9,9 @@ import torch
 from scalekd_ds.config import ScheduleConfig
 
 
-def learning_rate_factor(step: int, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float) -> float:
+def learning_rate_factor(
+    step: float, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: float, lr: float
+) -> float:
     """The learning rate at an optimizer step, as a share of `lr`.
 
     Warm-up is linear from `warmup_factor` at step 0. The cosine runs from the end of warm-up to `min_lr` at
@@ -35,9 +37,21 @@ def learning_rate_factor(step: int, cfg: ScheduleConfig, steps_per_epoch: float,
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, steps_per_epoch: float, total_steps: int, lr: float
+    optimizer: torch.optim.Optimizer,
+    cfg: ScheduleConfig,
+    steps_per_epoch: float,
+    total_steps: int,
+    lr: float,
+    steps_before: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A torch scheduler of `learning_rate_factor`, which DeepSpeed steps; the arguments are the same."""
+    """A torch scheduler of `learning_rate_factor`, which DeepSpeed steps; the arguments are the same.
+
+    `steps_before` are steps by which the run is ahead of their count, since earlier ones had another global batch.
+    """
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, cfg, steps_per_epoch, total_steps, lr)
+        optimizer,
+        # torch asks for step 0 before the checkpoint's is loaded
+        lambda step: learning_rate_factor(
+            max(0.0, step + steps_before), cfg, steps_per_epoch, total_steps + steps_before, lr
+        ),
     )

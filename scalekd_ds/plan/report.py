@@ -92,6 +92,14 @@ def print_plan(
         f"{best.images_per_s:,.0f} images/s, {best.hours:,.1f} h (at most {best.largest_micro_batch} images fit)",
         style="bold",
     )
+    share = cfg.global_batch_size // w
+    wanted = min(best.largest_micro_batch, share)
+    if best.micro_batch * 2 <= wanted:
+        console.print(
+            f"a GPU's {share} of the {cfg.global_batch_size} images have no divisor above {best.micro_batch} up to {wanted}: "
+            f"each step has {best.accumulation} micro batches; --global_batch_size {-(-share // wanted) * wanted * w} has "
+            "full ones"
+        )
     memory = Table(title=f"memory of a rank, of which a run can use {format_bytes(best.room)}", title_justify="left")
     memory.add_column("part")
     memory.add_column("bytes", justify="right")

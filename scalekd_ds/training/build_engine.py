@@ -16,7 +16,12 @@ from scalekd_ds.optim.schedule import build_schedule
 
 
 def build_engine(
-    distiller: ScaleKD, cfg: RunConfig, ds_config: dict[str, Any], steps_per_epoch: float, total_steps: int
+    distiller: ScaleKD,
+    cfg: RunConfig,
+    ds_config: dict[str, Any],
+    steps_per_epoch: float,
+    total_steps: int,
+    steps_before: float = 0.0,
 ) -> deepspeed.DeepSpeedEngine:
     """Makes one engine for student and projectors, with the recipe's optimizer and schedule; collective.
 
@@ -26,6 +31,7 @@ def build_engine(
         ds_config: The DeepSpeed JSON, merged with the recipe.
         steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
         total_steps: Optimizer steps of the run.
+        steps_before: As in `build_schedule`.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -35,7 +41,7 @@ def build_engine(
     engine = initialize(
         distiller,
         optimizer,
-        lambda wrapped: build_schedule(wrapped, cfg.schedule, steps_per_epoch, total_steps, lr),
+        lambda wrapped: build_schedule(wrapped, cfg.schedule, steps_per_epoch, total_steps, lr, steps_before),
         ds_config,
         cfg.run.ds_config,
     )

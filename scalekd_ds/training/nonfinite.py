@@ -87,11 +87,15 @@ class NonfiniteGuard:
         if self.consecutive >= self.limit:
             found = report()
             path = self.folder / f"nonfinite_rank{found.get('rank', 0)}.json"
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
+            where = f"are in {path}"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, found)
+            except OSError as error:
+                where = f"would be in {path}, which cannot be written ({error.strerror})"
             raise UserError(
                 f"gradients were not finite in {self.consecutive} steps in a row, the last step {found.get('step')}: "
-                f"its samples and the statistics of its tensors are in {path}. A lower --optim.lr, --optim.clip 1.0, or "
+                f"its samples and the statistics of its tensors {where}. A lower --optim.lr, --optim.clip 1.0, or "
                 "a look at these images may help; the last checkpoint is from before."
             )
 

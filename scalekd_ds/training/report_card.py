@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scalekd_ds.config import RunConfig
+from scalekd_ds.data.run_sources import where_of
 from scalekd_ds.recipes.imagenet import published_baseline
 from scalekd_ds.watching.terminal.report import ReportCard
 
@@ -22,8 +23,9 @@ def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> Re
     run_dir = Path(cfg.run.dir)
     weights = run_dir / "student.safetensors"
     files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}
+    evaluate = ["scalekd", "evaluate", str(weights), "--data", _validation_images(cfg)]
     commands = [
-        ["scalekd", "evaluate", str(weights), "--data", cfg.data.root],
+        [*evaluate, *(["--allow-missing-classes"] if cfg.data.allow_missing_classes else [])],
         ["tensorboard", "--logdir", cfg.run.dir],
     ]
     baseline = cfg.run.baseline_top1
@@ -38,8 +40,13 @@ def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> Re
         teacher_top1=results["teacher_top1"],
         steps=results["step"],
         seconds=results["seconds"],
-        images=results["step"] * cfg.global_batch_size,
+        images=results["images"],
         joules=results["joules"],
         files={name: str(path) for name, path in files.items()},
         next=[shlex.join(command) for command in commands],
     )
+
+
+def _validation_images(cfg: RunConfig) -> str:
+    """What `scalekd evaluate` takes as the run's validation images."""
+    return cfg.data.root if cfg.data.val == "val" else str(where_of(cfg.data.root, cfg.data.val))

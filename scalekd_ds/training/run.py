@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,18 +36,23 @@ class Run:
         val_loader: This rank's validation batches.
         mixer: Mixup and cutmix, where the run uses them.
         total_steps: Optimizer steps of the run.
+        images_before: Training images by which the run is ahead of `step * global_batch_size`, since earlier starts had
+            another global batch; negative where theirs was smaller.
         steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
         saver: Writer of checkpoints.
         heartbeat: Detector of ranks that died or hang.
         preemption: Receiver of signals that ask the run to stop.
         nonfinite: Guard against steps with NaN or inf.
         step: Optimizer steps done.
+        record: What checkpoints say of the run's data, teacher and packages.
         cpu_seconds: Processor time of training on this rank, with that of earlier starts.
         grad_norm: Norm of the last step's gradients where DeepSpeed reports none.
         unsharded_student: Copy of the student for evaluation under ZeRO-3.
         teacher_accuracy: `top1` and `top5` of the teacher in percent, once it is evaluated.
         accuracy: The same of the student's own weights at the last evaluation.
         evaluated_step: The step of the last evaluation.
+        left_out: Validation images that the last evaluation left out, over all ranks.
+        shipped_step: The step of the weights in student.safetensors, where this start of the run has written them.
         ema: Moving average of the student, where the run keeps one.
         ema_accuracy: Accuracy of the moving average at the last evaluation.
         best: `top1` and `step` of the best evaluation so far.
@@ -72,12 +77,16 @@ class Run:
     preemption: Preemption
     nonfinite: NonfiniteGuard
     step: int = 0
+    images_before: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     grad_norm: torch.Tensor | None = None
     unsharded_student: nn.Module | None = None
     teacher_accuracy: dict[str, float] | None = None
     accuracy: dict[str, float] | None = None
     evaluated_step: int | None = None
+    left_out: int = 0
+    shipped_step: int | None = None
     ema: StudentEma | None = None
     ema_accuracy: dict[str, float] | None = None
     best: dict[str, float] | None = None
@@ -85,6 +94,11 @@ class Run:
     joules_before: float = 0.0
     picture_images: torch.Tensor | None = None
     logs_pictures: bool = False
+
+    @property
+    def images(self) -> int:
+        """Training images seen, with repetition."""
+        return self.images_before + self.step * self.cfg.global_batch_size
 
     @property
     def distiller(self) -> ScaleKD:

@@ -1,10 +1,16 @@
-"""Makes the folder of a run."""
+"""Makes the folder of a run, and holds it for one job."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.cluster.folder_lock import held
+from scalekd_ds.config import RunConfig
+from scalekd_ds.durable_files import write_json
+from scalekd_ds.errors import UserError, problem_of
 
 
 def make_run_dir(run_dir: Path) -> Path:
@@ -21,3 +27,39 @@ def make_run_dir(run_dir: Path) -> Path:
     except OSError as error:
         raise UserError(f"run.dir is {str(run_dir)!r}, which cannot be made: {error}.") from None
     return run_dir
+
+
+def write_config(run_dir: Path, cfg: RunConfig) -> None:
+    """Writes the run's configuration into its folder, which is made where it does not exist.
+
+    Raises:
+        UserError: The folder or the file cannot be written, as the checkpoints could not be.
+    """
+    try:
+        write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
+    except OSError as error:
+        raise UserError(
+            f"run.dir is {str(run_dir)!r}, which cannot be written ({problem_of(error)}): free its disk, or name another."
+        ) from None
+
+
+@contextlib.contextmanager
+def held_run_dir(run_dir: Path) -> Iterator[None]:
+    """Makes the run's folder, and keeps other jobs out of it while the block runs; on rank 0, for its whole job.
+
+    Raises:
+        UserError: The folder cannot be made, or another job trains in it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    new = not run_dir.exists()
+    make_run_dir(run_dir)
+    try:
+        with held(run_dir, "run.dir"):
+            yield
+    finally:
+        # a start that fails leaves nothing behind
+        if new:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()

@@ -11,6 +11,7 @@ import torch
 from deepspeed import comm as dist
 
 from scalekd_ds.build import build_distiller
+from scalekd_ds.checkpoint.layout import read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, load_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.cluster.heartbeat import Heartbeat
@@ -21,21 +22,35 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.run_sources import read_sources
-from scalekd_ds.durable_files import write_json
+from scalekd_ds.data.sources.source import Source
+from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import ds_config
 from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
+from scalekd_ds.errors import say
 from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.build_engine import build_engine
+from scalekd_ds.training.changes import (
+    check_teacher,
+    classes_of,
+    config_changes,
+    engine_changes,
+    images_change,
+    images_record,
+    package_versions,
+    version_changes,
+    weights_digest,
+)
 from scalekd_ds.training.ema import slow_average_notice, start_ema
 from scalekd_ds.training.micro_batch import micro_batch_notice
 from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import make_run_dir
+from scalekd_ds.training.run_dir import write_config
+from scalekd_ds.watching.continued_logs import continue_wandb
 from scalekd_ds.watching.monitor import Monitor
 
 
@@ -51,13 +66,18 @@ def build(cfg: RunConfig) -> Run:
     run_dir = Path(cfg.run.dir)
     monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
     resume_from = choose_checkpoint(run_dir, cfg.run.resume)
-    train, val = read_sources(cfg)
+    state = read_state(resume_from) if resume_from else {}
+    for line in config_changes(state["config"], cfg.as_dict(), resume_from.name) if "config" in state else ():
+        say(line)
+    train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
     device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
+    ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
     if device.type == "cpu" and rank == 0:
-        _say(slow_precision_notice(ds_config.compute_dtype(ds_merged), cfg.run.ds_config))
-    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0)
+        say(slow_precision_notice(ds_config.autocast_dtype(ds_merged), cfg.run.ds_config))
+    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0, classes=train.classes)
+    record = _record(cfg, distiller, ds_merged, train, val, state)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)
@@ -66,21 +86,23 @@ def build(cfg: RunConfig) -> Run:
             distiller.student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
-    notice = micro_batch_notice(cfg, world_size, distiller)
-    if rank == 0:
-        _say(notice)
+    say(micro_batch_notice(cfg, world_size, distiller))
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
-    total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - 1e-9))
-    engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps)
+    step, batch = state.get("step", 0), cfg.global_batch_size
+    images_before = state.get("samples", step * batch) - step * batch
+    steps_before = images_before / batch
+    total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - steps_before - 1e-9))
+    engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps, steps_before)
     skip_nonfinite(engine)
     # each rank has another seed, so that dropout and stochastic depth differ
     seed_everything(cfg.seed + rank)
-    state = load_checkpoint(engine, resume_from) if resume_from else {}
+    if resume_from:
+        load_checkpoint(engine, resume_from)
     ema = start_ema(engine, cfg.ema.decay, resume_from)
     if rank == 0:
-        _say(slow_average_notice(cfg.ema.decay, total_steps))
-        write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
+        say(slow_average_notice(cfg.ema.decay, total_steps))
+        write_config(run_dir, cfg)
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
         if resume_from:
@@ -91,16 +113,18 @@ def build(cfg: RunConfig) -> Run:
     micro, _ = cfg.batches(world_size)
     mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes else None
     labels = train.labels if cfg.data.balanced else None
-    batch = cfg.global_batch_size
-    sampler = StreamSampler(len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels)
-    step = state.get("step", 0)
+    sampler = StreamSampler(
+        len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels, images_before
+    )
     store = job_store()
+    if rank == 0 and monitors.get("wandb", {}).get("enabled"):
+        continue_wandb(run_dir)
     heartbeat = Heartbeat(store, rank, world_size, run_dir / "stacks", cfg.run.rank_timeout, cfg.run.hang_timeout)
     return Run(
         cfg,
         device,
         engine,
-        Monitor(monitors, run_dir),
+        Monitor(monitors),
         train.classes,
         TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
@@ -112,6 +136,8 @@ def build(cfg: RunConfig) -> Run:
         Preemption(heartbeat.shorten_timeout),
         NonfiniteGuard(distiller, run_dir, cfg.run.max_skipped),
         step=step,
+        images_before=images_before,
+        record=record,
         cpu_seconds=state.get("cpu_seconds", 0.0),
         unsharded_student=unsharded_student,
         teacher_accuracy=state.get("teacher_accuracy"),
@@ -126,9 +152,30 @@ def build(cfg: RunConfig) -> Run:
     )
 
 
-def _say(notice: str | None) -> None:
-    if notice is not None:
-        print(notice, flush=True)
+def _record(
+    cfg: RunConfig,
+    distiller: ScaleKD,
+    ds_merged: dict[str, Any],
+    train: Source,
+    val: Source,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """What checkpoints say of data, teacher, engine and packages, and what of it has changed since the checkpoint `state`.
+
+    Raises:
+        UserError: The teacher's weights are not those of the checkpoint.
+    """
+    teacher = weights_digest(distiller.teacher.model) if distiller.teacher is not None else None
+    check_teacher(state.get("teacher_digest"), teacher, state.get("config", {}), cfg)
+    record: dict[str, Any] = {"teacher_digest": teacher, "packages": package_versions(), "ds_config": ds_merged}
+    for line in engine_changes(state.get("ds_config"), ds_merged):
+        say(line)
+    say(version_changes(state.get("packages")))
+    if dist.get_rank() == 0:
+        for key, source in (("data.train", train), ("data.val", val)):
+            record[key] = images_record(source)
+            say(images_change(state.get(key), record[key], key))
+    return record
 
 
 def prepare_teacher(

@@ -10,6 +10,8 @@ from scalekd_ds.models.build import architecture_and_kwargs, constructor_kwargs
 from scalekd_ds.models.preprocessing import normalisation_of
 
 CARD_VERSION = 1
+# the fields that an evaluation fills
+MEASURED = ("top1", "top5", "teacher_top1")
 
 
 def student_card(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deepspeed import comm as dist
 
 from scalekd_ds import signals
-from scalekd_ds.checkpoint.plain_weights import write_student
-from scalekd_ds.checkpoint.save import save_checkpoint
+from scalekd_ds.checkpoint.layout import WEIGHTS
+from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preempted
+from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
-from scalekd_ds.engine.gather import student_state
 from scalekd_ds.errors import UserError
+from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
+from scalekd_ds.training.run_dir import held_run_dir
+from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
-from scalekd_ds.training.student_card import student_card
+from scalekd_ds.training.student_card import MEASURED
 from scalekd_ds.training.validation import validate
 from scalekd_ds.training.watch import Watch
 from scalekd_ds.watching.provenance import hyperparameters, summary
@@ -28,33 +33,32 @@ from scalekd_ds.watching.terminal import Reporter, reporter_for
 from scalekd_ds.watching.terminal.json_lines import claim_stdout
 
 
-def begin_checkpoint(run: Run, watch: Watch) -> Path:
-    """Begins a checkpoint of the current step, and returns its folder; collective."""
-    state = {
-        "step": run.step,
-        "samples": run.step * run.cfg.global_batch_size,
-        "world_size": dist.get_world_size(),
-        "zero_stage": run.engine.zero_optimization_stage(),
-        "cpu_seconds": run.cpu_seconds,
-        # the accuracy of the weights that the run ships, by which the best checkpoints are kept
-        "top1": (run.accuracy_of(run.shipped_weights) or {}).get("top1"),
-        "accuracy": run.accuracy,
-        "evaluated_step": run.evaluated_step,
-        "ema_accuracy": run.ema_accuracy,
-        "teacher_accuracy": run.teacher_accuracy,
-        "best": run.best,
-        "seconds": watch.seconds(),
-        "joules": watch.joules(),
-        "config": run.cfg.as_dict(),
-    }
-    average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
-    return save_checkpoint(run.engine, run.saver, state, card_of(run, "student"), average)
+def evaluate_and_note(run: Run, reporter: Reporter, watch: Watch, saved: bool) -> None:
+    """Evaluates, and adds the accuracies to the checkpoint of this step; collective.
 
+    Args:
+        run: The run.
+        reporter: Shows the accuracies.
+        watch: The clock of the run.
+        saved: Whether a checkpoint of this step was begun.
 
-def card_of(run: Run, weights: Literal["student", "ema"]) -> dict[str, Any]:
-    """The card of the student's own weights or of their average."""
-    accuracy = run.accuracy_of(weights)
-    return student_card(run.cfg, run.distiller, run.classes, run.step, accuracy, run.teacher_accuracy, weights)
+    Raises:
+        LeftOutError: Too many validation images cannot be used; the weights are in a checkpoint.
+    """
+    try:
+        validate(run, reporter)
+    except LeftOutError as error:
+        # what was trained outlives the data that it cannot be measured on
+        if not saved:
+            begin_checkpoint(run, watch)
+        run.saver.finish()
+        raise LeftOutError(
+            f"{error} What was trained is in {run.saver.folder / f'step{run.step:08d}'}; --run.resume auto goes on from it."
+        ) from None
+    names = ("student", "ema") if run.ema is not None else ("student",)
+    cards = {WEIGHTS[name]: {key: card_of(run, name)[key] for key in MEASURED} for name in names}
+    spent = {"seconds": watch.seconds(), "joules": watch.joules()}
+    run.saver.note_evaluation(run.step, {"state": accuracies(run) | spent, "cards": cards})
 
 
 def train(cfg: RunConfig) -> dict[str, Any]:
@@ -72,7 +76,15 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     """
     if cfg.run.progress == "json":
         claim_stdout()
-    run = build(cfg)
+    check_hostfile()
+    join_ranks()
+    with held_run_dir(Path(cfg.run.dir)):
+        return _train(build(cfg))
+
+
+def _train(run: Run) -> dict[str, Any]:
+    """Trains a run that is built; as `train`."""
+    cfg = run.cfg
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
     if dist.get_rank() == 0:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
@@ -106,11 +118,9 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> None:
         Preempted: A signal asked the run to stop; a checkpoint of the last step is begun.
     """
     cfg = run.cfg.run
-    # an interval of less than a step is each step
-    eval_steps = max(1, round(cfg.eval_every * run.steps_per_epoch)) if cfg.eval_every else 0
-    if eval_steps and run.step and run.step % eval_steps == 0 and run.evaluated_step != run.step < last:
-        # the run was stopped before the evaluation that was due
-        validate(run, reporter)
+    if 0 < run.step < last and evaluation_is_due(run) and run.evaluated_step != run.step:
+        # the start before ended between the checkpoint and its evaluation
+        evaluate_and_note(run, reporter, watch, saved=True)
     batches = iter(run.train_loader)
     run.engine.train()
     watch.reset()
@@ -127,25 +137,43 @@ def _loop(run: Run, reporter: Reporter, watch: Watch, last: int) -> None:
             run.monitor.log(run.step, scalars)
             reporter.scalars(run.step, scalars)
         stopping = run.preemption.stop()
-        evaluating = (eval_steps and run.step % eval_steps == 0) or run.step == last
+        evaluating = evaluation_is_due(run) or run.step == last
         saving = (cfg.save_every and run.step % cfg.save_every == 0) or run.step == last
         if not (evaluating or saving or stopping):
             continue
         # evaluation and saving are not training time
         run.cpu_seconds += time.process_time() - cpu
-        if evaluating and not stopping:
-            try:
-                validate(run, reporter)
-            except Preempted:
-                # an evaluation may take longer than a scheduler waits; it is repeated when the run goes on
-                stopping = True
+        # what was trained is saved first: an evaluation may fail for reasons of its own
         if saving or stopping:
             begin_checkpoint(run, watch)
         if stopping:
             raise Preempted
+        if run.step == last:
+            ship(run)
+        if evaluating:
+            try:
+                evaluate_and_note(run, reporter, watch, saving)
+            except Preempted:
+                # an evaluation may take longer than a scheduler waits; it is repeated when the run goes on
+                if not saving:
+                    begin_checkpoint(run, watch)
+                raise
         run.heartbeat.progress(run.step)
         watch.reset()
         cpu = time.process_time()
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the last step has reached the next multiple of `run.eval_every` epochs; an interval below a step is each step.
+
+    Counted in images: an interval that was rounded to steps would drift, and drop evaluations of a long run.
+    """
+    if not run.cfg.run.eval_every:
+        return False
+    interval, batch = run.cfg.run.eval_every * run.steps_per_epoch, run.cfg.global_batch_size
+    before, after = ((run.images - batch * back) / batch / interval for back in (1, 0))
+    # a multiple that is reached but for rounding is reached
+    return math.floor(after + 1e-9) > math.floor(before + 1e-9)
 
 
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
@@ -165,15 +193,19 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
     if run.evaluated_step != run.step:
         # a run that goes on with fewer epochs than it has behind it takes no step
         reporter.line(f"nothing is left to train after step {run.step}")
-        validate(run, reporter)
-    weights = run.ema.state() if run.shipped_weights == "ema" else student_state(run.distiller)
+        evaluate_and_note(run, reporter, watch, saved=True)
+    problem = ship(run)
     shipped = run.accuracy_of(run.shipped_weights)
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
+        "images": run.images,
         "weights": run.shipped_weights,
         "top1": shipped["top1"],
         "top5": shipped["top5"],
+        # a checkpoint of an older release does not have them
+        "val_images": shipped.get("images"),
+        "val_images_left_out": shipped.get("left_out", 0),
         "best": run.best,
         "student_top1": run.accuracy["top1"],
         "ema_top1": (run.ema_accuracy or {}).get("top1"),
@@ -183,9 +215,16 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         "cpu_seconds": run.cpu_seconds,
         "world_size": dist.get_world_size(),
     }
+    problem = problem or problem_of_rank_0(lambda: write_json(run_dir / "results.json", results))
+    if problem:
+        run.saver.finish()
+        kept = run.saver.folder / f"step{run.step:08d}"
+        raise UserError(
+            f"the results could not be written ({problem}): free the disk of {run_dir}. What was trained is in {kept}: "
+            f"`scalekd consolidate {shlex.quote(str(kept))} OUT.safetensors` writes its weights anywhere, and --run.resume "
+            "auto ends the run."
+        )
     if dist.get_rank() == 0:
-        write_student(run_dir / "student.safetensors", weights, card_of(run, run.shipped_weights))
-        write_json(run_dir / "results.json", results)
         run.monitor.end()
         reporter.card(report_card(run.cfg, results, len(run.classes)))
     dist.barrier()

@@ -101,8 +101,8 @@ class Watch:
             scalars["optim/grad_norm"] = float(norm)
         scalars["optim/skipped_steps"] = float(run.engine.skipped_steps)
         scalars["data/bad_files"] = sum_over_ranks(len(run.train_loader.bad_files), run.device)
-        scalars["data/images_seen"] = float(run.step * run.cfg.global_batch_size)
-        scalars["progress/epoch"] = run.step / run.steps_per_epoch
+        scalars["data/images_seen"] = float(run.images)
+        scalars["progress/epoch"] = run.images / (run.steps_per_epoch * run.cfg.global_batch_size)
         self.energy.update()
         return scalars | self._system()
 

@@ -2,48 +2,129 @@
 
 from __future__ import annotations
 
-import json
-import os
-import uuid
-from pathlib import Path
+import importlib
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.tensorboard import TensorBoardMonitor
+from deepspeed.monitor.wandb import WandbMonitor
 
-from scalekd_ds.durable_files import write_json, write_text
+from scalekd_ds.errors import UserError, first_line
+from scalekd_ds.watching.continued_logs import continue_csv, continue_tensorboard
 
 # the metrics in TensorBoard's table of runs
 METRICS = ("val/best_top1", "val/top1", "loss/total")
+# DeepSpeed's monitor, the package that it needs, and the cure where it does not start; first those that may need a login,
+# so that nothing is written where they do
+MONITORS: dict[str, tuple[type, str | None, str]] = {
+    "wandb": (WandbMonitor, "wandb", "log in with `wandb login`, or set WANDB_MODE=offline"),
+    "comet": (CometMonitor, "comet_ml", "set COMET_API_KEY"),
+    "tensorboard": (TensorBoardMonitor, "tensorboard", "make its folder writable"),
+    "csv_monitor": (csvMonitor, None, "make its folder writable"),
+}
+# monitors that write files, and need no service
+FILES = ("tensorboard", "csv_monitor")
 
 
 class Monitor:
     """Writes the logs of a run on rank 0, and does nothing on other ranks.
 
+    A service that fails later, because the network is gone, is given up with one warning, and training goes on. A file that
+    cannot be written, because the disk is full, is tried again at the next scalars.
+
     Args:
         config: The monitors' part of the DeepSpeed JSON (`ds_config.monitors`).
-        run_dir: The run's folder.
+
+    Raises:
+        UserError: A monitor cannot start, on every rank.
     """
 
-    def __init__(self, config: dict[str, Any], run_dir: Path) -> None:
-        if config.get("wandb", {}).get("enabled"):
-            _continue_wandb(run_dir)
+    def __init__(self, config: dict[str, Any]) -> None:
         # not engine.monitor, which would add DeepSpeed's own scalars and flush them at every step
-        self._monitor = MonitorMaster(get_monitor_config(config))
-        board = self._monitor.tb_monitor
-        # the writer of DeepSpeed's monitor, so that everything is in one file
-        self._writer = board.summary_writer if board is not None else None
+        self._monitors: dict[str, Any] = {}
+        self._failed: set[str] = set()
+        self._end: Any = None
+        problem = self._start(config) if dist.get_rank() == 0 else None
+        if dist.get_world_size() > 1:
+            told = [problem]
+            torch.distributed.broadcast_object_list(told)
+            (problem,) = told
+        if problem is not None:
+            raise UserError(problem)
+
+    def _start(self, config: dict[str, Any]) -> str | None:
+        """Starts each monitor; returns why one of them could not, or None."""
+        settings = get_monitor_config(config)
+        for name, (monitor, package, cure) in MONITORS.items():
+            if not getattr(settings, name).enabled:
+                continue
+            try:
+                if package is not None:
+                    # DeepSpeed would print advice of its own where this fails
+                    importlib.import_module(package)
+                self._monitors[name] = monitor(getattr(settings, name))
+            # the packages of services raise errors of their own, of many classes
+            except Exception as error:
+                shown = f"{type(error).__name__}: {first_line(error)}"
+                return f"the monitor {name} cannot start ({shown}): {cure}, or name other monitors with --run.monitors."
+        if "tensorboard" in self._monitors:
+            _silence_writer_threads()
+        return None
+
+    @property
+    def _writer(self) -> Any:
+        """The writer of DeepSpeed's monitor, so that everything is in one file; None without TensorBoard."""
+        board = self._monitors.get("tensorboard")
+        return None if board is None or "tensorboard" in self._failed else board.summary_writer
+
+    def _attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Writes to a monitor, and gives it up with a warning where it fails."""
+        try:
+            write()
+            self._failed.discard(name)
+        except Exception as error:
+            # a disk may have room again; a service that is gone would be waited for at every step
+            retried = name in FILES
+            if name not in self._failed:
+                then = "it is tried again at the next scalars" if retried else "it gets nothing more"
+                shown = f"{type(error).__name__}: {first_line(error)}"
+                print(
+                    f"warning: the monitor {name} failed ({shown}): {then}, and training goes on.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._failed.add(name)
+            if not retried:
+                del self._monitors[name]
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of an optimizer step, and flushes everything to disk."""
-        self._monitor.write_events([(name, value, step) for name, value in scalars.items()])
+        events = [(name, value, step) for name, value in scalars.items()]
+        for name, monitor in list(self._monitors.items()):
+            self._attempt(name, lambda name=name, monitor=monitor: self._log(name, monitor, events))
+
+    def _log(self, name: str, monitor: Any, events: list[tuple[str, float, int]]) -> None:
+        if name == "tensorboard" and name in self._failed:
+            # its thread ended at the error, and takes nothing more: another file begins
+            monitor.get_summary_writer()
+        monitor.write_events(events)
 
     def pictures(self, step: int, pictures: dict[str, torch.Tensor]) -> None:
         """Adds pictures (3, H, W) in 0 to 1, by name; they reach the disk with the next scalars."""
-        for name, picture in pictures.items():
-            self._writer.add_image(name, picture, step)
+
+        def write() -> None:
+            for name, picture in pictures.items():
+                self._writer.add_image(name, picture, step)
+
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def begin(self, step: int, text: str, hyperparameters: dict[str, bool | str | float]) -> None:
         """Writes the run's summary and its row in TensorBoard's table of runs.
@@ -55,47 +136,44 @@ class Monitor:
             text: The summary, in Markdown.
             hyperparameters: The values of the row.
         """
-        if self._monitor.csv_monitor is not None and self._monitor.csv_monitor.enabled:
-            _continue_csv(self._monitor.csv_monitor, step)
-        if self._writer is None:
-            return
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from torch.utils.tensorboard.summary import hparams
 
-        # as SummaryWriter(purge_step=...) does, which DeepSpeed's monitor does not pass on
-        for event in (Event(file_version="brain.Event:2"), Event(session_log=SessionLog(status=SessionLog.START))):
-            self._writer.file_writer.add_event(event, step + 1)
-        self._writer.add_text("run/summary", text, step)
-        # not `add_hparams`, which would write a second file in a folder of its own, and so show a second run
-        experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
-        for event in (experiment, start):
-            self._writer.file_writer.add_summary(event)
-        self._writer.flush()
+        def write() -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            continue_tensorboard(self._writer, step)
+            self._writer.add_text("run/summary", text, step)
+            # not `add_hparams`, which would write a second file in a folder of its own, and so show a second run
+            experiment, start, self._end = hparams(hyperparameters, dict.fromkeys(METRICS, 0.0))
+            for event in (experiment, start):
+                self._writer.file_writer.add_summary(event)
+            self._writer.flush()
+
+        if "csv_monitor" in self._monitors:
+            self._attempt("csv_monitor", lambda: continue_csv(self._monitors["csv_monitor"], step))
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
     def end(self) -> None:
         """Marks the run as finished in the table of runs."""
-        if self._writer is not None:
-            self._writer.file_writer.add_summary(self._end)
+
+        def write() -> None:
+            if self._end is not None:
+                self._writer.file_writer.add_summary(self._end)
             self._writer.flush()
 
-
-def _continue_csv(monitor: Any, step: int) -> None:
-    """Cuts what earlier starts wrote after `step`, and writes no second header below it."""
-    for path in Path(monitor.log_dir).glob("*.csv"):
-        header, *rows = path.read_text().splitlines(keepends=True) or [""]
-        # a kill may have cut the last row, and DeepSpeed wrote a header at every start
-        kept = [row for row in rows if row.endswith("\n") and row.split(",")[0].isdecimal()]
-        write_text(path, "".join([header, *(row for row in kept if int(row.split(",")[0]) <= step)]))
-        if header:
-            monitor.filenames.append(path.stem)
+        if self._writer is not None:
+            self._attempt("tensorboard", write)
 
 
-def _continue_wandb(run_dir: Path) -> None:
-    """Gives wandb the run's own id, with which a resumed run goes on as the same one; rank 0 alone logs to it."""
-    if dist.get_rank() != 0 or "WANDB_RUN_ID" in os.environ:
+def _silence_writer_threads() -> None:
+    """Keeps TensorBoard's threads from printing a traceback where they fail: the next call raises the same error."""
+    previous = threading.excepthook
+    if getattr(previous, "without_tensorboard", False):
         return
-    path = run_dir / "wandb_id.json"
-    if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:12]})
-    os.environ["WANDB_RUN_ID"] = json.loads(path.read_text())["id"]
-    os.environ.setdefault("WANDB_RESUME", "allow")
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            previous(args)
+
+    hook.without_tensorboard = True
+    threading.excepthook = hook

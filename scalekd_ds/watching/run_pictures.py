@@ -45,16 +45,16 @@ def images_to_show(loader: EvalLoader, count: int, device: torch.device) -> torc
         device: Where the images go.
 
     Returns:
-        (B, 3, S, S), normalised; the same images on all ranks.
+        (B, 3, S, S), normalised; the same images on all ranks. Those that cannot be used are left out, so B may be 0.
     """
     chosen = np.unique(np.linspace(0, len(loader.source) - 1, count).astype(np.int64))
     # decoded by one thread on the CPU, since a decoder on the GPU would reserve memory for the largest image
     cfg, cpu = replace(loader.cfg, threads=1, prefetch=1), torch.device("cpu")
     picture_loader = EvalLoader(loader.source.select(chosen), cfg, len(chosen), 0, 1, cpu, loader.mean, loader.std)
     batches = iter(picture_loader)
-    images, _ = next(batches)
+    images, labels = next(batches)
     picture_loader.close()
-    return images.to(device)
+    return images[labels >= 0].to(device)
 
 
 def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjector] | None:

@@ -83,7 +83,7 @@ def test_recipes_are_listed_and_help_is_given():
         ("{", "is not JSON"),
         ("[]", "holds a list"),
         ('{"zero_optimisation": {}}', "does not know the key 'zero_optimisation'. Did you mean 'zero_optimization'"),
-        ('{"elasticity": {"enabled": true}}', "Elastic training has been removed"),
+        ('{"elasticity": {"enabled": true}}', "elasticity has no place in a run"),
         ('{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}', "MiCS"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7"),
         ('{"zero_optimization": {"stagee": 1}}', "zero_optimization.stagee"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from image_fixtures import make_dataset, make_folder, picture
 from launching import ROOT
-from loading import eval_loader, take, train_loader
+from loading import take, train_loader
 from PIL import Image
 
 from scalekd_ds.config import DataConfig
@@ -255,19 +255,7 @@ def test_a_quarantine_that_empties_a_class_is_refused(tmp_path):
         without_quarantined(source, data)
 
 
-# -- evaluation, which replaces nothing, and files that are gone -----------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["text", "empty", "cut"])
-def test_evaluation_stops_at_a_damaged_image_and_names_it(tmp_path, damage):
-    make_folder(tmp_path, {"a": 3, "b": 3})
-    bad = tmp_path / "b" / "001.jpg"
-    bad.write_bytes({"text": b"not an image", "empty": b"", "cut": bad.read_bytes()[:300]}[damage])
-    source = index_folder(tmp_path, "data.train")
-    with pytest.raises(UserError) as error:
-        for _ in eval_loader(source, DataConfig(image_size=32), 6):
-            pass
-    assert str(bad) in str(error.value)
+# -- files that are gone; evaluation replaces nothing: test_left_out.py --------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["cut", "gif"])
@@ -283,14 +271,6 @@ def test_a_damaged_training_image_is_named_in_a_later_batch(tmp_path, damage, ra
     with pytest.raises(UserError) as error:
         take(train_loader(source, DataConfig(image_size=32, prefetch=3, random_crop=random_crop)), 6)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_evaluation_names_a_file_that_vanished(tmp_path):
-    make_folder(tmp_path, {"a": 3, "b": 3})
-    source = index_folder(tmp_path, "data.train")
-    (tmp_path / "a" / "002.jpg").unlink()
-    with pytest.raises(UserError, match=r"002.jpg.*cannot be read: No such file"):
-        list(eval_loader(source, DataConfig(image_size=32), 6))
 
 
 @pytest.mark.parametrize("how", ["removed", "emptied"])

@@ -4,19 +4,29 @@ import itertools
 import json
 import os
 import shutil
-import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from image_fixtures import make_folder
-from source_fixtures import JPEGS, SHAPES, labelled, message, needs_datasets, needs_pyarrow, write_table, write_tar
+from source_fixtures import (
+    JPEGS,
+    SHAPES,
+    example,
+    labelled,
+    message,
+    needs_datasets,
+    needs_pyarrow,
+    write_records,
+    write_table,
+    write_tar,
+)
 
 from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
 from scalekd_ds.data.sources.index import SUFFIX
 from scalekd_ds.data.sources.open import open_source
-from scalekd_ds.data.sources.source import check_same_classes, per_class, subset
+from scalekd_ds.data.sources.source import check_all_present, per_class, subset
 from scalekd_ds.data.sources.tfrecord import _scan
 from scalekd_ds.errors import UserError
 
@@ -60,7 +70,8 @@ def test_validation_has_the_classes_of_training(tmp_path):
     train = index_folder(make_folder(tmp_path / "train", {"a": 1, "b": 1, "c": 1}), "data.train")
     val = open_source(make_folder(tmp_path / "val", {"a": 1, "c": 2}), "data.val", classes=train.classes)
     assert val.classes == train.classes and val.labels.tolist() == [0, 2, 2]
-    check_same_classes(train, val)
+    with pytest.raises(UserError, match=r"has no image of 1 of the 3 classes, the first 'b'.* what allows it"):
+        check_all_present(val, "data.val", "what allows it")
     make_folder(tmp_path / "odd", {"a": 1, "d": 1})
     assert "1 class folders of" in message(tmp_path / "odd", classes=train.classes)
     assert "(d)" in message(tmp_path / "odd", classes=train.classes)
@@ -166,51 +177,6 @@ def test_reading_is_safe_in_threads(tmp_path):
         read = list(pool.map(lambda i: source.read(i % 60).tobytes(), range(600)))
     assert read == [JPEGS[i % 60 % 6] for i in range(600)]
     assert len(os.listdir("/proc/self/fd")) == opened
-
-
-def example(**features) -> bytes:
-    """A tf.train.Example in protocol buffers' own encoder; names have `/` for `__`."""
-    message_of = pytest.importorskip("google.protobuf.message_factory", reason="protobuf is not installed")
-    from google.protobuf import descriptor_pb2, descriptor_pool
-
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
-    shapes = {
-        "BytesList": [("value", 1, kinds.TYPE_BYTES, True, None)],
-        "FloatList": [("value", 2, kinds.TYPE_FLOAT, True, None)],
-        "Int64List": [("value", 1, kinds.TYPE_INT64, True, None)],
-        "Feature": [
-            ("bytes_list", 1, kinds.TYPE_MESSAGE, False, ".t.BytesList"),
-            ("int64_list", 3, kinds.TYPE_MESSAGE, False, ".t.Int64List"),
-        ],
-        "Entry": [
-            ("key", 1, kinds.TYPE_STRING, False, None),
-            ("value", 2, kinds.TYPE_MESSAGE, False, ".t.Feature"),
-        ],
-        "Features": [("feature", 1, kinds.TYPE_MESSAGE, True, ".t.Entry")],
-        "Example": [("features", 1, kinds.TYPE_MESSAGE, False, ".t.Features")],
-    }
-    for name, fields in shapes.items():
-        shape = file.message_type.add(name=name)
-        for field, number, kind, repeated, type_name in fields:
-            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-            shape.field.add(name=field, number=number, type=kind, label=label, type_name=type_name)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    made = message_of.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
-    for name, value in features.items():
-        entry = made.features.feature.add(key=name.replace("__", "/"))
-        if isinstance(value, bytes):
-            entry.value.bytes_list.value.append(value)
-        else:
-            entry.value.int64_list.value.append(value)
-    return made.SerializeToString()
-
-
-def write_records(path, records):
-    framed = [struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0) for record in records]
-    path.write_bytes(b"".join(framed))
-    return path
 
 
 def records(labels, first=0):

@@ -56,12 +56,9 @@ def test_what_onednn_is_held_to(tmp_path, monkeypatch, isa, bf16):
 
 def test_every_way_to_ask_for_16_bits(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    asked = {
-        name: ds_config.compute_dtype(ds_config.read(name)) for name in ("cpu_fp32", "zero0", "zero1", "zero2", "zero3")
-    }
+    names = ("cpu_fp32", "zero0", "zero1", "zero2", "zero3")
+    asked = {name: ds_config.autocast_dtype(ds_config.read(name)) for name in names}
     assert asked.pop("cpu_fp32") is None and set(asked.values()) == {torch.bfloat16}
-    assert ds_config.compute_dtype({"bf16": {"enabled": True}}) == torch.bfloat16
-    assert ds_config.compute_dtype({"fp16": {"enabled": True}}) == torch.float16
     assert slow_precision_notice(None, "cpu_fp32") is None
     assert slow_precision_notice(torch.bfloat16, "zero1") == NOTICE
     assert "float16, which this CPU emulates" in slow_precision_notice(torch.float16, "mine.json")

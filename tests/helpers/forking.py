@@ -113,11 +113,9 @@ def _begin(command: list[str], env: dict[str, str], out: str, err: str) -> None:
     append = os.O_WRONLY | os.O_APPEND
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, append), os.open(err, append))):
         os.dup2(file, number)
-    helpers = Path(__file__).parent
-    others = [p for p in sys.path if p and Path(p) not in (helpers, ROOT)]
-    # as the interpreter does it, so that a checkout beside the installed one is tested with its own package
-    given = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
-    sys.path[:] = [str(Path(command[0]).parent), *given, *others]
+    # what pytest added, and no interpreter that is started here would have
+    added = {Path(__file__).parent, ROOT} - set(map(Path, env.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:] = [str(Path(command[0]).parent), *(p for p in sys.path if p and Path(p) not in added)]
     sys.argv = command
     try:
         runpy.run_path(command[0], run_name="__main__")

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -67,6 +68,52 @@ def write_table(root: Path, rows: list[tuple[str, object]], name: str = "table.c
     lines = [separator.join(("label", "path")), *(separator.join((str(label), path)) for path, label in rows)]
     (root / name).write_text("\n".join(lines) + "\n")
     return root / name
+
+
+def example(**features) -> bytes:
+    """A tf.train.Example in protocol buffers' own encoder; names have `/` for `__`."""
+    message_of = pytest.importorskip("google.protobuf.message_factory", reason="protobuf is not installed")
+    from google.protobuf import descriptor_pb2, descriptor_pool
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+    shapes = {
+        "BytesList": [("value", 1, kinds.TYPE_BYTES, True, None)],
+        "FloatList": [("value", 2, kinds.TYPE_FLOAT, True, None)],
+        "Int64List": [("value", 1, kinds.TYPE_INT64, True, None)],
+        "Feature": [
+            ("bytes_list", 1, kinds.TYPE_MESSAGE, False, ".t.BytesList"),
+            ("int64_list", 3, kinds.TYPE_MESSAGE, False, ".t.Int64List"),
+        ],
+        "Entry": [
+            ("key", 1, kinds.TYPE_STRING, False, None),
+            ("value", 2, kinds.TYPE_MESSAGE, False, ".t.Feature"),
+        ],
+        "Features": [("feature", 1, kinds.TYPE_MESSAGE, True, ".t.Entry")],
+        "Example": [("features", 1, kinds.TYPE_MESSAGE, False, ".t.Features")],
+    }
+    for name, fields in shapes.items():
+        shape = file.message_type.add(name=name)
+        for field, number, kind, repeated, type_name in fields:
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            shape.field.add(name=field, number=number, type=kind, label=label, type_name=type_name)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    made = message_of.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
+    for name, value in features.items():
+        entry = made.features.feature.add(key=name.replace("__", "/"))
+        if isinstance(value, bytes):
+            entry.value.bytes_list.value.append(value)
+        else:
+            entry.value.int64_list.value.append(value)
+    return made.SerializeToString()
+
+
+def write_records(path: Path, records: list[bytes]) -> Path:
+    """A TFRecord of these records, whose checksums nobody reads."""
+    framed = [struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0) for record in records]
+    path.write_bytes(b"".join(framed))
+    return path
 
 
 def message(what: str | Path, *args, **kwargs) -> str:

@@ -275,3 +275,24 @@ def test_pretrained_weights_without_a_network_say_what_to_do(monkeypatch):
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(UserError, match=r"pretrained weights of resnet18 could not be loaded .*--teacher_weights"):
         build_model("resnet18", weights="pretrained")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_logits_come_in_the_order_of_the_training_classes(name):
+    teacher = make_teacher(name)
+    images = images_for(teacher)
+    if not teacher.num_classes:
+        pytest.skip(f"{name} has no classifier")
+    names = [f"class {i}" for i in range(teacher.num_classes)]
+    teacher.model.pretrained_cfg = dict(teacher.model.pretrained_cfg or {}, label_names=names)
+    before = teacher.targets(images)
+    shuffled = names[::-1]
+    assert "another order" in teacher.match(shuffled)
+    after = teacher.targets(images)
+    torch.testing.assert_close(after.logits, before.logits.flip(1), rtol=0, atol=0)
+    torch.testing.assert_close(after.tokens, before.tokens, rtol=0, atol=0)
+    assert teacher.match(names) is None
+    torch.testing.assert_close(teacher.targets(images).logits, before.logits, rtol=0, atol=0)
+    with pytest.raises(UserError, match="different classes: 1 only in the set of training images, the first 'else'"):
+        teacher.match([*names[:-1], "else"])
+    assert "class_positions" not in teacher.state_dict()

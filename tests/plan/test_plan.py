@@ -162,6 +162,15 @@ def test_the_command_prints_tables(capsys):
         assert word in out, word
 
 
+@pytest.mark.parametrize("batch", [694, 696])
+def test_a_share_without_divisors_is_said(batch, capsys):
+    """694 images on two GPUs are 347 each, a prime number and more than fit, so that a micro batch has one of them."""
+    command(*FITTING, "--gpus", 2, "--global_batch_size", batch)
+    said = " ".join(capsys.readouterr().out.split())
+    words = "a GPU's 347 of the 694 images have no divisor above 1 up to 3"
+    assert (words in said) == (batch == 694), said
+
+
 def test_the_command_prints_json(capsys):
     arguments = ("--json", "--stage", 2, "--teacher-placement", "sharded", "--assume.mfu", 0.2, "--train-images", 1000)
     command(*FITTING, *arguments)

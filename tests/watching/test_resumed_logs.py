@@ -2,15 +2,15 @@
 
 import csv
 import json
+import os
 
 import pytest
 import tiny_run
-from deepspeed import comm as dist
 from forking import forked
 from launching import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalekd_ds.watching import monitor
+from scalekd_ds.watching import continued_logs
 
 TRAIN = ROOT / "launch" / "train.py"
 
@@ -70,12 +70,11 @@ def test_a_csv_file_of_earlier_releases_is_mended(tmp_path):
     path = tmp_path / "loss_total.csv"
     path.write_text("step,total\n1,0.5\n2,0.4\nstep,total\n3,0.3\n4,0.2\n5,0.")
     (tmp_path / "empty.csv").touch()
-    monitor._continue_csv(Csv, 3)
+    continued_logs.continue_csv(Csv, 3)
     assert path.read_text() == "step,total\n1,0.5\n2,0.4\n3,0.3\n" and Csv.filenames == ["loss_total"]
 
 
 def test_wandb_goes_on_as_the_same_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     ids = []
     for folder in ("a", "a", "b"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -83,12 +82,12 @@ def test_wandb_goes_on_as_the_same_run(tmp_path, monkeypatch):
         for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        monitor._continue_wandb(tmp_path / folder)
-        ids.append(monitor.os.environ["WANDB_RUN_ID"])
-        assert monitor.os.environ["WANDB_RESUME"] == "allow"
+        continued_logs.continue_wandb(tmp_path / folder)
+        ids.append(os.environ["WANDB_RUN_ID"])
+        assert os.environ["WANDB_RESUME"] == "allow"
     assert ids[0] == ids[1] != ids[2]
     assert json.loads((tmp_path / "a" / "wandb_id.json").read_text())["id"] == ids[0]
     # one that the user has set stays
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    monitor._continue_wandb(tmp_path / "a")
-    assert monitor.os.environ["WANDB_RUN_ID"] == "mine"
+    continued_logs.continue_wandb(tmp_path / "a")
+    assert os.environ["WANDB_RUN_ID"] == "mine"

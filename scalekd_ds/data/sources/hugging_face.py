@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.index import Index
 from scalekd_ds.data.sources.labels import encode_labels, resolve_labels
 from scalekd_ds.errors import UserError, suggest
@@ -162,12 +163,16 @@ def _resolve_labels(dataset, feature, column: str, classes: list[str] | None, wh
     if not all(isinstance(value, int | str) for value in values):
         row = next(i for i, value in enumerate(values) if not isinstance(value, int | str))
         raise UserError(f"{key}: {where!r}, row {row}, has the label {values[row]!r}: it must be a number or a name.")
+    if names is not None and isinstance(classes, list) and are_numbers(classes) and set(names) != set(classes):
+        # the training set's labels are numbers without names, which these positions are too
+        names = None
     if names is not None:
         # on the Hub a row without a label has -1: its labels stay numbers, which resolve_labels refuses
         with contextlib.suppress(IndexError):
             if min(values) >= 0:
                 values = [names[value] for value in values]
-                classes = classes if classes is not None else list(names)
+                # these names have an order of their own
+                classes = list(names) if classes is None or callable(classes) else classes
     codes, raw = encode_labels([str(value) for value in values])
     empty = np.zeros((len(codes), 2), dtype=np.int32)
     index = Index([f"row {row}" for row in range(len(codes))], codes, raw, empty, empty[:, 0])

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from scalekd_ds.class_names import positions_in
 from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
-from scalekd_ds.errors import UserError, suggest
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# the coarsest resolution at which file systems keep modification times: a folder that changed so shortly before it was
-# indexed may have changed again under the same time
-_MTIME_RESOLUTION_NS = 2 * 10**9
+from scalekd_ds.data.sources.labels import Classes, listed, read_classes
+from scalekd_ds.data.sources.what_counts import (
+    EXTENSIONS,
+    HIDDEN_FILES,
+    HIDDEN_FOLDERS,
+    LOOPS,
+    NO_FILES,
+    OUTSIDE,
+    add_up,
+    is_image_name,
+    is_left_by_systems,
+    other_kind,
+    say_left_out,
+)
+from scalekd_ds.errors import UserError, say, suggest
 
 
 @dataclass(frozen=True)
@@ -75,13 +87,13 @@ class ImageFolder:
         )
 
 
-def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> ImageFolder:
+def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder:
     """Opens a folder of class folders; its index is built, or read where an earlier run kept it.
 
     Args:
         folder: One sub-folder per class; further folders inside a class are walked.
         key: Setting that names the source, for error messages.
-        classes: Names of the training classes; None takes the names of the folders.
+        classes: Names of the training classes, or a function that lists them; None takes the sorted names of the folders.
 
     Raises:
         UserError: The folder is missing, has fewer than two classes, or has a class without images or not in `classes`.
@@ -92,91 +104,172 @@ def index_folder(folder: Path, key: str, classes: list[str] | None = None) -> Im
         hint = suggest(folder.name, near) if parent.is_dir() else f" Not even {str(parent)!r} exists."
         raise UserError(f"{key}: the folder {str(folder)!r} does not exist.{hint}")
     # checked here, so that the error is the same whether or not there is an index
-    _class_folders(folder, key)
-    index = cached_index(folder, key, lambda: _build_index(folder, key), lambda stamp: _what_changed(folder, stamp))
+    found = _class_folders(folder, key)
+    index = cached_index(
+        folder, key, lambda: _build_index(folder, key), lambda stamp: _what_changed(folder, stamp, key)
+    )
+    say_left_out(add_up([index.stamp["left_out"], _beside_classes(folder)]), key, str(folder))
     labels, names = index.codes, index.raw
+    classes = _order_of_file(folder, names, key) or classes if not isinstance(classes, list) else classes
+    classes = listed(classes, names)
+    if len(classes or found) == 1:
+        raise UserError(f"{key}: {str(folder)!r} has one class, {found[0]!r}: a classifier needs two or more.")
     if classes is not None and names != classes:
-        if unknown := sorted(set(names) - set(classes)):
+        positions = positions_in(names, classes)
+        if unknown := [name for name, position in zip(names, positions, strict=True) if position < 0]:
             raise UserError(
                 f"{key}: {len(unknown)} class folders of {str(folder)!r} are not among the {len(classes)} classes of "
                 f"training ({', '.join(unknown[:5])}).{suggest(unknown[0], classes)}"
             )
-        labels, names = np.array([classes.index(name) for name in names])[labels], classes
+        labels, names = positions[labels], classes
     paths = [os.path.join(folder, name) for name in index.names]
     return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
 
 
+def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None:
+    """The order in which the folder's classes.txt lists its classes; None where there is none, or of something else."""
+    own = read_classes(folder, key)
+    if own is not None and sorted(own) != names:
+        unlike = next((name for name in own if name not in names), None) or next(n for n in names if n not in own)
+        say(f"{key}: {str(folder / 'classes.txt')!r} is not used: it does not list the class folders ({unlike!r})")
+        return None
+    return own
+
+
 def _class_folders(folder: Path, key: str) -> list[str]:
-    """Names of the class folders, sorted; raises UserError for fewer than two."""
+    """Names of the class folders, sorted; raises UserError where there is none."""
     try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        with os.scandir(folder) as entries:
+            classes = sorted(e.name for e in entries if not is_left_by_systems(e.name) and e.is_dir())
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
-    if len(classes) == 1:
-        raise UserError(f"{key}: {str(folder)!r} has one class, {classes[0]!r}: a classifier needs two or more.")
     return classes
 
 
-def _image_names(names: Sequence[str]) -> list[str]:
-    """The names that have an image's extension, sorted."""
-    return sorted(name for name in names if name.lower().endswith(EXTENSIONS))
+def _beside_classes(folder: Path) -> dict[str, int]:
+    """What lies beside the class folders and is left out, by kind; files that are no images, such as lists, are not."""
+    counts: Counter[str] = Counter()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_left_by_systems(entry.name):
+                counts[HIDDEN_FOLDERS] += entry.is_dir()
+            elif is_image_name(entry.name) and not entry.is_dir():
+                counts[OUTSIDE] += 1
+    return dict(counts)
 
 
-def _walk_class(folder: Path, name: str, key: str) -> tuple[list[str], dict[str, list[int]]]:
-    """The image files of a class, and [mtime_ns, number of images] of each of its folders, by relative paths."""
+class _Listed(NamedTuple):
+    """What a class folder holds.
+
+    Attributes:
+        files: Paths of the images, relative to the folder of the classes.
+        folders: Relative path of each folder in it -> [mtime_ns, digest of the names in it].
+        left_out: Number of what is left out, by kind.
+    """
+
+    files: list[str]
+    folders: dict[str, list]
+    left_out: dict[str, int]
+
+
+def _walk_class(folder: Path, name: str, key: str) -> _Listed:
+    """Lists the images of a class folder and of all folders in it, also behind links."""
     files: list[str] = []
-    folders: dict[str, list[int]] = {}
-    waiting = [name]
+    folders: dict[str, list] = {}
+    left_out: Counter[str] = Counter()
+    # each with the folders above it, to which a link may lead back
+    top = os.stat(folder)
+    waiting: list[tuple[str, tuple]] = [(name, ((top.st_dev, top.st_ino),))]
     while waiting:
-        relative = waiting.pop()
+        relative, above = waiting.pop()
         try:
-            modified = os.stat(folder / relative).st_mtime_ns
+            stat = os.stat(folder / relative)
+            identity = stat.st_dev, stat.st_ino
+            if identity in above:
+                left_out[LOOPS] += 1
+                continue
             with os.scandir(folder / relative) as entries:
-                found = list(entries)
+                found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{key}: the folder {str(folder / relative)!r} cannot be read: {reason(error)}.") from None
-        images = _image_names([entry.name for entry in found if not entry.is_dir()])
-        files += [os.path.join(relative, image) for image in images]
-        folders[relative] = [modified, len(images)]
-        waiting += sorted((os.path.join(relative, entry.name) for entry in found if entry.is_dir()), reverse=True)
+        inside = []
+        for entry in found:
+            kind = _kind_left_out(entry)
+            if kind:
+                left_out[kind] += 1
+            elif entry.is_dir():
+                inside.append((os.path.join(relative, entry.name), (*above, identity)))
+            else:
+                files.append(os.path.join(relative, entry.name))
+        folders[relative] = [stat.st_mtime_ns, _names_digest(entry.name for entry in found)]
+        waiting += reversed(inside)
     if not files:
         raise UserError(f"{key}: the class folder {str(folder / name)!r} has no images ({', '.join(EXTENSIONS)}).")
-    return files, folders
+    return _Listed(files, folders, dict(left_out))
+
+
+def _kind_left_out(entry: os.DirEntry) -> str | None:
+    """As what an entry of a class folder is left out; None for a folder to look into and for an image."""
+    hidden = is_left_by_systems(entry.name)
+    if entry.is_dir():
+        return HIDDEN_FOLDERS if hidden else None
+    if hidden:
+        return HIDDEN_FILES
+    if not is_image_name(entry.name):
+        return other_kind(entry.name)
+    # a link to nothing is an image that is missing, as a run says; reading a pipe would wait for ever
+    return None if entry.is_file() or not os.path.exists(entry.path) else NO_FILES
+
+
+def _names_digest(names: Iterable[str]) -> str:
+    """A digest of the names in a folder, sorted."""
+    return hashlib.blake2b(os.fsencode("\0".join(names)), digest_size=12).hexdigest()
 
 
 def _build_index(folder: Path, key: str) -> Index:
     """Walks all class folders and reads the header of every image."""
     classes = _class_folders(folder, key)
-    built = time.time_ns()
     names: list[str] = []
-    folders: dict[str, list[int]] = {}
-    counts = []
-    for files, stamps in parallel_map(lambda name: _walk_class(folder, name, key), classes, f"folders of {folder}", 1):
-        names += files
-        folders |= stamps
-        counts.append(len(files))
-    found = list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {folder}"))
-    sizes, lengths = np.array(found)[:, :2].astype(np.int32), np.array(found)[:, 2].astype(np.int64)
+    folders: dict[str, list] = {}
+    counts, left_out = [], []
+    for found in parallel_map(lambda name: _walk_class(folder, name, key), classes, f"folders of {folder}", 1):
+        names += found.files
+        folders |= found.folders
+        left_out.append(found.left_out)
+        counts.append(len(found.files))
+    read = list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {folder}"))
+    sizes, lengths = np.array(read)[:, :2].astype(np.int32), np.array(read)[:, 2].astype(np.int64)
     codes = np.repeat(np.arange(len(classes)), counts)
-    return Index(names, codes, classes, sizes, lengths, stamp={"kind": "folder", "built": built, "folders": folders})
+    stamp = {"kind": "folder", "folders": folders, "left_out": add_up(left_out)}
+    return Index(names, codes, classes, sizes, lengths, stamp=stamp)
 
 
-def _what_changed(folder: Path, stamp: dict) -> str | None:
-    """What changed in the folder since the stamp was taken, or None."""
+def _what_changed(folder: Path, stamp: dict, key: str) -> str | None:
+    """What changed in the folder since the stamp was taken, or None.
+
+    The names in every folder are compared, and the folders' times: data that were unpacked from an archive or an image of
+    a disk may have the times of other data. A listing costs a second for ImageNet's 1,281,167 names on a local disk; a
+    `stat` of each file, which this does without, would cost minutes on a network disk.
+    """
     if stamp.get("kind") != "folder":
         return "it was of another kind"
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if classes != sorted(name for name in stamp["folders"] if os.sep not in name):
+    if _class_folders(folder, key) != sorted(name for name in stamp["folders"] if os.sep not in name):
         return "its class folders are others"
-    for name, (modified, count) in stamp["folders"].items():
+
+    def changed(name: str) -> bool:
+        modified, digest = stamp["folders"][name]
         try:
-            same = os.stat(folder / name).st_mtime_ns == modified
-            if same and modified > stamp["built"] - _MTIME_RESOLUTION_NS:
-                same = len(_image_names([e.name for e in os.scandir(folder / name) if not e.is_dir()])) == count
+            if os.stat(folder / name).st_mtime_ns != modified:
+                return True
+            with os.scandir(folder / name) as entries:
+                return _names_digest(sorted(entry.name for entry in entries)) != digest
         except OSError:
-            same = False
-        if not same:
+            return True
+
+    names = list(stamp["folders"])
+    for name, differs in zip(names, parallel_map(changed, names, f"folders of {folder}", 16), strict=True):
+        if differs:
             return f"{str(folder / name)!r} has changed"
     return None

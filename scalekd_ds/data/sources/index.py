@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SUFFIX = ".scalekd_index.npz"
-VERSION = 1
+VERSION = 2
 # bytes that hold the header of nearly every image
 _HEADER_BYTES = 16 * 1024
 _ARRAYS = ("codes", "sizes", "lengths", "offsets", "shards")
@@ -161,9 +161,14 @@ def cached_index(data: Path, key: str, build: Callable[[], Index], what_changed:
 def _index_paths(data: Path) -> list[Path]:
     """Where the index of `data` may be: beside it, or in the user's cache where that cannot be written."""
     beside = data / SUFFIX if data.is_dir() else data.with_name(f".{data.name}{SUFFIX}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalekd_ds"
+    # a user without a home, as in a container that runs under any number, has no cache; a relative one would depend on
+    # where a command is started, and the standard says to ignore it
+    places = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    cache = next((place for place in places if os.path.isabs(place)), None)
+    if cache is None:
+        return [beside]
     digest = hashlib.sha256(os.fsencode(os.path.abspath(data))).hexdigest()[:32]
-    return [beside, cache / f"{digest}.npz"]
+    return [beside, Path(cache) / "scalekd_ds" / f"{digest}.npz"]
 
 
 def _load(paths: Iterable[Path], what_changed: Callable[[dict], str | None]) -> tuple[Index | None, str | None]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.index import Index, reason
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, say
+
+# The list of classes; or, for a source that does not say in which order they are, a function from its sorted names to
+# that list; or None, which takes the sorted names.
+Classes = list[str] | Callable[[list[str]], list[str] | None] | None
+
+
+def listed(classes: Classes, names: Sequence[str]) -> list[str] | None:
+    """The list of classes that `classes` stands for, in a source that has these names."""
+    return classes(sorted(names)) if callable(classes) else classes
 
 
 def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -23,7 +33,9 @@ def is_number(label: str) -> bool:
     return label.removeprefix("-").isdecimal() and label.isascii()
 
 
-def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str) -> tuple[np.ndarray, list[str]]:
+def resolve_labels(
+    index: Index, classes: Classes, key: str, where: str, own: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """Labels as positions in the list of classes.
 
     Where all labels are names in `classes`, each is the position of its name; where all are integers, they are
@@ -32,9 +44,10 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
 
     Args:
         index: Index of the source.
-        classes: Names of the classes, of the training set or of a classes.txt, or None.
+        classes: Names of the classes, of the training set or of a classes.txt; a function that lists them; or None.
         key: Setting that names the source, for error messages.
         where: The source, for error messages.
+        own: The list is the source's own, so that numbers in the source are meant as positions in it.
 
     Returns:
         (n,) int64 labels and the names of the classes.
@@ -47,6 +60,7 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
         return index.names[int(np.flatnonzero(index.codes == index.raw.index(raw))[0])]
 
     numbers = all(is_number(label) for label in index.raw)
+    classes = listed(classes, index.raw)
     if classes is None and not numbers:
         classes = sorted(index.raw)
     positions = {name: position for position, name in enumerate(classes or ())}
@@ -69,6 +83,8 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
                     f"{key}: the label {label} of {first_image_of(raw)!r} in {where} is out of range: {known}, so "
                     f"labels are 0 to {count - 1}."
                 )
+        if classes is not None and not own and not are_numbers(classes):
+            say(f"{key}: the labels of {where} are numbers: they are positions in the classes (0 is {classes[0]!r})")
     if classes is None:
         classes = [str(label) for label in range(count)]
     if len(classes) < 2:
@@ -76,9 +92,7 @@ def resolve_labels(index: Index, classes: list[str] | None, key: str, where: str
     return np.asarray(table, dtype=np.int64)[index.codes], classes
 
 
-def labels_of(
-    index: Index, folder: Path, classes: list[str] | None, key: str, where: str
-) -> tuple[np.ndarray, list[str]]:
+def labels_of(index: Index, folder: Path, classes: Classes, key: str, where: str) -> tuple[np.ndarray, list[str]]:
     """Labels of a source whose folder may hold a classes.txt, as `resolve_labels` returns them.
 
     The list of classes is `classes`, or else the classes.txt. Where both exist and differ, numbers are positions in the
@@ -87,7 +101,7 @@ def labels_of(
     Args:
         index: Index of the source.
         folder: Folder that may hold a classes.txt.
-        classes: Names of the training classes, or None.
+        classes: Names of the training classes; a function that lists them where there is no classes.txt; or None.
         key: Setting that names the source, for error messages.
         where: The source, for error messages.
 
@@ -95,9 +109,11 @@ def labels_of(
         UserError: A label is out of range or not among the classes, or classes.txt cannot be read.
     """
     own = read_classes(folder, key)
-    if own is None or classes is None or own == classes:
-        return resolve_labels(index, own if classes is None else classes, key, where)
-    labels, _ = resolve_labels(index, own, key, where)
+    if own is None:
+        return resolve_labels(index, classes, key, where)
+    if classes is None or callable(classes) or own == classes:
+        return resolve_labels(index, own, key, where, own=True)
+    labels, _ = resolve_labels(index, own, key, where, own=True)
     positions = {name: position for position, name in enumerate(classes)}
     if unknown := sorted({own[label] for label in np.unique(labels)} - set(classes)):
         raise UserError(

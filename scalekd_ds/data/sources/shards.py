@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,10 +13,13 @@ import numpy as np
 
 from scalekd_ds.data.sources.index import Index, cached_index, parallel_map
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
+from scalekd_ds.data.sources.what_counts import add_up, is_left_by_systems, say_left_out
 from scalekd_ds.errors import UserError, suggest
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
+# blocks of a shard that are compared, and their bytes
+_BLOCKS, _BLOCK = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def open_shards(
     key: str,
     classes: list[str] | None,
     is_shard: Callable[[Path], bool],
-    scan: Callable[[str], list[Sample]],
+    scan: Callable[[str], tuple[list[Sample], dict[str, int]]],
 ) -> ShardSource:
     """Opens shards of one kind; their index is built, or read where an earlier run kept it.
 
@@ -120,13 +124,14 @@ def open_shards(
         key: Setting that names the source, for error messages.
         classes: Names of the classes; None takes them from a classes.txt beside the shards, or from the labels.
         is_shard: Whether a file in the folder is a shard.
-        scan: Finds all images of one shard.
+        scan: Finds all images of one shard, and counts what is left out of it.
 
     Raises:
         UserError: A shard is missing, `scan` refuses one, or a label is out of range.
     """
     files = _shard_paths(where, is_shard, key)
     index = cached_index(where, key, lambda: _build_index(files, scan), lambda stamp: _what_changed(files, stamp))
+    say_left_out(index.stamp["left_out"], key, str(where))
     root = Path(files[0]).parent
     labels, classes = labels_of(index, root, classes, key, str(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
@@ -138,24 +143,34 @@ def open_shards(
 def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> list[str]:
     """The paths of the shards in a folder or of a pattern, in order; raises UserError for a missing one."""
     if where.is_dir():
-        if any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(where)):
+        if any(entry.is_dir() and not is_left_by_systems(entry.name) for entry in os.scandir(where)):
             raise UserError(
                 f"{key}: {str(where)!r} has both shards and folders: name the shards, or a folder of one kind."
             )
         files = sorted(str(path) for path in where.iterdir() if is_shard(path))
     else:
-        files = [str(where)]
-        while match := _RANGE.search(files[0]):
-            first, last = match.groups()
-            if not 0 <= int(last) - int(first) < _MAX_SHARDS:
-                raise UserError(f"{key}: {str(where)!r} has the range {match[0]}: it must count up, as {{000..012}}.")
-            numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-            files = [file.replace(match[0], number, 1) for file in files for number in numbers]
+        files = shards_of_pattern(str(where), key)
     for file in files:
         if not os.path.isfile(file):
             parent = Path(file).parent
             near = [path.name for path in parent.iterdir()] if parent.is_dir() else []
             raise UserError(f"{key}: the shard {file!r} does not exist.{suggest(Path(file).name, near)}")
+    return files
+
+
+def shards_of_pattern(where: str, key: str) -> list[str]:
+    """The paths that a pattern such as `shard-{000..012}.tar` stands for, in order; a path without one is itself.
+
+    Raises:
+        UserError: A range does not count up, or is too long.
+    """
+    files = [where]
+    while match := _RANGE.search(files[0]):
+        first, last = match.groups()
+        if not 0 <= int(last) - int(first) < _MAX_SHARDS:
+            raise UserError(f"{key}: {where!r} has the range {match[0]}: it must count up, as {{000..012}}.")
+        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        files = [file.replace(match[0], number, 1) for file in files for number in numbers]
     return files
 
 
@@ -165,23 +180,44 @@ def _stat(file: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def _digest(file: str) -> str:
+    """A digest of blocks that are spread over a shard, its first and its last among them.
+
+    Shards that were unpacked from an archive or an image of a disk may have the size and the time of other ones. Images are
+    compressed, so that other data differ in nearly every block; a thousand shards take a second on a local disk.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        last = max(0, os.fstat(fd).st_size - _BLOCK)
+        for place in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+            digest.update(os.pread(fd, _BLOCK, place))
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
 def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
     """What changed in the shards since the stamp was taken, or None."""
     if stamp.get("shards") != [os.path.basename(file) for file in files]:
         return "the shards are others"
-    for file, stat in zip(files, stamp["stats"], strict=True):
-        if _stat(file) != stat:
+    what = f"shards of {Path(files[0]).parent}"
+    now = parallel_map(lambda file: (_stat(file), _digest(file)), files, what, 16)
+    for file, stat, digest, (stat_now, digest_now) in zip(files, stamp["stats"], stamp["digests"], now, strict=True):
+        if stat != stat_now or digest != digest_now:
             return f"{file!r} has changed"
     return None
 
 
-def _build_index(files: Sequence[str], scan: Callable[[str], list[Sample]]) -> Index:
+def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
-    stats = [_stat(file) for file in files]
+    stats, digests = [_stat(file) for file in files], [_digest(file) for file in files]
+    left_out: list[dict[str, int]] = []
     names: list[str] = []
     labels: list[str] = []
     rows: list[tuple[int, ...]] = []
-    for shard, samples in enumerate(parallel_map(scan, files, f"shards of {Path(files[0]).parent}", chunk=1)):
+    for shard, (samples, left) in enumerate(parallel_map(scan, files, f"shards of {Path(files[0]).parent}", chunk=1)):
+        left_out.append(left)
         for sample in samples:
             names.append(sample.name)
             labels.append(sample.label)
@@ -196,5 +232,10 @@ def _build_index(files: Sequence[str], scan: Callable[[str], list[Sample]]) -> I
         lengths=table[:, 2].copy(),
         offsets=table[:, 1].copy(),
         shards=table[:, 0].astype(np.int32),
-        stamp={"shards": [os.path.basename(file) for file in files], "stats": stats},
+        stamp={
+            "shards": [os.path.basename(file) for file in files],
+            "stats": stats,
+            "digests": digests,
+            "left_out": add_up(left_out),
+        },
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.errors import UserError
 
 
 class Source(Protocol):
@@ -42,19 +43,34 @@ class Source(Protocol):
         """A source with only these images, in this order."""
 
 
-def check_same_classes(train: Source, val: Source) -> None:
-    """Raises UserError where training and validation do not have the same classes."""
-    if train.classes == val.classes:
-        return
-    only_train = sorted(set(train.classes) - set(val.classes))
-    only_val = sorted(set(val.classes) - set(train.classes))
-    parts = []
-    for names, here, there in ((only_val, val, train), (only_train, train, val)):
-        if names:
-            parts.append(f"{len(names)} only in {here.root} ({', '.join(names[:5])}){suggest(names[0], there.classes)}")
-    if not parts:
-        parts = [f"{train.root} and {val.root} have the same names in another order"]
-    raise UserError(f"training and validation have different classes: {'; '.join(parts)}")
+def with_classes(source: Source, positions: np.ndarray, classes: Sequence[str]) -> Source:
+    """The source with its labels as positions in another list of classes.
+
+    Args:
+        source: The images.
+        positions: (classes of the source,) int64 position of each in `classes`.
+        classes: Names of the classes.
+    """
+    return replace(source, labels=positions[source.labels], classes=list(classes))
+
+
+def check_all_present(source: Source, key: str, flag: str) -> None:
+    """Refuses a source without any image of some classes.
+
+    Args:
+        source: The images.
+        key: Setting that names the source, for the message.
+        flag: What allows such a source, for the message.
+
+    Raises:
+        UserError: A class has no image.
+    """
+    lacking = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
+    if len(lacking):
+        raise UserError(
+            f"{key}: {source.root} has no image of {len(lacking)} of the {len(source.classes)} classes, the first "
+            f"{source.classes[lacking[0]]!r}: add some, or give {flag} where that is meant."
+        )
 
 
 def subset(source: Source, count: int, seed: int) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from pathlib import Path
 
@@ -53,8 +54,15 @@ def _stamp(table: Path, folder: Path) -> dict:
         "kind": "table",
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
+        # its time may be that of another table, where an archive was unpacked
+        "digest": _digest(table),
         "root": os.path.relpath(folder, table.parent),
     }
+
+
+def _digest(table: Path) -> str:
+    with open(table, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _what_changed(table: Path, folder: Path, stamp: dict) -> str | None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
-from scalekd_ds.data.sources.image_folder import EXTENSIONS
 from scalekd_ds.data.sources.index import image_size, reason
+from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
+from scalekd_ds.data.sources.what_counts import (
+    EXTENSIONS,
+    HIDDEN_FILES,
+    hidden_part,
+    is_image_name,
+    is_left_by_systems,
+    other_kind,
+)
 from scalekd_ds.errors import UserError
 
 # members that may hold the label of a sample, the preferred one first
@@ -20,14 +29,15 @@ _LABEL_BYTES = 64 * 1024
 
 def is_tar(path: Path) -> bool:
     """Whether the path of a file or a pattern is that of tars."""
-    return path.suffix == ".tar"
+    return path.suffix == ".tar" and not is_left_by_systems(path.name)
 
 
 def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
     """Opens WebDataset tars.
 
     A sample is the members that share a name up to its first dot: an image, and a `.cls` (a number or a name) or a
-    `.json` (with label, cls or class) beside it. Where a tar has neither, the folder of an image names its class.
+    `.json` (with label, cls or class) beside it. Where a tar has neither, the folder of an image names its class. Hidden
+    members and those of other kinds are left out, and counted.
 
     Args:
         where: A folder of *.tar, one .tar, or a pattern such as `shard-{000..012}.tar`.
@@ -41,8 +51,8 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
     return open_shards(where, key, classes, is_tar, lambda tar: _scan(tar, key))
 
 
-def _scan(tar: str, key: str) -> list[Sample]:
-    """All images of one tar."""
+def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int]]:
+    """All images of one tar, and the number of members that are left out, by kind."""
     try:
         with tarfile.open(tar, "r:") as archive:
             members = [member for member in archive if member.isreg()]
@@ -59,31 +69,31 @@ def _scan(tar: str, key: str) -> list[Sample]:
         raise UserError(f"{key}: the tar {tar!r} cannot be read: {reason(error)}.") from None
 
 
-def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> list[Sample]:
+def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> tuple[list[Sample], dict[str, int]]:
     """Groups the members of a tar to samples; raises UserError for an image without a label."""
-    label_members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    left_out: Counter[str] = Counter()
+    images, labels = [], []
     for member in members:
-        sample, extension = _split_name(member.name)
-        if extension in _LABELS:
-            label_members.setdefault(sample, {})[extension] = member
-    images: dict[str, tarfile.TarInfo] = {}
-    for member in members:
-        # without label members the whole name is the sample, which may have more dots
-        sample, extension = _split_name(member.name)
-        if not label_members:
-            sample, extension = member.name, os.path.splitext(member.name)[1].lower()
-        if extension in EXTENSIONS and images.setdefault(sample, member) is not member:
-            raise UserError(
-                f"{key}: {tar!r} has two images for one sample, {images[sample].name!r} and {member.name!r}."
-            )
+        extension = os.path.splitext(member.name)[1].lower()
+        if hidden_part(member.name):
+            left_out[HIDDEN_FILES] += 1
+        elif is_image_name(member.name):
+            images.append(member)
+        elif extension in _LABELS:
+            labels.append(member)
+        else:
+            left_out[other_kind(member.name)] += 1
     if not images:
         raise UserError(f"{key}: the tar {tar!r} has no images ({', '.join(EXTENSIONS)}).")
+    if not labels:
+        # the folder of an image names its class, and each image is a sample
+        named = [(m, os.path.basename(os.path.dirname(os.path.normpath(m.name)))) for m in images]
+        _check_once(images, [m.name for m in images], tar, key)
+    else:
+        beside = _group(images, labels, tar, key)
+        named = [(m, _read_label(tar, fd, beside[m.name], key)) for m in images]
     samples = []
-    for sample, member in images.items():
-        if label_members:
-            label = _read_label(tar, fd, label_members.get(sample, {}), key)
-        else:
-            label = os.path.basename(os.path.dirname(os.path.normpath(member.name)))
+    for member, label in named:
         if not label:
             raise UserError(
                 f"{key}: {member.name!r} in {tar!r} has no label: a .cls, or a .json with label, cls or class, must be "
@@ -91,18 +101,63 @@ def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> lis
             )
         size = image_size(fd, member.offset_data, member.size)
         samples.append(Sample(member.name, label, size, member.size, member.offset_data))
-    return samples
+    return samples, dict(left_out)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """The sample to which a member belongs, which is its name up to the first dot, and the rest of the name."""
-    folder, base = os.path.split(name)
-    stem, dot, extension = base.partition(".")
-    return os.path.join(folder, stem), dot + extension.lower()
+def _group(
+    images: list[tarfile.TarInfo], labels: list[tarfile.TarInfo], tar: str, key: str
+) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Finds the members with the label of each image: name of the image -> extension -> member.
+
+    Members of a sample share their name up to its first dot, as WebDataset has it. Where several images do, and their names
+    up to the last dot tell them and their labels apart, these are meant: `v1.2.png` and `v1.3.png` are two samples.
+    """
+    first_dot, last_dot = (
+        ([sample_of(m.name) for m in images], [sample_of(m.name) for m in labels])
+        for sample_of in (_up_to_first_dot, _up_to_last_dot)
+    )
+    of_images, of_labels = first_dot
+    if (
+        len(set(of_images)) < len(images)
+        and len(set(last_dot[0])) == len(images)
+        and set(last_dot[0]) == set(last_dot[1])
+    ):
+        of_images, of_labels = last_dot
+    _check_once(images, of_images, tar, key)
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for sample, member in zip(of_labels, labels, strict=True):
+        members.setdefault(sample, {})[os.path.splitext(member.name)[1].lower()] = member
+    return {image.name: members.get(sample, {}) for sample, image in zip(of_images, images, strict=True)}
+
+
+def _check_once(images: list[tarfile.TarInfo], samples: list[str], tar: str, key: str) -> None:
+    """Raises UserError where two images are of one sample."""
+    seen: dict[str, tarfile.TarInfo] = {}
+    for sample, member in zip(samples, images, strict=True):
+        if seen.setdefault(sample, member) is not member:
+            raise UserError(
+                f"{key}: {tar!r} has two images for one sample, {seen[sample].name!r} and {member.name!r}: give each a name "
+                "and a label of its own."
+            )
+
+
+def _up_to_first_dot(name: str) -> str:
+    folder, base = os.path.split(os.path.normpath(name))
+    return os.path.join(folder, base.partition(".")[0])
+
+
+def _up_to_last_dot(name: str) -> str:
+    return os.path.splitext(os.path.normpath(name))[0]
 
 
 def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], key: str) -> str | None:
-    """The label of one sample, from its members by extension; None where they hold none."""
+    """The label of one sample, from its members by extension; None where they hold none.
+
+    Raises:
+        UserError: A member cannot be read, or the two disagree. A name in the one and a number in the other may be the same
+            class: the .cls counts then.
+    """
+    found: dict[str, str] = {}
     for extension in _LABELS:
         if extension not in label_members:
             continue
@@ -116,7 +171,16 @@ def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], ke
                     raise TypeError
                 text = str(value)
         except (ValueError, TypeError):
+            if found:
+                # what else a .json beside a .cls holds is its own business
+                continue
             raise UserError(f"{key}: {member.name!r} in {tar!r} is no {extension[1:]} of a label.") from None
         if text.strip():
-            return text.strip()
-    return None
+            found[extension] = text.strip()
+    if len(found) == 2 and found[".cls"] != found[".json"] and is_number(found[".cls"]) == is_number(found[".json"]):
+        member = label_members[".cls"]
+        raise UserError(
+            f"{key}: {member.name!r} in {tar!r} says {found['.cls']!r} and the .json beside it {found['.json']!r}: a sample "
+            "has one label."
+        )
+    return next(iter(found.values()), None)

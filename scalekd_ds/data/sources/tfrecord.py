@@ -15,6 +15,7 @@ from pathlib import Path
 
 from scalekd_ds.data.sources.index import image_size, reason
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
+from scalekd_ds.data.sources.what_counts import is_left_by_systems
 from scalekd_ds.errors import UserError
 
 _FILE_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
@@ -25,7 +26,8 @@ _IMAGE, _SYNSET, _LABEL = b"image/encoded", b"image/class/synset", b"image/class
 
 def is_tfrecord(path: Path) -> bool:
     """Whether the path of a file or a pattern is named as TFRecords are."""
-    return _FILE_NAME.fullmatch(path.name) is not None and not path.is_dir()
+    name = path.name
+    return _FILE_NAME.fullmatch(name) is not None and not is_left_by_systems(name) and not path.is_dir()
 
 
 def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
@@ -39,7 +41,7 @@ def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> S
     Raises:
         UserError: A file is missing, cut off or no TFRecord; a record has no image or label; a label is out of range.
     """
-    return open_shards(where, key, classes, is_tfrecord, lambda file: _scan(file, key))
+    return open_shards(where, key, classes, is_tfrecord, lambda file: (_scan(file, key), {}))
 
 
 def _scan(path: str, key: str) -> list[Sample]:

@@ -1,0 +1,202 @@
+"""One job at a time in a folder, also where several machines share the folder.
+
+The lock is a file with the name of its owner. The kernel's lock on it (flock) ends with the owner, however that ends, and
+tells processes of one machine apart. File systems that several machines share may keep such locks for each machine alone,
+so the owner also counts up in the file every few seconds: a count that stands still is that of a machine that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scalekd_ds.errors import UserError
+
+NAME = ".lock"
+# seconds between two counts of the owner
+BEAT = 5.0
+# seconds without a count after which the owner on another machine is taken for dead
+STALE = 30.0
+# seconds to wait for an owner on this machine, which may be about to end
+GRACE = 10.0
+# a little longer, after which the next try has taken over what a dead machine left
+MARGIN = 2.0
+# the file has one length, so that a full disk has room for the next count
+_LENGTH = 512
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+def _boot() -> str:
+    """What tells this boot of this machine from all others."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started, in the kernel's ticks; None where there is none."""
+    try:
+        # the name before the last parenthesis may hold anything
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+class FolderLock:
+    """Holds a folder for this process from `acquire` to `release`.
+
+    Args:
+        folder: The folder, which exists.
+        key: The setting that names it, for messages.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path, self.key = folder / NAME, key
+        self._file: int | None = None
+        self._count = 0
+        self._since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._released = threading.Event()
+        # the last count of an owner on another machine, and when it was first seen
+        self._seen: tuple[Any, float] | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, after a wait where its owner may be about to end or on a machine that died.
+
+        Raises:
+            UserError: Another process holds the folder, or the lock cannot be written.
+        """
+        first: dict[str, Any] = {}
+        waiting_since = time.monotonic()
+        while True:
+            try:
+                owner = self._try()
+            except OSError as error:
+                raise UserError(
+                    f"{self.key} is {str(self.path.parent)!r}, which cannot be locked ({error.strerror}): it must be a "
+                    "folder that this user may write to."
+                ) from None
+            if owner is None:
+                break
+            here = owner.get("boot", _boot()) == _boot()
+            limit = GRACE if here else STALE
+            who = "another process"
+            if owner:
+                who = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+            if owner and not first:
+                first = owner
+                self._say(f"is in use by {who}: waiting {limit:.0f} s for it to end")
+            moved = not here and owner.get("count") != first.get("count")
+            if time.monotonic() - waiting_since > limit + MARGIN or moved:
+                raise UserError(
+                    f"{self.key} is {str(self.path.parent)!r}, in which {who} trains: wait for it to end, stop it, or choose "
+                    f"another {self.key}."
+                )
+            time.sleep(0.2)
+        threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
+
+    def _try(self) -> dict[str, Any] | None:
+        """Takes the lock and returns None, or returns what its owner wrote."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except OSError as error:
+                if error.errno in _NOT_SUPPORTED:
+                    locked = None
+                elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return _read(file) or {}
+                else:
+                    raise
+            # an owner that ended meanwhile has removed the file that was opened, and another may have made a new one
+            if not _is_file_at(file, self.path):
+                return {}
+            owner = _read(file)
+            if owner and not self._is_dead(owner, locked):
+                return owner
+            self._write(file)
+            self._file, file = file, None
+            return None
+        finally:
+            if file is not None:
+                os.close(file)
+
+    def _is_dead(self, owner: dict[str, Any], locked: bool | None) -> bool:
+        """Whether the owner that wrote the file is known to have ended; `locked`: flock gave it, None without flock."""
+        if owner.get("boot") == _boot():
+            return bool(locked) or _start_of(int(owner.get("pid", 0))) != owner.get("start")
+        if self._seen is None or self._seen[0] != owner.get("count"):
+            self._seen = owner.get("count"), time.monotonic()
+        dead = time.monotonic() - self._seen[1] > STALE
+        if dead:
+            self._say(
+                f"was left by process {owner.get('pid')} on {owner.get('host')}, of which there is no sign of life for "
+                f"{STALE:.0f} s: it is taken over"
+            )
+        return dead
+
+    def _say(self, text: str) -> None:
+        print(f"{self.key} {str(self.path.parent)!r} {text}", file=sys.stderr, flush=True)
+
+    def _write(self, file: int) -> None:
+        """Writes this process as the owner, with the next count."""
+        self._count += 1
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "boot": _boot()}
+        owner |= {"start": _start_of(os.getpid()), "count": self._count}
+        os.pwrite(file, json.dumps(owner).ljust(_LENGTH).encode()[:_LENGTH], 0)
+        os.fsync(file)
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            # a disk that fails costs checkpoints, about which others complain
+            with contextlib.suppress(OSError, TypeError):
+                self._write(self._file)
+
+    def release(self) -> None:
+        """Gives the folder back."""
+        self._released.set()
+        file, self._file = self._file, None
+        if file is None:
+            return
+        # removed before the kernel's lock ends, so that nobody takes over a file without a name
+        with contextlib.suppress(OSError):
+            if _is_file_at(file, self.path):
+                self.path.unlink()
+        os.close(file)
+
+
+def _is_file_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False
+
+
+def _read(file: int) -> dict[str, Any] | None:
+    """What the owner wrote; None where it wrote nothing that can be read."""
+    try:
+        found = json.loads(os.pread(file, _LENGTH, 0))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@contextlib.contextmanager
+def held(folder: Path, key: str) -> Iterator[None]:
+    """Holds a folder while the block runs; as `FolderLock`."""
+    lock = FolderLock(folder, key)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,215 @@
+"""What has changed between the checkpoint that a run goes on from and the command that goes on.
+
+Each difference is honoured with a line, honoured without one where the result does not depend on it, or refused where the
+checkpoint cannot be continued so. What `config.json` records is what runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from scalekd_ds.checkpoint.layout import WEIGHTS
+from scalekd_ds.config import RunConfig
+from scalekd_ds.data.sources.source import Source
+from scalekd_ds.errors import UserError
+from scalekd_ds.models.card import card_path
+
+# fields that define what a checkpoint is of, and what to do instead
+REFUSED = {
+    **dict.fromkeys(("student", "student_kwargs", "student_taps"), "a checkpoint is of one student"),
+    **dict.fromkeys(
+        (
+            *("distill.features", "distill.projector", "distill.norm", "distill.heads_s3", "distill.heads_s4"),
+            "distill.tpp",
+        ),
+        "the projectors were trained with it",
+    ),
+    "optim.name": "its state is of one optimizer",
+    "seed": "the order of the images follows from it",
+}
+# fields that the result does not depend on, or whose effect is compared by itself: the images, the teacher's weights
+SILENT = {
+    *("recipe", "teacher", "teacher_weights", "data.root", "data.train", "data.val", "data.class_order"),
+    *("data.threads", "data.prefetch", "data.keep_mb", "data.hw_decoder_load", "data.largest_image"),
+    *("data.eval_batch_size", "data.max_bad_share", "data.allow_missing_classes"),
+}
+# fields that nothing reads after the first step of a run
+WITHOUT_EFFECT = {"student_weights": "the student's weights are those of the checkpoint"}
+# sections of the merged DeepSpeed JSON that fields of the run fill in, which are compared themselves, and its monitors
+FROM_THE_RUN = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("tensorboard", "csv_monitor", "wandb", "comet", "steps_per_print"),
+}
+PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "scalekd-ds")
+
+
+def package_versions() -> dict[str, str]:
+    """Name -> version of the packages whose numbers a result may depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def flat_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `RunConfig.as_dict` by their dotted names, as JSON has them; those of `run` are left out."""
+    found = {}
+    for name, value in json.loads(json.dumps(config)).items():
+        if name == "run":
+            continue
+        if isinstance(value, dict) and name in ("distill", "data", "optim", "ema", "schedule", "as_published"):
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: str) -> list[str]:
+    """One line for each field that has changed and matters.
+
+    Args:
+        before: `RunConfig.as_dict` of the run that wrote the checkpoint; fields that it lacks were added since.
+        after: That of the run that goes on.
+        checkpoint: Name of the checkpoint, for messages.
+
+    Raises:
+        UserError: A field has changed that a checkpoint cannot be continued with.
+    """
+    old, new = flat_fields(before), flat_fields(after)
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    for name in changed:
+        if name in REFUSED:
+            raise UserError(
+                f"--{name} is {_shown(new[name])}, and was {_shown(old[name])} when {checkpoint} was written: "
+                f"{REFUSED[name]}. Go on with the old value, or start a new run with --student_weights "
+                f"{checkpoint}/{WEIGHTS['student']}."
+            )
+    if bool(new["teacher"] == "none") != bool(old.get("teacher", new["teacher"]) == "none"):
+        raise UserError(
+            f"--teacher is {new['teacher']}, and was {old['teacher']} when {checkpoint} was written: a run is distilled from "
+            "its first step to its last, or not at all. Go on with the old value, or start a new run."
+        )
+    lines = [
+        f"{name} is {_shown(new[name])} from here on, and was {_shown(old[name])}"
+        for name in changed
+        if name not in SILENT and name not in WITHOUT_EFFECT
+    ]
+    return lines + [f"{name} has no effect: {WITHOUT_EFFECT[name]}" for name in changed if name in WITHOUT_EFFECT]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) or value is None else str(value)
+
+
+def images_change(before: dict[str, Any] | None, now: dict[str, Any], key: str) -> str | None:
+    """How the images differ from those of the checkpoint, in one line, or None.
+
+    Args:
+        before: What `images_record` gave for the checkpoint, or None where it was not kept.
+        now: What it gives now.
+        key: Setting that names the images.
+    """
+    if before is None or now == before:
+        return None
+    if now["count"] == before["count"]:
+        return f"{key} has as many images as when the checkpoint was written, but other ones or in another order"
+    return f"{key} has {now['count']:,} images from here on, and had {before['count']:,}; epochs are counted in the new number"
+
+
+def images_record(source: Source) -> dict[str, Any]:
+    """The number of images, and a digest of their names below the source's root and their labels."""
+    digest = hashlib.blake2b(source.labels.astype("<i8").tobytes(), digest_size=16)
+    root = str(source.root)
+    for first in range(0, len(source), 65536):
+        names = (source.name(i).removeprefix(root) for i in range(first, min(first + 65536, len(source))))
+        digest.update("\0".join(names).encode(errors="surrogateescape"))
+    return {"count": len(source), "digest": digest.hexdigest()}
+
+
+def engine_changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """One line for each setting of the DeepSpeed JSON that has changed.
+
+    Args:
+        before: The merged JSON of the run that wrote the checkpoint, or None where it was not kept.
+        now: That of the run that goes on.
+    """
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            if not prefix and key in FROM_THE_RUN:
+                continue
+            if isinstance(value, dict):
+                found |= flat(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+        return found
+
+    if before is None:
+        return []
+    old, new = flat(before), flat(json.loads(json.dumps(now)))
+    return [
+        f"DeepSpeed's {key} is {_shown(new.get(key))} from here on, and was {_shown(old.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def version_changes(before: dict[str, str] | None) -> str | None:
+    """Which packages have another version than when the checkpoint was written, in one line, or None."""
+    now = package_versions()
+    found = [
+        f"{name} {version} (was {before[name]})"
+        for name, version in now.items()
+        if before and before.get(name, version) != version
+    ]
+    return f"packages have changed since the checkpoint: {', '.join(found)}" if found else None
+
+
+def classes_of(checkpoint: Path) -> list[str] | None:
+    """The names of a checkpoint's classes in their order, or None where its card has none."""
+    try:
+        names = json.loads(card_path(checkpoint / WEIGHTS["student"]).read_text()).get("classes")
+    except (OSError, ValueError):
+        return None
+    return [str(name) for name in names] if names else None
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's parameters, of some thousands of values of each, which take milliseconds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in module.parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 16384)].float().cpu().contiguous()
+        digest.update(str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_teacher(before: str | None, now: str | None, old: dict[str, Any], cfg: RunConfig) -> None:
+    """Refuses a teacher with other weights than that of the checkpoint, wherever its file lies.
+
+    Args:
+        before: `weights_digest` of the teacher that the checkpoint was trained with, or None where it was not kept.
+        now: That of the run that goes on.
+        old: `RunConfig.as_dict` of the run that wrote the checkpoint.
+        cfg: The run that goes on.
+
+    Raises:
+        UserError: The two differ.
+    """
+    if before is None or now is None or before == now:
+        return
+    raise UserError(
+        f"the teacher's weights are not those that the checkpoint was trained with (--teacher {cfg.teacher} "
+        f"--teacher_weights {cfg.teacher_weights}; they were {old['teacher']} and {old['teacher_weights']}): give those, or "
+        "start a new run with --student_weights."
+    )

@@ -1,0 +1,315 @@
+"""What is an image and what is not, by one rule for all sources; all that is left out is counted and said."""
+
+import io
+import os
+import socket
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from image_fixtures import make_folder
+from PIL import Image
+from source_fixtures import JPEGS, labelled, message, write_tar
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data import EvalLoader
+from scalekd_ds.data.reader import find_undecodable
+from scalekd_ds.data.sources.open import open_source
+from scalekd_ds.data.sources.what_counts import EXTENSIONS, say_left_out
+from scalekd_ds.inspection.images import find_images
+
+FOLDERS = (
+    *(".ipynb_checkpoints", ".git", ".cache", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle"),
+    *("System Volume Information", ".snapshot", ".Trash-1000", "@Recycle", "__pycache__", "PaxHeaders"),
+)
+HIDDEN = ("._000.jpg", ".hidden.png", ".000.jpg.Xy12ab", ".DS_Store")
+OTHERS = {
+    "000.jpg.part": ".part",
+    "000.jpg.crdownload": ".crdownload",
+    "000.jpg~": ".jpg~",
+    "Thumbs.db": ".db",
+    "desktop.ini": ".ini",
+    "000.xml": ".xml",
+    "000.txt": ".txt",
+    "000.json": ".json",
+    "labels.csv": ".csv",
+    "000.npy": ".npy",
+    "film.gif": ".gif",
+    "photo.heic": ".heic",
+    "raw.CR2": ".cr2",
+    "noextension": "",
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    return make_folder(tmp_path / "d", {"a": 2, "b": 3})
+
+
+def opened(place, capsys):
+    capsys.readouterr()
+    source = open_source(place, "data.train")
+    return source, capsys.readouterr().out.strip()
+
+
+def test_the_extensions_are_torchvisions():
+    assert sorted(EXTENSIONS) == sorted(IMG_EXTENSIONS)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_systems_are_no_classes(place, name, capsys):
+    for above in (place, place / "a"):
+        (above / name).mkdir()
+        (above / name / "000.jpg").write_bytes(JPEGS[0])
+    source, said = opened(place, capsys)
+    assert source.classes == ["a", "b"] and len(source) == 5
+    assert said == f"data.train: left out of {place}: 2 hidden folders"
+    assert len(find_images([str(place)])) == 5
+    # and once more, from the index
+    assert opened(place, capsys)[1] == said
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_files_are_no_images(place, name, capsys):
+    (place / "b" / name).write_bytes(JPEGS[0])
+    (place / name).write_bytes(JPEGS[0])
+    source, said = opened(place, capsys)
+    assert len(source) == 5 and said == f"data.train: left out of {place}: 1 hidden file"
+    assert len(find_images([str(place)])) == 5
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_other_kinds_are_left_out_and_said(place, name, capsys):
+    (place / "b" / name).write_bytes(JPEGS[0])
+    source, said = opened(place, capsys)
+    assert len(source) == 5
+    assert said == f"data.train: left out of {place}: 1 file of other kinds ({OTHERS[name] or 'no extension'})"
+
+
+def test_all_that_is_left_out_is_counted(place, capsys):
+    for name in FOLDERS[:2]:
+        (place / name).mkdir()
+    for name in (*HIDDEN, *OTHERS):
+        (place / "a" / name).write_bytes(b"x")
+    (place / "stray.jpg").write_bytes(JPEGS[0])
+    (place / "notes.txt").write_text("beside the classes: nobody takes it for an image")
+    os.symlink(place, place / "a" / "loop")
+    os.mkfifo(place / "a" / "pipe.jpg")
+    source, said = opened(place, capsys)
+    assert len(source) == 5
+    for part in (
+        "2 hidden folders",
+        "4 hidden files",
+        "14 files of other kinds (",
+        ", ...)",
+        "1 image outside of the class folders",
+        "1 link back to a folder above it",
+        "1 device or pipe named as an image",
+    ):
+        assert part in said, (part, said)
+    assert "\n" not in said
+
+
+def test_torchvision_finds_the_same_images(tmp_path):
+    place = tmp_path / "d"
+    for name in (
+        "a/x.jpg",
+        "a/deep/er/y.JPEG",
+        "b/z.PNG",
+        "b/u.Tif",
+        "b/v.ppm",
+        "b/w.WebP",
+        "b/k.pgm",
+        "c d/0.bmp",
+        "c d/1.tiff",
+    ):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(JPEGS[0])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "e.jpg").write_bytes(JPEGS[1])
+    os.symlink(tmp_path / "elsewhere", place / "a" / "link")
+    os.symlink(tmp_path / "elsewhere" / "e.jpg", place / "b" / "file.jpg")
+    os.symlink(tmp_path / "elsewhere", place / "linked class")
+    theirs = TorchvisionFolder(str(place))
+    ours = open_source(place, "data.train")
+    assert ours.classes == theirs.classes
+    assert sorted(zip(ours.paths, ours.labels.tolist(), strict=True)) == sorted(theirs.samples)
+
+
+def test_links_that_lead_back_end(tmp_path, capsys):
+    place = make_folder(tmp_path / "d", {"a": 2, "b": 2})
+    os.symlink("..", place / "a" / "up")
+    (place / "b" / "in").mkdir()
+    os.symlink(place / "b", place / "b" / "in" / "around")
+    source, said = opened(place, capsys)
+    # what is behind `up` are the classes themselves, each of which is looked into once
+    assert len(source) < 12
+    assert "link" in said
+    os.symlink(tmp_path / "nothing", place / "b" / "gone.jpg")
+    source, _ = opened(place, capsys)
+    assert any(path.endswith("gone.jpg") for path in source.paths)
+
+
+def test_a_socket_is_no_image(place, capsys):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(place / "a" / "s.jpg"))
+        source, said = opened(place, capsys)
+    assert len(source) == 5 and "1 device or pipe named as an image" in said
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{folder}/000.jpg" for folder in FOLDERS), *HIDDEN, "./a/._x.jpg", "a/__MACOSX/a/._0.jpg"]
+)
+def test_members_of_systems_are_no_images_of_a_tar(tmp_path, name, capsys):
+    tar = write_tar(tmp_path / "t.tar", [("./a/0.jpg", JPEGS[0]), ("./b/1.jpg", JPEGS[1]), (name, JPEGS[2])])
+    source, said = opened(tar, capsys)
+    assert source.classes == ["a", "b"] and len(source) == 2
+    assert said == f"data.train: left out of {tar}: 1 hidden file"
+
+
+@pytest.mark.parametrize("name", ["0001.txt", "0001.seg.npy", "meta.xml", "0000.png.txt"])
+def test_members_of_other_kinds_are_said(tmp_path, name, capsys):
+    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 1]), (name, b"x")])
+    source, said = opened(tar, capsys)
+    assert len(source) == 2 and f"1 file of other kinds ({os.path.splitext(name)[1]})" in said
+
+
+def test_hidden_shards_are_no_shards(tmp_path):
+    write_tar(tmp_path / "a.tar", labelled([0, 1]))
+    (tmp_path / "._a.tar").write_bytes(b"a resource fork")
+    (tmp_path / "@eaDir").mkdir()
+    assert len(open_source(tmp_path, "data.train")) == 2
+
+
+def dotted(names, labels):
+    return [(name, JPEGS[i % 6]) for i, name in enumerate(names)] + [
+        (name, str(i % 2).encode()) for i, name in enumerate(labels)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["0.jpg", "1.jpg"], ["0.cls", "1.cls"]),
+        (["0.left.jpg", "1.left.jpg"], ["0.cls", "1.cls"]),
+        (["0.jpg.jpg", "1.jpg.JPG"], ["0.cls", "1.cls"]),
+        (["v1.0.jpg", "v1.1.jpg"], ["v1.0.cls", "v1.1.cls"]),
+        (["a.b/0.jpg", "a.b/1.jpg"], ["a.b/0.cls", "a.b/1.cls"]),
+        (["./x/0.jpg", "x/1.jpg"], ["x/0.cls", "./x/1.cls"]),
+        (["0.input.png.jpg", "1.input.png.jpg"], ["0.target.cls", "1.target.cls"]),
+    ],
+)
+def test_dots_in_names_of_members(tmp_path, images, labels):
+    source = open_source(write_tar(tmp_path / "t.tar", dotted(images, labels)), "data.train")
+    assert source.labels.tolist() == [0, 1]
+    assert [source.read(i).tobytes() for i in range(2)] == JPEGS[:2]
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        (dotted(["0.left.jpg", "0.right.jpg"], ["0.cls"]), "two images for one sample, '0.left.jpg' and '0.right.jpg'"),
+        (dotted(["0.jpg", "0.png"], ["0.cls"]), "two images for one sample"),
+        (dotted(["a/0.jpg", "a/0.jpg"], []), "two images for one sample"),
+        (
+            [*labelled([0, 1]), ("0000.json", b'{"label": 1}')],
+            "says '0' and the .json beside it '1': a sample has one label",
+        ),
+        (
+            [("0.jpg", JPEGS[0]), ("0.cls", b"cat"), ("0.json", b'{"class": "dog"}')],
+            "says 'cat' and the .json beside it 'dog'",
+        ),
+        ([("0.jpg", JPEGS[0]), ("1.cls", b"1")], "has no label"),
+        ([("0.jpg", JPEGS[0]), ("0.cls", b" ")], "has no label"),
+        ([("0.jpg", JPEGS[0])], "has no label"),
+    ],
+)
+def test_samples_that_are_no_sample_are_named(tmp_path, members, says):
+    assert says in message(write_tar(tmp_path / "t.tar", members))
+
+
+@pytest.mark.parametrize(
+    "json", [b'{"label": 0}', b'{"label": "tench"}', b'{"caption": "a cat"}', b"[1, 2]", b"junk", b""]
+)
+def test_a_json_beside_a_cls_that_agrees_or_says_something_else(tmp_path, json):
+    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 1]), ("0000.json", json)])
+    assert open_source(tar, "data.train").labels.tolist() == [0, 1]
+
+
+def test_the_last_of_two_labels_of_one_name_counts_as_tar_extracts_it(tmp_path):
+    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 0]), ("0001.cls", b"1")])
+    assert open_source(tar, "data.train").labels.tolist() == [0, 1]
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+rng = np.random.default_rng(0)
+PIXELS = Image.fromarray(rng.integers(0, 255, (8, 9, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+DEEP = Image.fromarray(rng.integers(0, 500, (48, 64)).astype("uint16"))
+FORMATS = {
+    **{f"{mode}.tif": encoded(PIXELS.convert(mode), "TIFF") for mode in ("RGB", "L", "1", "P", "CMYK", "RGBA", "LAB")},
+    **{
+        f"{kind}.tiff": encoded(PIXELS, "TIFF", compression=kind) for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")
+    },
+    "16.tif": encoded(DEEP, "TIFF"),
+    "16.png": encoded(DEEP, "PNG"),
+    "16.pgm": encoded(DEEP, "PPM"),
+    **{f"{mode}.ppm": encoded(PIXELS.convert(mode), "PPM") for mode in ("RGB", "L", "1")},
+    "text.ppm": b"P3\n# a comment\n2 2\n255\n" + b" ".join(b"%d" % i for i in range(12)) + b"\n",
+    **{f"{mode}.bmp": encoded(PIXELS.convert(mode), "BMP") for mode in ("RGB", "L", "1", "P", "RGBA")},
+    **{f"{mode}.webp": encoded(PIXELS.convert(mode), "WEBP", lossless=True) for mode in ("RGB", "RGBA")},
+    **{f"{mode}.png": encoded(PIXELS.convert(mode), "PNG") for mode in ("RGB", "L", "1", "P", "RGBA", "LA")},
+    **{f"{mode}.jpg": encoded(PIXELS.convert(mode), "JPEG") for mode in ("RGB", "L", "CMYK")},
+}
+
+
+def test_every_extension_is_read_as_pillow_reads_it(tmp_path):
+    """All that torchvision's ImageFolder takes, in the modes in which such files come, in one run of the loader."""
+    for name, data in FORMATS.items():
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(data)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.jpg").write_bytes(FORMATS["RGB.jpg"])
+    source = open_source(tmp_path, "data.val")
+    assert len(source) == len(FORMATS) + 1
+    assert find_undecodable(source, range(len(source))) == {}
+    cfg = DataConfig(image_size=32, eval_resize=48, threads=1, interpolation="bilinear")
+    loader = EvalLoader(source, cfg, 8, 0, 1, torch.device("cpu"), [0.0] * 3, [1.0] * 3)
+    images = torch.cat([batch for batch, _ in loader])
+    assert loader.left_out == {}
+    same = tmp_path / "as_png"
+    for i, path in enumerate(source.paths):
+        (same / "ab"[source.labels[i]]).mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").save(same / "ab"[source.labels[i]] / f"{i:03d}.png")
+    again = EvalLoader(open_source(same, "data.val"), cfg, 8, 0, 1, torch.device("cpu"), [0.0] * 3, [1.0] * 3)
+    expected = torch.cat([batch for batch, _ in again])
+    for i, path in enumerate(source.paths):
+        worst = (images[i] - expected[i]).abs().max().item() * 255
+        # two decoders of JPEG and of palettes may round otherwise
+        assert worst <= (4.0 if path.endswith((".jpg", "jpeg.tiff")) else 1.0), (path, worst)
+
+
+def test_the_line_is_empty_for_nothing_and_has_other_ranks_silent(capsys, monkeypatch):
+    say_left_out({}, "data.train", "d")
+    monkeypatch.setenv("RANK", "1")
+    say_left_out({"hidden folder": 1}, "data.train", "d")
+    assert capsys.readouterr().out == ""
+
+
+def test_archives_that_macs_make_are_read(tmp_path):
+    """What bsdtar writes on a Mac beside every file."""
+    tar = tmp_path / "t.tar"
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * 300}) as archive:
+        for name in ("a/._0.jpg", "a/0.jpg", "b/._1.jpg", "b/1.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(JPEGS[0])
+            info.pax_headers = {"LIBARCHIVE.xattr.com.apple.provenance": "AQAA"}
+            archive.addfile(info, io.BytesIO(JPEGS[0]))
+    assert len(open_source(tar, "data.train")) == 2
