@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.train import MODULE
 from scalekd_ds.errors import UserError
@@ -74,8 +75,6 @@ def passing_nodes(arguments: argparse.Namespace, run: list[str], report: Path) -
     done = subprocess.run([*command, *shlex.split(arguments.doctor_args), *run], stdin=subprocess.DEVNULL)
     if not report.is_file():
         raise UserError(f"the doctor ended with status {done.returncode} and no report: what it said is above.")
-    from scalekd_ds.cluster.hosts import read_hosts
-
     passing = json.loads(report.read_text())["passed"]
     return {name: slots for name, slots in read_hosts(arguments.hostfile).items() if name in passing}
 
@@ -93,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     if parsed is None:
         return 0
     cfg, _ = parsed
+    # a mistake in it answers at once, and not through the doctor
+    read_hosts(arguments.hostfile)
     folder = make_run_dir(Path(cfg.run.dir).resolve()) / "supervisor"
     folder.mkdir(exist_ok=True)
     results = Path(cfg.run.dir) / "results.json"

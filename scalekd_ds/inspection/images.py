@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.image_folder import EXTENSIONS
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cause_of
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -101,11 +101,13 @@ def find_images(given: Sequence[str]) -> list[AnyImage]:
             found.update(dict.fromkeys(images))
             continue
         if path.is_dir():
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.suffix.lower() in EXTENSIONS)
+            found_files = (p for p in map(Path, glob.glob(name, recursive=True)) if p.suffix.lower() in EXTENSIONS)
+            # a pipe would be waited for without end
+            files = sorted(p for p in found_files if p.is_file())
         if not files:
             raise UserError(
                 f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "
@@ -144,8 +146,9 @@ def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
         file = path if isinstance(path, Path) else io.BytesIO(path.source.read(path.index).tobytes())
         with Image.open(file) as image:
             image = image.convert("RGB")
-    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None
+    # Pillow raises errors of many kinds on damaged files
+    except Exception as error:
+        raise OSError(cause_of(error)) from None
     scale = crop.shorter / min(image.size)
     w, h = (max(crop.side, round(length * scale)) for length in image.size)
     left, top = (w - crop.side) // 2, (h - crop.side) // 2
