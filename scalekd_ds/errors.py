@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import re
 import socket
@@ -128,6 +129,12 @@ def _kept_traceback(error: BaseException) -> str | None:
     return path
 
 
+def print_anything() -> None:
+    """Lets standard output show names of files that no encoding has, with escapes, as standard error does anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
     known = list(known)
@@ -162,6 +169,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     output.guard()
     signals.install()
     try:
+        print_anything()
         status = explained(main)
         signals.finished()
     except UserError as error:
@@ -169,7 +177,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
         signals.end_quietly(error.status)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1.5)
-        message = " ".join(str(error).split())
+        # the name of a file may hold what a terminal would obey
+        message = " ".join(_TERMINAL_CODES.sub("?", str(error)).split())
         print(f"error{rank_and_host()}: {message}", file=sys.stderr, flush=True)
         # os._exit, because a process group that is half set up could hang a normal exit; it does not flush by itself
         sys.stdout.flush()

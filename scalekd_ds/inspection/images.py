@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.sources.what_counts import EXTENSIONS, hidden_part, is_image_name
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cause_of
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -101,12 +101,14 @@ def find_images(given: Sequence[str]) -> list[AnyImage]:
             found.update(dict.fromkeys(images))
             continue
         if path.is_dir():
-            below = (p for p in folder.rglob("*") if is_image_name(p.name))
+            below = (p for p in folder.rglob("*") if is_image_name(p.name) and p.is_file())
             files = sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
+            found_files = (p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
+            # a pipe would be waited for without end
+            files = sorted(p for p in found_files if p.is_file())
         if not files:
             raise UserError(
                 f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "
@@ -145,8 +147,9 @@ def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
         file = path if isinstance(path, Path) else io.BytesIO(path.source.read(path.index).tobytes())
         with Image.open(file) as image:
             image = image.convert("RGB")
-    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None
+    # Pillow raises errors of many kinds on damaged files
+    except Exception as error:
+        raise OSError(cause_of(error)) from None
     scale = crop.shorter / min(image.size)
     w, h = (max(crop.side, round(length * scale)) for length in image.size)
     left, top = (w - crop.side) // 2, (h - crop.side) // 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.durable_files import written_aside
+from scalekd_ds.errors import UserError, problem_of
 
 _RIGHT, _WRONG, _UNKNOWN = "#bfe3c4", "#f3c3bd", "#d5dceb"
 _CURVES = {"student": "#c4442e", "teacher": "#2f5d9b", "baseline": "#7d7d7d"}
@@ -183,10 +183,9 @@ def draw_sheet(sheet: Sheet, out: Path) -> None:
     figure.text(
         (plot_width + 0.45) / width, (_FOOT - 0.42) / height, "\n".join(notes), fontsize=8, va="top", linespacing=1.4
     )
-    partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format="png")
-        os.replace(partial, out)
+        with written_aside(out) as partial:
+            figure.savefig(partial, format="png")
     except OSError as error:
-        raise UserError(f"--out is {str(out)!r}, which cannot be written: {error}.") from None
+        raise UserError(f"--out is {str(out)!r}, which cannot be written: {problem_of(error)}.") from None
