@@ -239,8 +239,17 @@ def test_a_json_beside_a_cls_that_agrees_or_says_something_else(tmp_path, json):
     assert open_source(tar, "data.train").labels.tolist() == [0, 1]
 
 
-def test_the_last_of_two_labels_of_one_name_counts_as_tar_extracts_it(tmp_path):
-    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 0]), ("0001.cls", b"1")])
+@pytest.mark.parametrize("name", ["0001.cls", "./0001.cls", "0001.CLS", "0001.left.cls"])
+def test_two_labels_of_one_sample_are_one_only_where_they_are_equal(tmp_path, name):
+    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 1]), (name, b" 1\n")])
+    assert open_source(tar, "data.train").labels.tolist() == [0, 1]
+    tar = write_tar(tmp_path / "t.tar", [*labelled([0, 0, 1]), (name, b"1")])
+    assert f"two labels for one sample, '0001.cls' and {name!r}, which differ" in message(tar)
+
+
+def test_a_json_of_something_in_a_sample_gives_way_to_that_of_the_sample(tmp_path):
+    labels = [("0.meta.json", b'{"label": 1}'), ("0.json", b'{"label": 0}'), ("1.json", b'{"label": 1}')]
+    tar = write_tar(tmp_path / "t.tar", [("0.jpg", JPEGS[0]), ("1.jpg", JPEGS[1]), *labels])
     assert open_source(tar, "data.train").labels.tolist() == [0, 1]
 
 

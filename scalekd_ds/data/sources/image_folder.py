@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalekd_ds.class_names import positions_in
-from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
+from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, read_file, reason
 from scalekd_ds.data.sources.labels import Classes, listed, read_classes
 from scalekd_ds.data.sources.what_counts import (
     EXTENSIONS,
@@ -70,7 +70,7 @@ class ImageFolder:
         Raises:
             OSError: The file cannot be read.
         """
-        data = np.fromfile(self.paths[i], dtype=np.uint8)
+        data = read_file(self.paths[i])
         if len(data) != self.lengths[i]:
             self.sizes[i] = 0
         return data
@@ -137,25 +137,64 @@ def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None
 
 
 def _class_folders(folder: Path, key: str) -> list[str]:
-    """Names of the class folders, sorted; raises UserError where there is none."""
+    """Names of the class folders, sorted; raises UserError where there is none, or a link to one leads nowhere."""
+    classes, above = [], [os.path.realpath(folder)]
     try:
         with os.scandir(folder) as entries:
-            classes = sorted(e.name for e in entries if not is_left_by_systems(e.name) and e.is_dir())
+            for entry in entries:
+                if is_left_by_systems(entry.name) or _leads_back(entry, above):
+                    continue
+                if _is_folder(entry):
+                    classes.append(entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    raise UserError(
+                        f"{key}: {entry.path!r} is a link to {os.readlink(entry.path)!r}, which cannot be reached: mend it, "
+                        "or remove it if it is no class."
+                    )
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
-    return classes
+    return sorted(classes)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads back to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _leads_back(entry: os.DirEntry, above: Sequence[str]) -> bool:
+    """Whether an entry is a link to a folder that holds one of the real folders `above`: its images would come again.
+
+    A link within a class to the folder of all data would else train on the validation images.
+    """
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path).rstrip(os.sep) + os.sep
+    return any(f"{real}{os.sep}".startswith(target) for real in above)
 
 
 def _beside_classes(folder: Path) -> dict[str, int]:
     """What lies beside the class folders and is left out, by kind; files that are no images, such as lists, are not."""
     counts: Counter[str] = Counter()
+    above = [os.path.realpath(folder)]
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_left_by_systems(entry.name):
-                counts[HIDDEN_FOLDERS] += entry.is_dir()
-            elif is_image_name(entry.name) and not entry.is_dir():
+                counts[HIDDEN_FOLDERS] += _is_folder(entry)
+            elif _leads_back(entry, above):
+                counts[LOOPS] += 1
+            elif is_image_name(entry.name) and not _is_folder(entry):
                 counts[OUTSIDE] += 1
     return dict(counts)
 
@@ -179,17 +218,12 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
     files: list[str] = []
     folders: dict[str, list] = {}
     left_out: Counter[str] = Counter()
-    # each with the folders above it, to which a link may lead back
-    top = os.stat(folder)
-    waiting: list[tuple[str, tuple]] = [(name, ((top.st_dev, top.st_ino),))]
+    # each with the real folders from which a link was followed on the way to it, and its own
+    waiting: list[tuple[str, tuple[str, ...]]] = [(name, (os.path.realpath(folder), os.path.realpath(folder / name)))]
     while waiting:
         relative, above = waiting.pop()
         try:
             stat = os.stat(folder / relative)
-            identity = stat.st_dev, stat.st_ino
-            if identity in above:
-                left_out[LOOPS] += 1
-                continue
             with os.scandir(folder / relative) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -199,8 +233,14 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
             kind = _kind_left_out(entry)
             if kind:
                 left_out[kind] += 1
-            elif entry.is_dir():
-                inside.append((os.path.join(relative, entry.name), (*above, identity)))
+            elif _is_folder(entry):
+                path = os.path.join(relative, entry.name)
+                if not entry.is_symlink():
+                    inside.append((path, (*above[:-1], os.path.join(above[-1], entry.name))))
+                elif _leads_back(entry, above):
+                    left_out[LOOPS] += 1
+                else:
+                    inside.append((path, (*above, os.path.realpath(entry.path))))
             else:
                 files.append(os.path.join(relative, entry.name))
         folders[relative] = [stat.st_mtime_ns, _names_digest(entry.name for entry in found)]
@@ -213,14 +253,14 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
 def _kind_left_out(entry: os.DirEntry) -> str | None:
     """As what an entry of a class folder is left out; None for a folder to look into and for an image."""
     hidden = is_left_by_systems(entry.name)
-    if entry.is_dir():
+    if _is_folder(entry):
         return HIDDEN_FOLDERS if hidden else None
     if hidden:
         return HIDDEN_FILES
     if not is_image_name(entry.name):
         return other_kind(entry.name)
     # a link to nothing is an image that is missing, as a run says; reading a pipe would wait for ever
-    return None if entry.is_file() or not os.path.exists(entry.path) else NO_FILES
+    return None if _is_file(entry) or not os.path.exists(entry.path) else NO_FILES
 
 
 def _names_digest(names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import sys
 import uuid
 import zipfile
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SUFFIX = ".scalekd_index.npz"
-VERSION = 2
+VERSION = 3
 # bytes that hold the header of nearly every image
 _HEADER_BYTES = 16 * 1024
 _ARRAYS = ("codes", "sizes", "lengths", "offsets", "shards")
@@ -88,10 +89,34 @@ def image_size(fd: int, offset: int, length: int) -> tuple[int, int]:
     return 0, 0
 
 
+def open_file(path: str) -> int:
+    """Opens a file for reading and returns its descriptor.
+
+    Raises:
+        OSError: It cannot be opened, or is a folder, a pipe or a device.
+    """
+    # opening a pipe that nobody writes to would wait for ever otherwise
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(None, "it is no file, but a folder, a pipe or a device")
+
+
+def read_file(path: str) -> np.ndarray:
+    """All bytes of a file, (bytes,) uint8.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
+    with open(open_file(path), "rb", buffering=0) as file:
+        return np.frombuffer(file.read(), dtype=np.uint8)
+
+
 def image_file_size(path: str) -> tuple[int, int, int]:
     """(height, width, encoded bytes) of an image file, each 0 where unknown."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_file(path)
     except OSError:
         return 0, 0, 0
     try:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from scalekd_ds.data.sources.index import Index, cached_index, parallel_map
+from scalekd_ds.data.sources.index import Index, cached_index, open_file, parallel_map
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
-from scalekd_ds.data.sources.what_counts import add_up, is_left_by_systems, say_left_out
+from scalekd_ds.data.sources.what_counts import NO_SHARDS, add_up, is_left_by_systems, say_left_out
 from scalekd_ds.errors import UserError, suggest
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 # blocks of a shard that are compared, and their bytes
 _BLOCKS, _BLOCK = 16, 4096
+# bytes of all shards together up to which they are compared as a whole, a tenth of a second of reading
+_WHOLE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class ShardSource:
         """
         shard, length = int(self.shards[i]), int(self.lengths[i])
         # opened for each read: each process would else hold as many open files as the set has shards
-        fd = os.open(self.files[shard], os.O_RDONLY)
+        fd = open_file(self.files[shard])
         try:
             stat = os.fstat(fd)
             if (stat.st_size, stat.st_mtime_ns) != self.stats[shard]:
@@ -131,7 +134,8 @@ def open_shards(
     """
     files = _shard_paths(where, is_shard, key)
     index = cached_index(where, key, lambda: _build_index(files, scan), lambda stamp: _what_changed(files, stamp))
-    say_left_out(index.stamp["left_out"], key, str(where))
+    beside = _beside_shards(where, files) if where.is_dir() else {}
+    say_left_out(add_up([index.stamp["left_out"], beside]), key, str(where))
     root = Path(files[0]).parent
     labels, classes = labels_of(index, root, classes, key, str(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
@@ -158,6 +162,16 @@ def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> lis
     return files
 
 
+def _beside_shards(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """What lies beside the shards of a folder and is left out, by kind; lists of classes and of places are not data."""
+    counts: Counter[str] = Counter()
+    shards = set(map(os.path.basename, files))
+    for name in os.listdir(folder):
+        if name not in shards and name != "classes.txt" and not is_left_by_systems(name) and not name.endswith(".idx"):
+            counts[NO_SHARDS] += 1
+    return dict(counts)
+
+
 def shards_of_pattern(where: str, key: str) -> list[str]:
     """The paths that a pattern such as `shard-{000..012}.tar` stands for, in order; a path without one is itself.
 
@@ -180,17 +194,22 @@ def _stat(file: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _digest(file: str) -> str:
-    """A digest of blocks that are spread over a shard, its first and its last among them.
+def _digest(file: str, most: int) -> str:
+    """A digest of a shard of at most `most` bytes, or of blocks that are spread over it, its first and its last among them.
 
     Shards that were unpacked from an archive or an image of a disk may have the size and the time of other ones. Images are
-    compressed, so that other data differ in nearly every block; a thousand shards take a second on a local disk.
+    compressed, so that other data differ in nearly every block; a thousand shards take a second on a local disk. Where
+    labels alone may differ a block need not show it: of a small set all bytes are compared.
     """
     digest = hashlib.blake2b(digest_size=12)
-    fd = os.open(file, os.O_RDONLY)
+    fd = open_file(file)
     try:
-        last = max(0, os.fstat(fd).st_size - _BLOCK)
-        for place in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+        size = os.fstat(fd).st_size
+        if size <= most:
+            places = range(0, size, _BLOCK)
+        else:
+            places = sorted({max(0, size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
+        for place in places:
             digest.update(os.pread(fd, _BLOCK, place))
     finally:
         os.close(fd)
@@ -202,7 +221,8 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
     if stamp.get("shards") != [os.path.basename(file) for file in files]:
         return "the shards are others"
     what = f"shards of {Path(files[0]).parent}"
-    now = parallel_map(lambda file: (_stat(file), _digest(file)), files, what, 16)
+    most = _WHOLE // len(files)
+    now = parallel_map(lambda file: (_stat(file), _digest(file, most)), files, what, 16)
     for file, stat, digest, (stat_now, digest_now) in zip(files, stamp["stats"], stamp["digests"], now, strict=True):
         if stat != stat_now or digest != digest_now:
             return f"{file!r} has changed"
@@ -211,7 +231,7 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
 
 def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
-    stats, digests = [_stat(file) for file in files], [_digest(file) for file in files]
+    stats, digests = [_stat(file) for file in files], [_digest(file, _WHOLE // len(files)) for file in files]
     left_out: list[dict[str, int]] = []
     names: list[str] = []
     labels: list[str] = []
