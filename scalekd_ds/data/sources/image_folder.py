@@ -6,14 +6,14 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from scalekd_ds.class_names import positions_in
-from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, read_file, reason
+from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, read_file, reason
 from scalekd_ds.data.sources.labels import Classes, listed, read_classes
 from scalekd_ds.data.sources.what_counts import (
     EXTENSIONS,
@@ -40,22 +40,12 @@ class ImageFolder:
         paths: Path of each file, sorted by class and name, or in the order of a table.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width in pixels, 0 where not known.
-        lengths: (n,) int64 bytes of each file when its size was read. A file of another length was written again since,
-            and its size is then reset to 0.
     """
 
     root: Path
     paths: list[str]
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray = field(default=None)
-    lengths: np.ndarray = field(default=None)
-
-    def __post_init__(self) -> None:
-        if self.sizes is None or self.lengths is None:
-            object.__setattr__(self, "sizes", np.zeros((len(self.paths), 2), dtype=np.int32))
-            object.__setattr__(self, "lengths", np.zeros(len(self.paths), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,21 +60,12 @@ class ImageFolder:
         Raises:
             OSError: The file cannot be read.
         """
-        data = read_file(self.paths[i])
-        if len(data) != self.lengths[i]:
-            self.sizes[i] = 0
-        return data
+        return read_file(self.paths[i])
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageFolder:
         """A source with only these images, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(
-            self,
-            paths=[self.paths[i] for i in chosen.tolist()],
-            labels=self.labels[chosen],
-            sizes=self.sizes[chosen],
-            lengths=self.lengths[chosen],
-        )
+        return replace(self, paths=[self.paths[i] for i in chosen.tolist()], labels=self.labels[chosen])
 
 
 def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder:
@@ -123,7 +104,7 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
             )
         labels, names = positions[labels], classes
     paths = [os.path.join(folder, name) for name in index.names]
-    return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
+    return ImageFolder(folder, paths, labels.astype(np.int64), names)
 
 
 def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None:
@@ -269,7 +250,7 @@ def _names_digest(names: Iterable[str]) -> str:
 
 
 def _build_index(folder: Path, key: str) -> Index:
-    """Walks all class folders and reads the header of every image."""
+    """Walks all class folders, and asks for the length of every image, by which the doctor compares nodes."""
     classes = _class_folders(folder, key)
     names: list[str] = []
     folders: dict[str, list] = {}
@@ -279,11 +260,10 @@ def _build_index(folder: Path, key: str) -> Index:
         folders |= found.folders
         left_out.append(found.left_out)
         counts.append(len(found.files))
-    read = list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {folder}"))
-    sizes, lengths = np.array(read)[:, :2].astype(np.int32), np.array(read)[:, 2].astype(np.int64)
+    lengths = list(parallel_map(lambda name: file_length(os.path.join(folder, name)), names, f"images of {folder}"))
     codes = np.repeat(np.arange(len(classes)), counts)
     stamp = {"kind": "folder", "folders": folders, "left_out": add_up(left_out)}
-    return Index(names, codes, classes, sizes, lengths, stamp=stamp)
+    return Index(names, codes, classes, np.array(lengths, dtype=np.int64), stamp=stamp)
 
 
 def _what_changed(folder: Path, stamp: dict, key: str) -> str | None:

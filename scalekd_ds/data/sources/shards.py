@@ -39,7 +39,6 @@ class ShardSource:
         lengths: (n,) int64 encoded bytes of each image.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width in pixels, 0 where the header gives none.
     """
 
     root: Path
@@ -51,7 +50,6 @@ class ShardSource:
     lengths: np.ndarray
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.members)
@@ -90,7 +88,6 @@ class ShardSource:
             offsets=self.offsets[chosen],
             lengths=self.lengths[chosen],
             labels=self.labels[chosen],
-            sizes=self.sizes[chosen],
         )
 
 
@@ -101,14 +98,12 @@ class Sample:
     Attributes:
         name: Name within the shard.
         label: Label as the shard writes it.
-        size: (height, width) in pixels, (0, 0) where the header gives none.
         length: Encoded bytes.
         offset: First byte in the shard.
     """
 
     name: str
     label: str
-    size: tuple[int, int]
     length: int
     offset: int
 
@@ -139,9 +134,7 @@ def open_shards(
     root = Path(files[0]).parent
     labels, classes = labels_of(index, root, classes, key, str(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
-    return ShardSource(
-        root, files, stats, index.names, index.shards, index.offsets, index.lengths, labels, classes, index.sizes
-    )
+    return ShardSource(root, files, stats, index.names, index.shards, index.offsets, index.lengths, labels, classes)
 
 
 def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> list[str]:
@@ -241,14 +234,13 @@ def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample],
         for sample in samples:
             names.append(sample.name)
             labels.append(sample.label)
-            rows.append((shard, sample.offset, sample.length, *sample.size))
+            rows.append((shard, sample.offset, sample.length))
     table = np.array(rows, dtype=np.int64)
     codes, raw = encode_labels(labels)
     return Index(
         names=names,
         codes=codes,
         raw=raw,
-        sizes=table[:, 3:].astype(np.int32),
         lengths=table[:, 2].copy(),
         offsets=table[:, 1].copy(),
         shards=table[:, 0].astype(np.int32),

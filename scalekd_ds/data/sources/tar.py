@@ -9,7 +9,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-from scalekd_ds.data.sources.index import image_size, reason
+from scalekd_ds.data.sources.index import reason
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import (
@@ -131,8 +131,7 @@ def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], left_out: Counte
                 f"{key}: {member.name!r} in {tar!r} has no label: a .cls, or a .json with label, cls or class, must be "
                 "beside it, or every image of the tar in a folder of its class."
             )
-        size = image_size(fd, member.offset_data, member.size)
-        samples.append(Sample(member.name, label, size, member.size, member.offset_data))
+        samples.append(Sample(member.name, label, member.size, member.offset_data))
     return samples
 
 
