@@ -17,6 +17,7 @@ from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.reader import Reader
 from scalekd_ds.data.sources import index as sources
 from scalekd_ds.data.sources.open import open_source
+from scalekd_ds.errors import UserError
 
 WHEN = (1_700_000_000 * 10**9,) * 2
 
@@ -214,6 +215,38 @@ def test_images_written_again_during_a_run_are_cropped_as_what_they_are(tmp_path
     ours = [next(batches) for _ in range(10)][-1]
     theirs = [batch for batch, _ in zip(loaders(open_source(where, "data.train"))[0], range(11), strict=False)][-1]
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "TFRecord"])
+@pytest.mark.parametrize("what", ["noise", "zeros", "another order", "half"])
+def test_other_bytes_in_the_place_of_images_never_end_a_run_in_a_traceback(tmp_path, kind, what):
+    """Of the same length and time, so that nothing tells them apart before they are read."""
+    if kind == "folder":
+        for i in range(6):
+            (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "ab"[i % 2] / f"{i}.jpg").write_bytes(JPEGS[i])
+    elif kind == "tar":
+        write_tar(tmp_path / "t.tar", labelled([0, 1] * 3))
+    else:
+        records_of(tmp_path, [0, 1] * 3)
+    with_one_time(tmp_path)
+    batches = iter(loaders(open_source(tmp_path, "data.train"))[0])
+    next(batches)
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and "scalekd_index" not in p.name]:
+        data = path.read_bytes()
+        other = {
+            "noise": np.random.default_rng(0).bytes(len(data)),
+            "zeros": bytes(len(data)),
+            "another order": data[len(data) // 3 :] + data[: len(data) // 3],
+            "half": data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+        }[what]
+        with open(path, "r+b") as file:
+            file.write(other)
+    with_one_time(tmp_path)
+    with pytest.raises(UserError, match="training images cannot be used") as error:
+        for _ in range(12):
+            next(batches)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("loader", [0, 1], ids=["training", "evaluation"])
