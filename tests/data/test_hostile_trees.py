@@ -208,3 +208,12 @@ def test_headers_that_other_programs_keep_as_files_are_no_images(tmp_path, name,
 def test_json_that_no_parser_can_follow_is_named(tmp_path):
     tar = write_tar(tmp_path / "t.tar", [("0.jpg", JPEGS[0]), ("0.json", b"[" * 60_000)])
     assert "'0.json' in" in message(tar) and "is no json of a label" in message(tar)
+
+
+@pytest.mark.parametrize("first", ["labels", "folders"])
+def test_tars_that_are_labelled_in_two_ways_are_refused(tmp_path, first):
+    folders = [("train/0.jpg", JPEGS[0]), ("train/1.jpg", JPEGS[1])]
+    sets = [labelled([0, 1]), folders]
+    for name, members in zip("ab", sets if first == "labels" else sets[::-1], strict=True):
+        write_tar(tmp_path / f"{name}.tar", members)
+    assert "has a .cls or .json beside its images, and " in message(tmp_path)

@@ -53,11 +53,24 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
         UserError: A tar is missing, cut off or compressed; an image has no label; two images have the same name; a
             label is out of range.
     """
-    return open_shards(where, key, classes, is_tar, lambda tar: _scan(tar, key))
+    # whether labels are beside the images -> a tar of which it is so
+    ways: dict[bool, str] = {}
+
+    def scan(tar: str) -> tuple[list[Sample], dict[str, int]]:
+        samples, left_out, labelled = _scan(tar, key)
+        ways.setdefault(labelled, tar)
+        if len(ways) == 2:
+            raise UserError(
+                f"{key}: {ways[True]!r} has a .cls or .json beside its images, and {ways[False]!r} none, where folders would "
+                "name the classes: all tars must be labelled in the same way."
+            )
+        return samples, left_out
+
+    return open_shards(where, key, classes, is_tar, scan)
 
 
-def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int]]:
-    """All images of one tar, and the number of members that are left out, by kind."""
+def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int], bool]:
+    """All images of one tar, the number of members that are left out, by kind, and whether labels are beside the images."""
     try:
         with tarfile.open(tar, "r:") as archive:
             members = list(archive)
@@ -69,7 +82,8 @@ def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int]]:
                 raise UserError(f"{key}: the tar {tar!r} is cut off: it has no end marker after {len(members)} files.")
             left_out: Counter[str] = Counter()
             files = _files(tar, members, left_out, key)
-            return _samples(tar, fd, files, left_out, key), dict(left_out)
+            samples, labelled = _samples(tar, fd, files, left_out, key)
+            return samples, dict(left_out), labelled
     except tarfile.ReadError as error:
         raise UserError(f"{key}: {tar!r} is no whole, uncompressed tar: {error}.") from None
     except OSError as error:
@@ -104,8 +118,10 @@ def _files(tar: str, members: list[tarfile.TarInfo], left_out: Counter[str], key
     return files
 
 
-def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], left_out: Counter[str], key: str) -> list[Sample]:
-    """Groups the files of a tar to samples; raises UserError for an image without a label."""
+def _samples(
+    tar: str, fd: int, members: list[tarfile.TarInfo], left_out: Counter[str], key: str
+) -> tuple[list[Sample], bool]:
+    """Groups the files of a tar to samples, and says whether labels are beside them; UserError for one without a label."""
     images, labels = [], []
     for member in members:
         extension = os.path.splitext(member.name)[1].lower()
@@ -132,7 +148,7 @@ def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], left_out: Counte
                 "beside it, or every image of the tar in a folder of its class."
             )
         samples.append(Sample(member.name, label, member.size, member.offset_data))
-    return samples
+    return samples, bool(labels)
 
 
 def _group(
