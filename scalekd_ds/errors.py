@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from scalekd_ds import output, signals
+from scalekd_ds.names import one_line
 
 _OWN_CODE = str(Path(__file__).parent)
 # colours and the like
@@ -155,7 +156,7 @@ def rank_and_host() -> str:
 def say(notice: str | None) -> None:
     """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
     if notice is not None and os.environ.get("RANK", "0") == "0":
-        print(notice, flush=True)
+        print(one_line(notice), flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -177,9 +178,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         signals.end_quietly(error.status)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1.5)
-        # the name of a file may hold what a terminal would obey
-        message = " ".join(_TERMINAL_CODES.sub("?", str(error)).split())
-        print(f"error{rank_and_host()}: {message}", file=sys.stderr, flush=True)
+        print(f"error{rank_and_host()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         # os._exit, because a process group that is half set up could hang a normal exit; it does not flush by itself
         sys.stdout.flush()
         os._exit(error.status)
@@ -191,7 +190,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
             raise
         # one write for all of it, because other ranks print theirs into the same terminal
         text = "".join(traceback.format_exception(error))
-        message = " ".join(str(error).split())
+        message = one_line(str(error))
         print(f"{text}error{rank_and_host()}: {type(error).__name__}: {message}\n", end="", file=sys.stderr, flush=True)
         sys.exit(1)
     if failure := output.failure():
