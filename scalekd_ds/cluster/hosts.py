@@ -28,6 +28,9 @@ def read_hosts(path: str | Path) -> dict[str, int]:
     Raises:
         UserError: The file cannot be read, or a line is wrong; the message has the number of the first such line.
     """
+    if Path(path).is_fifo():
+        # the launcher reads it again, and would wait for ever
+        raise UserError(f"hosts file {str(path)!r} is a pipe: write it to a file.")
     try:
         with open(path, "rb") as file:
             data = file.read(_LARGEST_FILE + 1)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from scalekd_ds import signals
+from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.cluster.job import run_job
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.train import LAUNCHER, MODULE
@@ -76,8 +77,6 @@ def passing_nodes(arguments: argparse.Namespace, run: list[str], report: Path) -
     done = subprocess.run([*command, *shlex.split(arguments.doctor_args), *run], stdin=subprocess.DEVNULL)
     if not report.is_file():
         raise UserError(f"the doctor ended with status {done.returncode} and no report: what it said is above.")
-    from scalekd_ds.cluster.hosts import read_hosts
-
     passing = json.loads(report.read_text())["passed"]
     return {name: slots for name, slots in read_hosts(arguments.hostfile).items() if name in passing}
 
@@ -95,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     if parsed is None:
         return 0
     cfg, _ = parsed
+    # a mistake in it answers at once, and not through the doctor
+    read_hosts(arguments.hostfile)
     folder = make_run_dir(Path(cfg.run.dir).resolve()) / "supervisor"
     folder.mkdir(exist_ok=True)
     results = Path(cfg.run.dir) / "results.json"

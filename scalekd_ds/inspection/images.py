@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from scalekd_ds.class_names import are_numbers
+from scalekd_ds.class_names import are_numbers, positions_in
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.sources.what_counts import EXTENSIONS, hidden_part, is_image_name
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cause_of
+from scalekd_ds.names import escape, one_line, text_of
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -101,12 +102,14 @@ def find_images(given: Sequence[str]) -> list[AnyImage]:
             found.update(dict.fromkeys(images))
             continue
         if path.is_dir():
-            below = (p for p in folder.rglob("*") if is_image_name(p.name))
+            below = (p for p in folder.rglob("*") if is_image_name(p.name) and p.is_file())
             files = sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
+            found_files = (p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
+            # a pipe would be waited for without end
+            files = sorted(p for p in found_files if p.is_file())
         if not files:
             raise UserError(
                 f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "
@@ -145,8 +148,9 @@ def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
         file = path if isinstance(path, Path) else io.BytesIO(path.source.read(path.index).tobytes())
         with Image.open(file) as image:
             image = image.convert("RGB")
-    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(str(error)) from None
+    # Pillow raises errors of many kinds on damaged files
+    except Exception as error:
+        raise OSError(cause_of(error)) from None
     scale = crop.shorter / min(image.size)
     w, h = (max(crop.side, round(length * scale)) for length in image.size)
     left, top = (w - crop.side) // 2, (h - crop.side) // 2
@@ -161,7 +165,7 @@ def readable_images(paths: Iterable[AnyImage], crop: Crop) -> Iterator[tuple[Any
         try:
             yield path, read_image(path, crop)
         except OSError as error:
-            print(f"skipped {path}: {' '.join(str(error).split())}", flush=True)
+            print(one_line(f"skipped {escape(str(path))}: {error}"), flush=True)
 
 
 def true_class(path: AnyImage, folders: Sequence[str] | None, count: int = 0) -> int | None:
@@ -172,9 +176,17 @@ def true_class(path: AnyImage, folders: Sequence[str] | None, count: int = 0) ->
         folders: Names of the classes.
         count: Number of classes, where a label in a source may be a number without names.
     """
-    name = path.parent.name
+    # the name of a class may have a '/', which a path would take apart
+    name = path.source.classes[path.source.labels[path.index]] if isinstance(path, SourceImage) else path.parent.name
     if folders and name in folders:
         return folders.index(name)
+    # other names than plain ones are looked up in their other forms
+    if (
+        folders
+        and (not name.isascii() or escape(name) != name)
+        and (place := int(positions_in([text_of(name)], folders)[0])) >= 0
+    ):
+        return place
     if isinstance(path, SourceImage) and are_numbers(path.source.classes) and int(name) < count:
         return int(name)
     return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from scalekd_ds.errors import UserError
+from scalekd_ds.durable_files import written_aside
+from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.names import one_line
 
 _RIGHT, _WRONG, _UNKNOWN = "#bfe3c4", "#f3c3bd", "#d5dceb"
 _CURVES = {"student": "#c4442e", "teacher": "#2f5d9b", "baseline": "#7d7d7d"}
@@ -140,6 +142,15 @@ def draw_sheet(sheet: Sheet, out: Path) -> None:
     Raises:
         UserError: The file cannot be written.
     """
+    import matplotlib
+
+    # a name with two dollar signs is no formula, and one in letters that the font lacks is drawn as boxes
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        _draw_sheet(sheet, out)
+
+
+def _draw_sheet(sheet: Sheet, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -178,15 +189,16 @@ def draw_sheet(sheet: Sheet, out: Path) -> None:
     # a character of this font is at most 0.6 of its 8 points wide
     num_characters = int((width - plot_width - 0.55) * 72 / (0.6 * 8))
     notes = [
-        part for note in sheet.notes for part in textwrap.wrap(note, num_characters, subsequent_indent="    ") or [""]
+        part
+        for note in map(one_line, sheet.notes)
+        for part in textwrap.wrap(note, num_characters, subsequent_indent="    ") or [""]
     ]
     figure.text(
         (plot_width + 0.45) / width, (_FOOT - 0.42) / height, "\n".join(notes), fontsize=8, va="top", linespacing=1.4
     )
-    partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format="png")
-        os.replace(partial, out)
+        with written_aside(out) as partial:
+            figure.savefig(partial, format="png")
     except OSError as error:
-        raise UserError(f"--out is {str(out)!r}, which cannot be written: {error}.") from None
+        raise UserError(f"--out is {str(out)!r}, which cannot be written: {problem_of(error)}.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,47 @@ def read_card(weights: str | Path) -> dict[str, Any]:
             f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
         )
     try:
-        found = json.loads(card.read_text())
+        found = json.loads(card.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{card} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{card} is not JSON ({first_line(error)}): consolidate the checkpoint again.") from None
     if not isinstance(found, dict):
         raise UserError(f"{card} holds a {type(found).__name__}, not a card: consolidate the checkpoint again.")
+    _check(found, card)
     # a user's own file of that name lies beside no manifest
     measured = read_evaluation(weights.parent) if (weights.parent / "manifest.json").is_file() else {}
     return found | measured.get("cards", {}).get(weights.name, {})
+
+
+def _check(card: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a field of a card that no release writes so; a field that is missing is the reader's business."""
+
+    def numbers(value: Any, least: float) -> bool:
+        return (
+            isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) and v > least for v in value)
+        )
+
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    needs = {
+        "architecture": (lambda v: isinstance(v, str) and v != "", "the name of a model"),
+        "model_kwargs": (lambda v: v is None or isinstance(v, dict), "an object"),
+        "num_classes": (count, "a number of classes"),
+        "classes": (
+            lambda v: v is None or (isinstance(v, list) and all(isinstance(n, str) for n in v)),
+            "a list of names",
+        ),
+        "image_size": (lambda v: count(v) and v > 0, "a number of pixels"),
+        "eval_resize": (lambda v: v is None or (count(v) and v > 0), "a number of pixels"),
+        "mean": (lambda v: numbers(v, -math.inf), "three numbers"),
+        "std": (lambda v: numbers(v, 0.0), "three positive numbers"),
+        "interpolation": (lambda v: isinstance(v, str), "the name of a filter"),
+    }
+    for key, (is_right, need) in needs.items():
+        if key in card and not is_right(card[key]):
+            raise UserError(f"{path}: {key} is {card[key]!r:.60}: it must be {need}; consolidate the checkpoint again.")
 
 
 def eval_resize_at(card: dict[str, Any], image_size: int) -> int | None:

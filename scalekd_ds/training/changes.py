@@ -178,7 +178,7 @@ def version_changes(before: dict[str, str] | None) -> str | None:
 def classes_of(checkpoint: Path) -> list[str] | None:
     """The names of a checkpoint's classes in their order, or None where its card has none."""
     try:
-        names = json.loads(card_path(checkpoint / WEIGHTS["student"]).read_text()).get("classes")
+        names = json.loads(card_path(checkpoint / WEIGHTS["student"]).read_text(encoding="utf-8")).get("classes")
     except (OSError, ValueError):
         return None
     return [str(name) for name in names] if names else None

@@ -1,0 +1,516 @@
+"""Every verb with every path that it takes, where something odd lies at that path: it works, or ends in one line."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from forking import forked
+from launching import ROOT
+from source_fixtures import as_nobody
+from tiny_run import RESNET, images, supervised_arguments
+
+from scalekd_ds.commands.dispatch import dispatch
+from scalekd_ds.commands.verbs import VERBS
+from scalekd_ds.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# seconds after which a command waits for what never comes, such as the other end of a pipe
+HANGS_AFTER = 60
+
+
+@dataclass
+class World:
+    """What a user has: a folder of everything, one of its parts at a time replaced by something odd."""
+
+    folder: Path
+
+    def __getattr__(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    images(folder / "data")
+    run = folder / "run"
+    words = ("--student_kwargs", json.dumps(RESNET), "--schedule.epochs", 1, "--run.pictures", 0)
+    done = forked(ROOT / "launch" / "train.py", *supervised_arguments(folder / "data", run, *words))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("student.safetensors", "student.json", "config.json"):
+        shutil.copy(run / name, folder / name)
+    (folder / "checkpoint").symlink_to(next((run / "checkpoints").glob("step*")))
+    (folder / "hosts").write_text("localhost slots=1\n")
+    shutil.copy(ROOT / "ds_configs" / "cpu_fp32.json", folder / "ds.json")
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(3)}, folder / "weights.pth")
+    rows = [
+        f"data/val/{p.parent.name}/{p.name},{p.parent.name}\n" for p in sorted((folder / "data" / "val").rglob("*.jpg"))
+    ]
+    (folder / "table.csv").write_text("path,label\n" + "".join(rows))
+    (folder / "image.jpg").write_bytes(next((folder / "data" / "val").rglob("*.jpg")).read_bytes())
+    return World(folder)
+
+
+TRAIN = [
+    "train",
+    "--schedule.epochs",
+    "1",
+    "--run.pictures",
+    "0",
+    "--run.progress",
+    "quiet",
+    "--global_batch_size",
+    "8",
+]
+TRAIN += ["--data.image_size", "32", "--run.ds_config", "cpu_fp32"]
+PLAN = ["plan", "--gpus", "1", "--gpu-memory", "8"]
+
+
+def train(w: World, *words: str) -> list[str]:
+    """A run of a slim student, whose last words count."""
+    return [
+        *TRAIN,
+        "--data.root",
+        w.data,
+        "--run.dir",
+        w.new,
+        "--student",
+        "resnet18",
+        "--student_kwargs",
+        json.dumps(RESNET),
+        *words,
+    ]
+
+
+# slot -> (what is right there, the words of the command with the odd path X); a slot without a right thing is an output
+INPUTS = {
+    "train --config": ("config.json", lambda w, x: [*TRAIN, "--config", x, "--run.dir", w.new, "--data.root", w.data]),
+    "train --data.root": ("data", lambda w, x: train(w, "--data.root", x)),
+    "train --data.train": ("table.csv", lambda w, x: train(w, "--data.train", x, "--data.val", x)),
+    "train --run.ds_config": ("ds.json", lambda w, x: train(w, "--run.ds_config", x)),
+    "train --run.resume": ("checkpoint", lambda w, x: train(w, "--run.resume", x)),
+    "train --student": ("student.safetensors", lambda w, x: train(w, "--student", x, "--student_kwargs", "{}")),
+    "train --student_weights": ("student.safetensors", lambda w, x: train(w, "--student_weights", x)),
+    "train --student_weights pth": ("weights.pth", lambda w, x: train(w, "--student_weights", x)),
+    "train --teacher": ("student.safetensors", lambda w, x: train(w, "--teacher", x, "--distill.features", "false")),
+    "train --hostfile": ("hosts", lambda w, x: ["train", "--hostfile", x, "--gpus", "1"]),
+    "evaluate MODEL": ("student.safetensors", lambda w, x: ["evaluate", x, "--data", w.data]),
+    "evaluate --data": ("data", lambda w, x: ["evaluate", w.student + ".safetensors", "--data", x]),
+    "evaluate --data table": ("table.csv", lambda w, x: ["evaluate", w.student + ".safetensors", "--data", x]),
+    "evaluate --weights": ("weights.pth", lambda w, x: ["evaluate", "resnet18", "--data", w.data, "--weights", x]),
+    "consolidate CKPT": ("run", lambda w, x: ["consolidate", x, w.new + ".safetensors"]),
+    "consolidate CKPT of a step": ("checkpoint", lambda w, x: ["consolidate", x, w.new + ".safetensors"]),
+    "export CKPT": ("run", lambda w, x: ["export", "--format", "torchscript", x, w.new]),
+    "export FILE": ("student.safetensors", lambda w, x: ["export", "--format", "torch_export", x, w.new]),
+    "inspect CKPT": ("run", lambda w, x: ["inspect", x, w.data, "--out", w.new + ".png", "--images", "1"]),
+    "inspect IMAGES": ("image.jpg", lambda w, x: ["inspect", w.student + ".safetensors", x, "--out", w.new + ".png"]),
+    "inspect --teacher": (
+        "student.safetensors",
+        lambda w, x: [
+            "inspect",
+            w.student + ".safetensors",
+            w.data,
+            "--teacher",
+            x,
+            "--out",
+            w.new + ".png",
+            "--images",
+            "1",
+        ],
+    ),
+    "inspect --baseline": (
+        "student.safetensors",
+        lambda w, x: [
+            "inspect",
+            w.student + ".safetensors",
+            w.data,
+            "--baseline",
+            x,
+            "--out",
+            w.new + ".png",
+            "--images",
+            "1",
+        ],
+    ),
+    "plan --config": ("config.json", lambda w, x: [*PLAN, "--config", x]),
+    "plan --run.ds_config": (
+        "ds.json",
+        lambda w, x: [*PLAN, "--config", w.config + ".json", "--run.ds_config", x],
+    ),
+    "plan --student": (
+        "student.safetensors",
+        lambda w, x: [*PLAN, "--config", w.config + ".json", "--student", x, "--student_kwargs", "{}"],
+    ),
+    "prepare-data verify": ("data", lambda w, x: ["prepare-data", "verify", x]),
+    "prepare-data --source": ("data", lambda w, x: ["prepare-data", "fashion-mnist", w.new, "--source", x]),
+    "doctor --hostfile": ("hosts", lambda w, x: ["doctor", "--hostfile", x, "--data.root", "nowhere/{"]),
+    "supervise --hostfile": ("hosts", lambda w, x: ["supervise", "--hostfile", x, "--", "--config", "nowhere"]),
+    "supervise --config": (
+        "config.json",
+        lambda w, x: [
+            "supervise",
+            "--hostfile",
+            w.hosts,
+            "--max-restarts",
+            "-1",
+            "--",
+            "--config",
+            x,
+            "--run.dir",
+            w.new,
+        ],
+    ),
+}
+OUTPUTS = {
+    "train --run.dir": lambda w, x: train(w, "--run.dir", x),
+    "train --dump-config": lambda w, x: train(w, "--dump-config", x),
+    "evaluate --logits": lambda w, x: ["evaluate", w.student + ".safetensors", "--data", w.data, "--logits", x],
+    "consolidate OUT": lambda w, x: ["consolidate", w.run, x],
+    "export OUT torchscript": lambda w, x: ["export", "--format", "torchscript", w.run, x],
+    "export OUT timm": lambda w, x: ["export", "--format", "timm", w.run, x, "--overwrite"],
+    "inspect --out": lambda w, x: ["inspect", w.student + ".safetensors", w.data, "--out", x, "--images", "1"],
+    "prepare-data fashion-mnist": lambda w, x: ["prepare-data", "fashion-mnist", x, "--limit", "20"],
+    "supervise --run.dir": lambda w, x: [
+        "supervise",
+        "--hostfile",
+        "nowhere",
+        "--max-restarts",
+        "0",
+        "--",
+        "--run.dir",
+        x,
+    ],
+}
+SUFFIX_OF = {"consolidate OUT": ".safetensors", "inspect --out": ".png"}
+
+
+def truncated(right: Path, there: Path, share: float) -> None:
+    """The right thing with its largest files cut off."""
+    if right.is_dir():
+        shutil.copytree(right, there)
+        for path in there.rglob("*"):
+            if path.is_file():
+                os.truncate(path, int(path.stat().st_size * share))
+        return
+    there.write_bytes(right.read_bytes()[: int(right.stat().st_size * share)])
+
+
+def without(right: Path, there: Path, pattern: str) -> None:
+    """The right thing without the files of a pattern."""
+    if not right.is_dir():
+        pytest.skip("only a folder has files in it")
+    shutil.copytree(right, there)
+    for path in there.rglob(pattern):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def replaced(right: Path, there: Path, pattern: str, text: str) -> None:
+    """The right thing with other text in the files of a pattern, or in itself."""
+    if right.is_dir():
+        shutil.copytree(right, there)
+        for path in there.rglob(pattern):
+            path.write_text(text)
+        return
+    there.write_text(text)
+
+
+def with_its_card(right: Path, there: Path, text: str) -> None:
+    """A file of weights with another card."""
+    if right.suffix != ".safetensors":
+        pytest.skip("only a consolidated file has a card")
+    shutil.copy(right, there)
+    there.with_suffix(".json").write_text(text)
+
+
+def circle(right: Path, there: Path) -> None:
+    there.symlink_to(there.name + "2")
+    there.with_name(there.name + "2").symlink_to(there.name)
+
+
+def copied(right: Path, there: Path) -> None:
+    shutil.copytree(right, there) if right.is_dir() else shutil.copy(right, there)
+    if right.suffix == ".safetensors":
+        shutil.copy(right.with_suffix(".json"), there.with_suffix(".json"))
+
+
+CARD = {"version": 1, "architecture": "resnet18", "model_kwargs": RESNET, "num_classes": 3, "classes": ["a", "b", "c"]}
+CARD |= {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "step": 5, "top1": None, "interpolation": "bilinear"}
+# situation -> what makes it, from the right thing and the path where it shall be
+SITUATIONS = {
+    "nothing": lambda right, there: None,
+    "an empty folder": lambda right, there: there.mkdir(),
+    "an empty file": lambda right, there: there.touch(),
+    "text": lambda right, there: there.write_text("neither fish nor fowl\n" * 50),
+    "bytes": lambda right, there: there.write_bytes(bytes(range(256)) * 40),
+    "an empty object": lambda right, there: replaced(right, there, "*.json", "{}"),
+    "a list": lambda right, there: replaced(right, there, "*.json", "[1, 2]"),
+    "deep JSON": lambda right, there: replaced(right, there, "*.json", "[" * 100_000),
+    "a number": lambda right, there: replaced(right, there, "*.json", "1e999"),
+    "Latin-1": lambda right, there: there.write_bytes('{"caf\u00e9": 1}'.encode("latin-1")),
+    "NUL bytes": lambda right, there: there.write_bytes(bytes(3000)),
+    "cut in half": lambda right, there: truncated(right, there, 0.5),
+    "its first bytes": lambda right, there: truncated(right, there, 0.02),
+    "a link to nowhere": lambda right, there: there.symlink_to("nowhere"),
+    "a circle of links": circle,
+    "a link to it": lambda right, there: there.symlink_to(right),
+    "a pipe": lambda right, there: os.mkfifo(there),
+    "/dev/null": lambda right, there: there.symlink_to("/dev/null"),
+    "/dev/zero": lambda right, there: there.symlink_to("/dev/zero"),
+    "/proc/self/mem": lambda right, there: there.symlink_to("/proc/self/mem"),
+    "without config.json": lambda right, there: without(right, there, "config.json"),
+    "without JSON": lambda right, there: without(right, there, "*.json"),
+    "without checkpoints": lambda right, there: without(right, there, "checkpoints"),
+    "without weights": lambda right, there: without(right, there, "*.safetensors"),
+    "without images of a class": lambda right, there: without(right, there, "class_0"),
+    "an older card": lambda right, there: with_its_card(right, there, json.dumps({"architecture": "resnet18"})),
+    "a newer card": lambda right, there: with_its_card(right, there, json.dumps(CARD | {"version": 99, "future": [1]})),
+    "a card of wrong types": lambda right, there: with_its_card(
+        right, there, json.dumps(CARD | {"num_classes": "three", "mean": 0.5, "image_size": "large", "classes": 3})
+    ),
+    "a card of odd values": lambda right, there: with_its_card(
+        right,
+        there,
+        json.dumps(CARD | {"num_classes": -3, "std": [0, 0, 0], "image_size": 0, "interpolation": "magic"}),
+    ),
+    "a card of an unknown model": lambda right, there: with_its_card(
+        right, there, json.dumps(CARD | {"architecture": "gone"})
+    ),
+    "a card of other arguments": lambda right, there: with_its_card(
+        right, there, json.dumps(CARD | {"model_kwargs": {"layers": "x", "nonsense": 1}})
+    ),
+    "a card that is none": lambda right, there: with_its_card(right, there, "no card"),
+}
+# names of paths at which the right thing lies
+NAMES = {
+    "a name that is not UTF-8": b"caf\xe9",
+    "a name with a line break": b"two\nlines",
+    "a name with blanks": b" a  b ",
+    "a name with braces": b"{a}[b]*?%s{0..1}",
+    "a name with a colour": b"\x1b[31mred",
+    "a long name": b"n" * 240,
+}
+# paths that are no files of ours, and cannot be made
+PATHS = {
+    "no name": "",
+    "a dot": ".",
+    "the root": "/",
+    "a name that is too long": "n" * 300,
+    "a path that is too long": "d/" * 3000 + "x",
+    "below a file": "{hosts}/below",
+    "a home": "~/nowhere",
+    "a folder of the kernel": "/proc/nowhere/x",
+    "an address": "https://example.com/x",
+    "a flag": "--nowhere",
+}
+OUT_SITUATIONS = {
+    "a folder": lambda there: there.mkdir(),
+    "a folder with a file": lambda there: (there.mkdir(), (there / "mine.txt").write_text("kept")),
+    "a file": lambda there: there.write_text("kept"),
+    "a link to nowhere": lambda there: there.symlink_to("nowhere"),
+    "a link to a folder": lambda there: there.symlink_to("/usr"),
+    "a circle of links": lambda there: circle(there, there),
+    "a pipe": os.mkfifo,
+    "/dev/full": lambda there: there.symlink_to("/dev/full"),
+}
+
+
+class TooLongError(BaseException):
+    """A command does not end; no handler of errors may take it for one."""
+
+
+class Ends:
+    """How commands end, by situation: what is neither a success nor one line is collected, to be told at the end."""
+
+    def __init__(self) -> None:
+        self.wrong: list[str] = []
+        self.tried = 0
+
+    def of(self, situation: str, words: list[str]) -> str | None:
+        """The one line with which a command ends, or None where it works."""
+
+        def too_long(*_):
+            raise TooLongError(f"no end after {HANGS_AFTER} s")
+
+        self.tried += 1
+        before = signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(HANGS_AFTER)
+        # as strict as a file's
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+        try:
+            with contextlib.redirect_stdout(out):
+                run_verb(words)
+        except UserError as error:
+            text = " ".join(str(error).split())
+            if len(text) < 16 or "Traceback" in text or ("\x1b" in text and "colour" not in situation):
+                self.wrong.append(f"{situation}: {text}")
+            return text
+        except (Exception, SystemExit, TooLongError) as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.wrong.append(f"{situation}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})")
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        return None
+
+    def check(self) -> None:
+        assert not self.wrong, "\n".join(self.wrong)
+
+
+def run_verb(words: list[str]) -> None:
+    assert dispatch(words) in (None, 0, 1)
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A folder to be in, with outputs of this test alone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    world.__dict__["new"] = str(tmp_path / "new")
+    return tmp_path
+
+
+def place(world: World, slot: str, here: Path) -> tuple[Path, Path]:
+    """The right thing of a slot, and where the odd one shall be, with the same suffix."""
+    right = world.folder / INPUTS[slot][0]
+    return right, here / f"odd{right.suffix}"
+
+
+# they start processes on their nodes, or plan for seconds
+SLOW = ("doctor --hostfile", "plan --config", "plan --run.ds_config")
+
+
+def slots(names) -> list:
+    """(slot, which situations: each fifth, or each, which takes minutes)."""
+    few = [pytest.param(name, 5, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+    return [*few, *(pytest.param(name, 1, marks=pytest.mark.slow) for name in names)]
+
+
+def some(situations: dict, slot: str, every: int) -> dict:
+    """Every so many situations, other ones for another slot."""
+    first = sum(slot.encode()) % every
+    return dict(list(situations.items())[first::every])
+
+
+@pytest.mark.parametrize(("slot", "every"), slots(INPUTS))
+def test_something_odd_where_an_input_should_be(world, here, slot, every):
+    ends = Ends()
+    for number, (name, make) in enumerate(some(SITUATIONS, slot, every).items()):
+        folder = here / str(number)
+        folder.mkdir()
+        right, there = place(world, slot, folder)
+        world.__dict__["new"] = str(folder / "new")
+        try:
+            make(right, there)
+        except pytest.skip.Exception:
+            continue
+        line = ends.of(name, INPUTS[slot][1](world, str(there)))
+        if name in ("nothing", "a circle of links", "a link to nowhere") and line is None:
+            ends.wrong.append(f"{name}: works")
+    ends.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slot", INPUTS)
+def test_the_right_input_under_an_odd_name_works(world, here, slot):
+    ends = Ends()
+    for number, (name, raw) in enumerate(NAMES.items()):
+        folder = here / str(number)
+        folder.mkdir()
+        right, there = place(world, slot, folder)
+        there = folder / (os.fsdecode(raw) + there.suffix)
+        world.__dict__["new"] = str(folder / "new")
+        copied(right, there)
+        ends.of(name, INPUTS[slot][1](world, str(there)))
+    ends.check()
+
+
+@pytest.mark.parametrize(("slot", "every"), slots([*INPUTS, *OUTPUTS]))
+def test_a_path_that_cannot_be(world, here, slot, every):
+    words_of = INPUTS[slot][1] if slot in INPUTS else OUTPUTS[slot]
+    ends = Ends()
+    for name, path in some(PATHS, slot, every).items():
+        if slot in ("train --run.dir", "supervise --run.dir", "prepare-data fashion-mnist") and name in (
+            "a dot",
+            "a home",
+        ):
+            continue
+        ends.of(name, words_of(world, path.format(hosts=world.hosts) if "{" in path else path))
+    ends.check()
+
+
+@pytest.mark.parametrize(("slot", "every"), slots(OUTPUTS))
+def test_something_odd_where_an_output_should_go(world, here, slot, every):
+    ends = Ends()
+    for number, (name, make) in enumerate(some(OUT_SITUATIONS, slot, every).items()):
+        folder = here / str(number)
+        folder.mkdir()
+        there = folder / f"out{SUFFIX_OF.get(slot, '')}"
+        make(there)
+        line = ends.of(name, OUTPUTS[slot](world, str(there)))
+        assert not [p for p in folder.iterdir() if "partial" in p.name], (name, list(folder.iterdir()))
+        if name == "a folder with a file":
+            assert (there / "mine.txt").read_text() == "kept"
+        if name == "a file" and line is not None:
+            assert there.read_text() == "kept"
+    for number, (name, raw) in enumerate(some(NAMES, slot, every).items(), len(OUT_SITUATIONS)):
+        folder = here / str(number)
+        folder.mkdir()
+        ends.of(name, OUTPUTS[slot](world, str(folder / (os.fsdecode(raw) + SUFFIX_OF.get(slot, "")))))
+    ends.check()
+
+
+@pytest.mark.parametrize("slot", OUTPUTS)
+def test_an_output_where_nobody_may_write(world, here, slot):
+    with as_nobody() as (folder, become):
+        if os.geteuid() != 0:
+            pytest.skip("the data of these tests can be read by its user alone")
+        (folder / "shut").mkdir(mode=0o555)
+        (folder / "dark").mkdir(mode=0o000)
+        shutil.copytree(world.folder, folder / "world", symlinks=False)
+        for path in (folder / "world").rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        theirs = World(folder / "world")
+        theirs.__dict__["new"] = str(folder / "shut" / "new")
+        become()
+        ends = Ends()
+        for where in ("shut", "dark"):
+            line = ends.of(where, OUTPUTS[slot](theirs, str(folder / where / f"out{SUFFIX_OF.get(slot, '')}")))
+            assert line is not None or ends.wrong, where
+    ends.check()
+
+
+@pytest.mark.parametrize("slot", INPUTS)
+def test_an_input_that_nobody_may_read(world, here, slot):
+    with as_nobody() as (folder, become):
+        if os.geteuid() != 0:
+            pytest.skip("the data of these tests can be read by its user alone")
+        shutil.copytree(world.folder, folder / "world", symlinks=False)
+        theirs = World(folder / "world")
+        (folder / "mine").mkdir()
+        (folder / "mine").chmod(0o777)
+        theirs.__dict__["new"] = str(folder / "mine" / "new")
+        for path in [folder / "world", *(folder / "world").rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        right = folder / "world" / INPUTS[slot][0]
+        right.chmod(0)
+        become()
+        ends = Ends()
+        line = ends.of("unreadable", INPUTS[slot][1](theirs, str(right)))
+    ends.check()
+    assert line is not None
+
+
+def test_every_verb_with_a_path_is_tried():
+    tried = {words.split(" ", 1)[0] for words in (*INPUTS, *OUTPUTS)}
+    assert tried == set(VERBS) - {"recipes", "completion"}
