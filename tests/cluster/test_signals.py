@@ -251,7 +251,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["step@3", "evaluating", "saving", "engine"])
+@pytest.mark.parametrize("moment", ["step@3", "evaluating", "saving"])
 def test_a_second_ctrl_c_ends_a_run_at_once(data, tmp_path, moment):
     run_dir = tmp_path / "run"
     first = forked(TRAIN, *arguments(data, run_dir, "--schedule.epochs", 2, "--run.stop_after", 1))
