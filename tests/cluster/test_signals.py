@@ -362,6 +362,8 @@ LAUNCHED = [
     if not (whom == "node's launcher" and how == "torchrun")
     # a rank that is killed is another fault; so is torchrun's own end, which takes the ranks' store with it
     and not (name == "SIGKILL" and (whom in ("rank", "terminal") or how == "torchrun"))
+    # the supervisor takes it for a node that fails, and starts the job again
+    and not (how == "supervise" and whom == "node's launcher" and name in ("SIGINT", "SIGTERM"))
 ]
 LAUNCHED_IN_CI = {("--gpus", "SIGINT", "parent")}
 
