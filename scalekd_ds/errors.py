@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import io
 import os
 import re
 import socket
@@ -15,8 +14,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from scalekd_ds import output, signals
 from scalekd_ds.names import one_line
+from scalekd_ds.process import output, signals
 
 _OWN_CODE = str(Path(__file__).parent)
 # colours and the like
@@ -130,12 +129,6 @@ def _kept_traceback(error: BaseException) -> str | None:
     return path
 
 
-def print_anything() -> None:
-    """Lets standard output show names of files that no encoding has, with escapes, as standard error does anyway."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
     known = list(known)
@@ -170,7 +163,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
     output.guard()
     signals.install()
     try:
-        print_anything()
         status = explained(main)
         signals.finished()
     except UserError as error:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scalekd_ds import signals
 from scalekd_ds.cluster.job import run_job
 from scalekd_ds.errors import UserError
+from scalekd_ds.process import signals
 from scalekd_ds.recipes.command_line import parse_run
 
 

@@ -186,6 +186,7 @@ def test_each_odd_name_may_be_that_of_the_folder_of_a_run(tmp_path):
         assert path(tmp_path, b"runs", name, b"student.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_locale_of_ascii_goes_on_in_one_of_utf8(tmp_path):
     """With an accent in each name: paths have other texts in the two locales."""
     place = tmp_path / "pêche \udcff"

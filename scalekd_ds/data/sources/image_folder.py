@@ -145,10 +145,14 @@ def _class_folders(folder: Path, key: str) -> list[str]:
     """The class folders, sorted by name; raises UserError where there is none."""
     try:
         with os.scandir(folder) as entries:
-            found = (e.name for e in entries if not is_left_by_systems(e.name) and e.is_dir())
-            classes = sorted(found, key=text_of)
+            found = [entry for entry in entries if not is_left_by_systems(entry.name)]
+        classes = sorted((entry.name for entry in found if entry.is_dir()), key=text_of)
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
+    for entry in found:
+        # its class would be gone without a word
+        if entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
+            raise UserError(f"{key}: {entry.path!r} is a link that leads nowhere: mend it, or remove it.")
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
     return classes
@@ -185,9 +189,11 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
     files: list[str] = []
     folders: dict[str, list] = {}
     left_out: Counter[str] = Counter()
-    # each with the folders above it, to which a link may lead back
-    top = os.stat(folder)
-    waiting: list[tuple[str, tuple]] = [(name, ((top.st_dev, top.st_ino),))]
+    # each with the folders above it, up to the root of the disk: behind a link back to the one that holds train/ and val/
+    # are the images of validation
+    top = folder.resolve()
+    above_all = [os.stat(place) for place in (top, *top.parents)]
+    waiting: list[tuple[str, tuple]] = [(name, tuple((place.st_dev, place.st_ino) for place in above_all))]
     while waiting:
         relative, above = waiting.pop()
         try:

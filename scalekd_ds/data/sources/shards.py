@@ -221,7 +221,8 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
 
 def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
-    stats, digests = [_stat(file) for file in files], [_digest(file) for file in files]
+    stats = [_stat(file) for file in files]
+    digests = list(parallel_map(_digest, files, f"shards of {Path(files[0]).parent}", chunk=16))
     left_out: list[dict[str, int]] = []
     names: list[str] = []
     labels: list[str] = []

@@ -14,6 +14,7 @@ from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import (
     EXTENSIONS,
     HIDDEN_FILES,
+    LINKS,
     hidden_part,
     is_image_name,
     is_left_by_systems,
@@ -55,14 +56,17 @@ def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int]]:
     """All images of one tar, and the number of members that are left out, by kind."""
     try:
         with tarfile.open(tar, "r:", encoding="utf-8") as archive:
-            members = [member for member in archive if member.isreg()]
+            found = list(archive)
             end = archive.offset
+        members = [member for member in found if member.isreg()]
+        links = sum(member.islnk() or member.issym() for member in found if is_image_name(member.name))
         with open(tar, "rb") as file:
             fd = file.fileno()
             # a tar that is cut between two members shows no other sign of it
             if os.pread(fd, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{key}: the tar {tar!r} is cut off: it has no end marker after {len(members)} files.")
-            return _samples(tar, fd, members, key)
+            samples, left_out = _samples(tar, fd, members, key)
+            return samples, left_out | ({LINKS: links} if links else {})
     except tarfile.ReadError as error:
         raise UserError(f"{key}: {tar!r} is no whole, uncompressed tar: {error}.") from None
     except OSError as error:

@@ -28,7 +28,7 @@ OTHER_FILES, OUTSIDE, LOOPS = (
     "image outside of the class folders",
     "link back to a folder above it",
 )
-NO_FILES = "device or pipe named as an image"
+NO_FILES, LINKS = "device or pipe named as an image", "link to an image of the tar"
 _PLURAL = {
     HIDDEN_FOLDERS: "hidden folders",
     HIDDEN_FILES: "hidden files",
@@ -36,6 +36,7 @@ _PLURAL = {
     OUTSIDE: "images outside of the class folders",
     LOOPS: "links back to folders above them",
     NO_FILES: "devices or pipes named as images",
+    LINKS: "links to images of the tar",
 }
 
 

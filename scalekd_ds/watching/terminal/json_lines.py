@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from scalekd_ds.names import text_of
-from scalekd_ds.output import lossy
+from scalekd_ds.process.output import lossy
 from scalekd_ds.watching.terminal.plain import Reporter
 from scalekd_ds.watching.terminal.report import ReportCard
 
