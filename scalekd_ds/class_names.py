@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import escape
 
 
 class KnownClasses(NamedTuple):
@@ -69,12 +70,24 @@ def natural_order(names: Sequence[str]) -> list[str]:
 def positions_in(names: Sequence[str], where: Sequence[str]) -> np.ndarray:
     """(names,) int64 position of each name in `where`, -1 where it is not there.
 
-    Letters with accents are the same in both of Unicode's forms: file systems store what they were given.
+    Letters with accents are the same in both of Unicode's forms: file systems store what they were given. So is a name that is
+    escaped on one side: a list of lines cannot have all names otherwise.
     """
     known = {name: position for position, name in enumerate(where)}
-    for position, name in enumerate(where):
-        known.setdefault(unicodedata.normalize("NFC", name), position)
-    found = [known.get(name, known.get(unicodedata.normalize("NFC", name), -1)) for name in names]
+    found = [known.get(name, -1) for name in names]
+    taken = set(found)
+    if -1 in taken:
+        forms: dict[str, int] = {}
+        for form in (lambda name: unicodedata.normalize("NFC", name), escape):
+            for position, name in enumerate(where):
+                forms.setdefault(form(name), position)
+        for i, name in enumerate(names):
+            wanted = (name, unicodedata.normalize("NFC", name), escape(name))
+            other = next((forms[form] for form in wanted if form in forms), -1) if found[i] < 0 else -1
+            # two names of the same data are two classes, however like they are
+            if other not in taken:
+                found[i] = other
+                taken.add(other)
     return np.array(found, dtype=np.int64)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import io
 import os
 import re
 import socket
@@ -15,7 +14,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from scalekd_ds import output, signals
+from scalekd_ds.names import one_line
+from scalekd_ds.process import output, signals
 
 _OWN_CODE = str(Path(__file__).parent)
 # colours and the like
@@ -129,12 +129,6 @@ def _kept_traceback(error: BaseException) -> str | None:
     return path
 
 
-def print_anything() -> None:
-    """Lets standard output show names of files that no encoding has, with escapes, as standard error does anyway."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
     known = list(known)
@@ -155,7 +149,7 @@ def rank_and_host() -> str:
 def say(notice: str | None) -> None:
     """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
     if notice is not None and os.environ.get("RANK", "0") == "0":
-        print(notice, flush=True)
+        print(one_line(notice), flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -169,7 +163,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
     output.guard()
     signals.install()
     try:
-        print_anything()
         status = explained(main)
         signals.finished()
     except UserError as error:
@@ -177,9 +170,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         signals.end_quietly(error.status)
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1.5)
-        # the name of a file may hold what a terminal would obey
-        message = " ".join(_TERMINAL_CODES.sub("?", str(error)).split())
-        print(f"error{rank_and_host()}: {message}", file=sys.stderr, flush=True)
+        print(f"error{rank_and_host()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         # os._exit, because a process group that is half set up could hang a normal exit; it does not flush by itself
         sys.stdout.flush()
         os._exit(error.status)
@@ -191,7 +182,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
             raise
         # one write for all of it, because other ranks print theirs into the same terminal
         text = "".join(traceback.format_exception(error))
-        message = " ".join(str(error).split())
+        message = one_line(str(error))
         print(f"{text}error{rank_and_host()}: {type(error).__name__}: {message}\n", end="", file=sys.stderr, flush=True)
         sys.exit(1)
     if failure := output.failure():

@@ -15,6 +15,7 @@ from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.checkpoint.shard_files import ENGINE, restore
 from scalekd_ds.engine.gather import overwrite
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import utf8_path
 from scalekd_ds.rng import set_rng_state
 
 
@@ -72,7 +73,9 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
         )
     restore(engine, checkpoint, state["world_size"])
     own = engine.module.state_dict(keep_vars=True)
-    for name, saved in load_file(checkpoint / BUFFERS).items():
+    with utf8_path(checkpoint / BUFFERS) as path:
+        buffers = load_file(path)
+    for name, saved in buffers.items():
         if name not in own or getattr(own[name], "ds_shape", own[name].shape) != saved.shape:
             raise UserError(
                 f"{checkpoint} has {name}, which this model does not have: resume the run with the settings that it "

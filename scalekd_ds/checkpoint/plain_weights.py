@@ -13,6 +13,7 @@ from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.durable_files import save_tensors, write_json, written_aside
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import utf8_path
 
 
 def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
@@ -49,7 +50,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         UserError: The file cannot be read.
     """
     try:
-        return load_file(file)
+        with utf8_path(file) as path:
+            return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
 

@@ -25,6 +25,7 @@ from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.errors import UserError, problem_of
 from scalekd_ds.models.card import EVALUATION
+from scalekd_ds.names import escape, one_line
 
 # limit on the time that the slowest rank writes; the heartbeat notices a rank that died long before
 _WRITE_TIMEOUT = timedelta(hours=2)
@@ -99,7 +100,7 @@ class Saver:
             kept = _newest_name(self.folder)
             before = f"{kept} is kept" if kept else "there is none before it"
             message = f"checkpoint {final.name} could not be written ({problem}); {before}, and training goes on."
-            print(f"warning: {message} Free the disk of {self.folder}.", file=sys.stderr, flush=True)
+            print(one_line(f"warning: {message} Free the disk of {escape(self.folder)}."), file=sys.stderr, flush=True)
         return problem
 
     def note_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ class Saver:
 
         if problem := _error_of(note):
             message = f"the accuracy could not be added to {checkpoint.name} ({problem}), and training goes on."
-            print(f"warning: {message} Free the disk of {self.folder}.", file=sys.stderr, flush=True)
+            print(one_line(f"warning: {message} Free the disk of {escape(self.folder)}."), file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Waits for the last checkpoint, and ends the thread.

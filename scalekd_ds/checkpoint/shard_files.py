@@ -23,6 +23,7 @@ from safetensors import safe_open
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.engine.zero_layout import Segment, Shard, shards_of
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import utf8_path
 
 ENGINE = "engine.json"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -121,7 +122,8 @@ class _SavedShards:
         self._pieces: dict[tuple[str, str], list[_SavedPiece]] = {}
         for rank in range(world_size):
             path = shard_file(folder, rank)
-            file = safe_open(path, "pt")
+            with utf8_path(path) as alias:
+                file = safe_open(alias, "pt")
             for entry in file.keys():  # noqa: SIM118
                 offset, key, name = entry.split("/", 2)
                 count = file.get_slice(entry).get_shape()[0]

@@ -66,6 +66,7 @@ class FolderLock:
         self._count = 0
         self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._released = threading.Event()
+        self._counting: threading.Thread | None = None
         # the last count of an owner on another machine, and when it was first seen
         self._seen: tuple[Any, float] | None = None
 
@@ -102,7 +103,8 @@ class FolderLock:
                     f"another {self.key}."
                 )
             time.sleep(0.2)
-        threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
+        self._counting = threading.Thread(target=self._beat, name="folder-lock", daemon=True)
+        self._counting.start()
 
     def _try(self) -> dict[str, Any] | None:
         """Takes the lock and returns None, or returns what its owner wrote."""
@@ -159,15 +161,17 @@ class FolderLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             # a disk that fails costs checkpoints, about which others complain
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):
                 self._write(self._file)
 
     def release(self) -> None:
         """Gives the folder back."""
-        self._released.set()
-        file, self._file = self._file, None
-        if file is None:
+        if self._counting is None:
             return
+        self._released.set()
+        # the number of a closed file may be that of another one at once, into which the thread would write
+        self._counting.join()
+        file, self._file, self._counting = self._file, None, None
         # removed before the kernel's lock ends, so that nobody takes over a file without a name
         with contextlib.suppress(OSError):
             if _is_file_at(file, self.path):

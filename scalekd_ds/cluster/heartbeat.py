@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape, one_line
 
 # exit status of a rank that ends because another one is lost
 EXIT_LOST = 70
@@ -190,7 +191,9 @@ class Heartbeat:
             elif self.hang_timeout and time.monotonic() - self._progress_at > self.hang_timeout:
                 steps = {self.rank: self.step} | {r: beat.step for r, (beat, _) in self._received.items()}
                 listed = ", ".join(f"rank {r} at step {s}" for r, s in sorted(steps.items()))
-                self._exit(f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {self._dump_stacks()}.")
+                self._exit(
+                    f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {escape(self._dump_stacks())}."
+                )
 
     def _dump_stacks(self) -> str:
         """Writes the stacks of this rank's threads, and returns where they are."""
@@ -206,6 +209,7 @@ class Heartbeat:
         return str(path)
 
     def _exit(self, reason: str) -> None:
-        print(f"error (rank {self.rank} on {socket.gethostname()}): {reason} {_HINT}", file=sys.stderr, flush=True)
+        line = f"error (rank {self.rank} on {socket.gethostname()}): {reason} {_HINT}"
+        print(one_line(line), file=sys.stderr, flush=True)
         # the main thread hangs in a collective, where no exception can reach it
         os._exit(EXIT_LOST)

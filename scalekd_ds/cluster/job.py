@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from scalekd_ds import signals
 from scalekd_ds.cluster.launcher import STARTED_BY, identity
+from scalekd_ds.process import signals
 
 # seconds for which processes that a dead launcher has left behind may save
 _LEFT_BEHIND_S = 600.0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from scalekd_ds import signals
+from scalekd_ds.process import signals
 
 # seconds after which a step that goes on is worth a word, lest somebody press Ctrl-C again
 _PATIENCE_S = 2.0

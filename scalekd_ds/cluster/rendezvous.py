@@ -21,7 +21,7 @@ _RESOLVE_S = 30.0
 _PATIENCE_S = 20.0
 # seconds for which an address may lead nowhere: at once on rank 0, whose port is open, and later where its node may be late
 _ANSWER_S = 5.0
-_UNREACHABLE_S = {True: 10.0, False: 100.0}
+_UNREACHABLE_S = {True: 10.0, False: 300.0}
 
 
 def check_meeting_place() -> None:
@@ -119,6 +119,10 @@ def _not_met(why: str) -> str:
 
 def _wait_with_a_word(over: threading.Event) -> None:
     """Body of a thread: torch waits for minutes without a word, even for an address that leads nowhere."""
+    # on CPUs DeepSpeed compiles its communication op first, once, for a minute in which rank 0 has not opened the port yet
+    while _opens_the_port() and not _is_open_here():
+        if over.wait(1.0):
+            return
     if over.wait(_PATIENCE_S):
         return
     ranks = os.environ["WORLD_SIZE"]
@@ -135,6 +139,14 @@ def _wait_with_a_word(over: threading.Event) -> None:
             print(f"error{rank_and_host()}: {_not_met(why)}", file=sys.stderr, flush=True)
             # the main thread is inside torch, where no exception can reach it
             os._exit(UserError.status)
+
+
+def _is_open_here() -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _why_unreachable() -> str | None:

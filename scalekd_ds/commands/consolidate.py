@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape
 
 
 def parser() -> Parser:
@@ -37,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
     write_student(args.out, state, card)
     averaged = f" (average, decay {card['ema_decay']:g})" if card.get("ema_decay") else ""
     top1 = "not evaluated" if card["top1"] is None else f"top-1 {card['top1']:.2f}%"
-    print(f"{args.out}: {card['architecture']}{averaged}, {len(state)} tensors, step {card['step']}, {top1}")
+    print(f"{escape(args.out)}: {card['architecture']}{averaged}, {len(state)} tensors, step {card['step']}, {top1}")

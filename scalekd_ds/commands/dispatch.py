@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scalekd_ds.commands.verbs import VERBS, module_of
-from scalekd_ds.errors import UserError, explained, print_anything, run_cli, suggest
+from scalekd_ds.errors import UserError, explained, run_cli, suggest
 
 
 def usage() -> str:
@@ -26,7 +26,6 @@ def dispatch(argv: list[str]) -> int | None:
     Raises:
         UserError: There is no verb or an unknown one, or the verb itself raises it.
     """
-    print_anything()
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", "help"):
         print(usage(), end="")

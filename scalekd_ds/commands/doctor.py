@@ -12,6 +12,7 @@ from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError, run_cli
+from scalekd_ds.names import escape
 
 
 def parser() -> Parser:
@@ -131,7 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.write_env:
         path = env_paths(here)[-1]
         exported_values = write_env(path, parse_assignments(arguments.write_env, "--write-env"))
-        print(f"wrote {path}: the launcher, started in this folder, exports {', '.join(exported_values)} on every node")
+        print(
+            f"wrote {escape(path)}: the launcher, started in this folder, exports {', '.join(exported_values)} on every node"
+        )
     if arguments.hostfile is None:
         if arguments.write_env:
             return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape
 
 
 def parser() -> Parser:
@@ -53,5 +54,5 @@ def main(argv: list[str] | None = None) -> None:
     )
     left_out = f", {result['left_out']} left out" if result["left_out"] else ""
     print(
-        f"{args.model}: top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  ({result['images']} images{left_out})"
+        f"{escape(args.model)}: top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%  ({result['images']} images{left_out})"
     )

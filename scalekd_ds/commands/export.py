@@ -7,6 +7,7 @@ from pathlib import Path
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.quiet import on_cpu
 from scalekd_ds.export import FORMATS, export
+from scalekd_ds.names import escape
 
 
 def parser() -> Parser:
@@ -47,4 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     on_cpu()
     done = export(args.source, args.out, args.format, args.weights, args.with_preprocessing, args.overwrite)
-    print(f"{done.folder}: {done.architecture} as {args.format}, logits within {done.difference:.1g} of the student's")
+    print(
+        f"{escape(done.folder)}: {done.architecture} as {args.format}, logits within {done.difference:.1g} of the student's"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import one_line
 
 
 def parser() -> Parser:
@@ -66,4 +67,4 @@ def main(argv: list[str] | None = None) -> None:
     from scalekd_ds.inspection.compose import inspect
 
     for line in inspect(args):
-        print(line)
+        print(one_line(line))

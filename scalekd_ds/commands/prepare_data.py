@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
+from scalekd_ds.names import escape, one_line
 
 
 def fashion_mnist(args: argparse.Namespace) -> None:
@@ -17,10 +18,10 @@ def fashion_mnist(args: argparse.Namespace) -> None:
 
     existing = fashion.describe_existing(args.out, args.limit)
     if existing is not None:
-        print(f"{args.out} is there already: {existing}")
+        print(f"{escape(args.out)} is there already: {existing}")
         return
     sets, classes, origin = fashion.find(args.source, args.download)
-    print(f"{args.out}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
+    print(f"{escape(args.out)}: {fashion.write(args.out, sets, classes, origin, args.limit)}")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -34,14 +35,14 @@ def verify(args: argparse.Namespace) -> None:
     sources = [open_source(source, "verify") for source in sources]
     flaws = {name: reason for source in sources for name, reason in data.find_flaws(source, args.workers).items()}
     for name, reason in sorted(flaws.items()):
-        print(f"{name} {reason}")
+        print(one_line(f"{escape(name)} {reason}"))
     found = f"{len(flaws)} of {sum(map(len, sources))} images cannot be used"
     if is_hub:
         print(f"{found}: training replaces each by another one of its class")
         return
     # beside a table or a shard, since that folder is the data.root of a run
     listed = data.write_quarantine(where if where.is_dir() else where.parent, flaws)
-    print(f"{found}: {listed}, which training leaves out")
+    print(f"{found}: {escape(listed)}, which training leaves out")
 
 
 def parser() -> Parser:

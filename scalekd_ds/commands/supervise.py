@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from scalekd_ds import signals
 from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.cluster.job import run_job
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.train import LAUNCHER, MODULE
 from scalekd_ds.errors import UserError
+from scalekd_ds.process import signals
 from scalekd_ds.training.run_dir import make_run_dir
 
 

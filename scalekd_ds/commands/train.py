@@ -8,10 +8,11 @@ import shlex
 import sys
 from typing import Any
 
-from scalekd_ds import output, signals
 from scalekd_ds.cluster.ranks import free_port, rank_variables, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
+from scalekd_ds.names import escape, shell_word
+from scalekd_ds.process import output, signals
 
 # the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int | None:
         from scalekd_ds.durable_files import write_json
 
         write_json(dump, cfg.as_dict())
-        print(f"wrote {dump}: start it with --config {dump}")
+        print(f"wrote {escape(dump)}: start it with --config {shell_word(dump)}")
         return None
     if given.gpus is not None or given.hostfile is not None:
         return _launch(launcher_command(given, run))

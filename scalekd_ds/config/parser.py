@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import paths_in
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -90,6 +91,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> RunConfig:
             f"{source} holds a {type(values).__name__}: it must be a JSON object, as --dump-config writes it."
         )
     _check_names(values, source)
+    values = paths_in(values)
     parser = run_parser("config")
     try:
         parsed = parser.parse_object(values)
@@ -124,7 +126,7 @@ def read_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} does not exist.")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"config file {path} is not JSON: {error}.") from None
     return config_from_dict(values, str(path))

@@ -10,6 +10,7 @@ import numpy as np
 from scalekd_ds.data import augment
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape, one_line
 
 # keeps these draws apart from others that are made with the same seed
 _STREAM = 7
@@ -60,9 +61,10 @@ class BadFiles:
             self.reasons[index] = reason
             count, limit = len(self.reasons), self.max_share * len(self.source)
         if count <= limit:
-            print(f"warning: {self.source.name(index)} {reason}; another of its class takes its place", file=sys.stderr)
+            line = f"warning: {escape(self.source.name(index))} {reason}; another of its class takes its place"
+            print(one_line(line), file=sys.stderr)
             return
-        named = [f"{self.source.name(i)} {why}" for i, why in list(self.reasons.items())[:_MAX_NAMED]]
+        named = [f"{escape(self.source.name(i))} {why}" for i, why in list(self.reasons.items())[:_MAX_NAMED]]
         more = f", and {count - len(named)} more" if count > len(named) else ""
         raise UserError(
             f"{count} of {len(self.source)} training images cannot be used, more than data.max_bad_share "
@@ -85,5 +87,5 @@ class BadFiles:
             if candidate not in self.reasons:
                 return candidate
         raise UserError(
-            f"every image of the class of {self.source.name(index)} is bad: mend the images, or remove the class."
+            f"every image of the class of {escape(self.source.name(index))} is bad: mend the images, or remove the class."
         )

@@ -132,7 +132,7 @@ def _as_pillow_reads(data: np.ndarray) -> np.ndarray:
     head = data[:64].tobytes()
     png_of_16_bits = head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 24 and head[24] == 16
     # the header of a PNM is text: kind, width, height, largest value
-    pnm_of_16_bits = re.match(rb"P[2356]\s+(?:#.*\s+)*\d+\s+\d+\s+(\d+)\s", head)
+    pnm_of_16_bits = re.match(rb"P[2356]\s+(?:#[^\n]*\n\s*)*\d+\s+\d+\s+(\d+)\s", head)
     is_tiff = head.startswith((b"II*\x00", b"MM\x00*"))
     if not (png_of_16_bits or is_tiff or (pnm_of_16_bits and int(pnm_of_16_bits[1]) > 255)):
         return data

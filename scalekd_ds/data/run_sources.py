@@ -10,6 +10,7 @@ from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source, check_all_present, per_class, subset, with_classes
 from scalekd_ds.data.verify import without_quarantined
 from scalekd_ds.errors import UserError, say
+from scalekd_ds.names import escape
 
 
 def where_of(root: str | Path, name: str) -> str | Path:
@@ -63,6 +64,6 @@ def _training_or_own(classes: list[str]):
 def _in_order(source: Source, classes: list[str], here: str, there: str) -> Source:
     """The source with its classes in the order of `classes`; says what had to be matched or assumed."""
     known = KnownClasses((classes,))
-    matched = match_classes(known, len(classes), source.classes, there, f"{here} ({source.root})")
+    matched = match_classes(known, len(classes), source.classes, there, f"{here} ({escape(source.root)})")
     say(matched.notice)
     return with_classes(source, matched.positions, classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape, one_line, path_of, text_of, unescape
 
 QUARANTINE = "quarantine.tsv"
+# The first line of a list of which a name is escaped. Earlier versions, which had names as they are, take it for an image
+# that is not there.
+_ESCAPED = "#\tnames are as in $'...' of a shell: \\\\ \\n \\r \\t and \\xHH for a byte"
 # images in one task of the thread pool
 _CHUNK = 64
 
@@ -50,6 +55,8 @@ def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
 def write_quarantine(folder: Path, flaws: dict[str, str]) -> Path:
     """Writes `folder`/quarantine.tsv, a line of path, tab and reason for each image; the file appears complete.
 
+    Where a path cannot stand in a line as it is, all are escaped (`names.escape`), and a first line says so.
+
     Args:
         folder: The folder of the data set.
         flaws: Name -> reason, as `find_flaws` returns it; paths are written relative to `folder`.
@@ -62,9 +69,14 @@ def write_quarantine(folder: Path, flaws: dict[str, str]) -> Path:
     """
     path = folder / QUARANTINE
     aside = path.with_name(f".{QUARANTINE}.{os.getpid()}")
-    lines = [f"{os.path.relpath(name, folder)}\t{' '.join(reason.split())}\n" for name, reason in sorted(flaws.items())]
+    named = {_below(name, folder): one_line(" ".join(reason.split())) for name, reason in sorted(flaws.items())}
+    # a member of a tar may have '..' in its name, which no path in the list may
+    shown = {name: re.sub(r"(?<![^/])\.\.(?![^/])", r"\\x2e.", escape(name)) for name in named}
+    lines = [f"{shown[name]}\t{reason}\n" for name, reason in named.items()]
+    if any(name != written for name, written in shown.items()):
+        lines.insert(0, f"{_ESCAPED}\n")
     try:
-        with aside.open("w") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -77,23 +89,55 @@ def write_quarantine(folder: Path, flaws: dict[str, str]) -> Path:
     return path
 
 
+def _below(name: str, folder: Path) -> str:
+    """The name of an image below `folder`, by which the list knows it, however its path is written."""
+    top = "" if folder == Path() else os.path.join(folder, "")
+    below = name.removeprefix(top) if name.startswith(top) and not os.path.isabs(name[len(top) :]) else None
+    return text_of(os.path.relpath(name, folder) if below is None else _plain(below))
+
+
+def _plain(name: str) -> str:
+    """The name of an image without '.' and '..', but for those in the name of a tar's member."""
+    return name if ".." in name.partition(":")[2].split("/") else os.path.normpath(name)
+
+
 def read_quarantine(folder: Path) -> dict[str, str]:
     """Reads `folder`/quarantine.tsv as path -> reason; the result is empty where there is no such file.
 
     Raises:
-        UserError: A line has no tab, or names a path outside of the folder.
+        UserError: The list cannot be read, a line has no tab, or one names a path outside of the folder.
     """
+    return {os.path.join(folder, path_of(name)): reason for name, reason in _read(folder).items()}
+
+
+def _read(folder: Path) -> dict[str, str]:
+    """The list as name below the folder -> reason."""
     path = folder / QUARANTINE
     if not path.is_file():
         return {}
+    try:
+        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
+    escaped = lines[0].rstrip("\r") == _ESCAPED
     listed = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        name, tab, reason = line.partition("\t")
-        if not tab or os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+    # what is behind the last newline is no line
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        if escaped and number == 1:
+            continue
+        name, tab, reason = line.removesuffix("\r").partition("\t")
+        if not tab or os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
             raise UserError(
-                f"{path}, line {number}, is {line[:80]!r}: it must be a path below the folder, a tab, a reason."
+                f"{str(path)!r}, line {number}, is {line[:80]!r}: it must be a path below the folder, a tab, a reason. "
+                "`scalekd prepare-data verify` writes the list again."
             )
-        listed[os.path.normpath(os.path.join(folder, name))] = reason
+        if escaped:
+            listed[_plain(unescape(name))] = reason
+            continue
+        # earlier versions wrote names as they are, with tabs: the reason has none, but one of a user's may
+        parts = line.removesuffix("\r").split("\t")
+        for end in range(1, len(parts)):
+            listed[_plain("\t".join(parts[:end]))] = "\t".join(parts[end:])
     return listed
 
 
@@ -103,15 +147,15 @@ def without_quarantined(source: Source, folder: Path) -> Source:
     Raises:
         UserError: A class has no image left, or the list is not valid.
     """
-    listed = read_quarantine(folder)
+    listed = _read(folder)
     if not listed:
         return source
-    keep = np.array([os.path.normpath(source.name(i)) not in listed for i in range(len(source))], dtype=bool)
+    keep = np.array([_below(source.name(i), folder) not in listed for i in range(len(source))], dtype=bool)
     left = np.bincount(source.labels[keep], minlength=len(source.classes))
     emptied = (left == 0) & (np.bincount(source.labels, minlength=len(source.classes)) > 0)
     if emptied.any():
         name = source.classes[int(emptied.argmax())]
         raise UserError(
-            f"every image of class {name!r} in {source.root} is in {folder / QUARANTINE}: mend some of them."
+            f"every image of class {name!r} in {str(source.root)!r} is in {str(folder / QUARANTINE)!r}: mend some of them."
         )
     return source.select(np.flatnonzero(keep))

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from scalekd_ds.config import RunConfig
 from scalekd_ds.engine.ds_check import checked, parse
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import escape
 
 FOLDER = Path(__file__).parent.parent / "ds_configs"
 
@@ -135,8 +136,8 @@ def monitors(config: dict[str, Any], run_dir: Path, names: str = "") -> dict[str
     defaults = {
         "tensorboard": {"enabled": True, "output_path": str(run_dir), "job_name": "tensorboard"},
         "csv": {"enabled": True, "output_path": str(run_dir), "job_name": "csv"},
-        "wandb": {"enabled": True, "project": "scalekd_ds", "group": run_dir.name},
-        "comet": {"enabled": True, "project": "scalekd_ds", "experiment_name": run_dir.name},
+        "wandb": {"enabled": True, "project": "scalekd_ds", "group": escape(run_dir.name)},
+        "comet": {"enabled": True, "project": "scalekd_ds", "experiment_name": escape(run_dir.name)},
     }
     listed = [name.strip() for name in names.split(",") if name.strip()]
     for name in listed:

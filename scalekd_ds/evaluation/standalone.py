@@ -21,6 +21,7 @@ from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
+from scalekd_ds.names import escape
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def images_for(model: nn.Module, name: str, data: str | Path) -> Source:
         return numbers if set(names) <= set(numbers) else names
 
     source = open_source(where, "--data", outputs_or_names)
-    matched = match_classes(known, count, source.classes, name, str(where), subset=True)
+    matched = match_classes(known, count, source.classes, escape(name), escape(where), subset=True)
     say(matched.notice)
     classes = known.schemes[0] if known.schemes else source.classes
     source = with_classes(source, matched.positions, classes)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from scalekd_ds.errors import UserError, cause_of, problem_of, suggest
+from scalekd_ds.names import utf8_path
 
 # the card for programs; beside a model.safetensors it makes that file a consolidated one, which this library can read
 CARD = "model.json"
@@ -130,7 +131,9 @@ def export(
         raise UserError(f"{out} cannot be made: {error.strerror}.") from None
     try:
         try:
-            difference = writer.write(student, partial)
+            # converters write by libraries in C++, which take no other paths
+            with utf8_path(partial) as folder:
+                difference = writer.write(student, Path(folder))
         except (UserError, OSError):
             raise
         # converters run the model's own code and that of other libraries, which may raise any error
@@ -138,7 +141,7 @@ def export(
             raise UserError(
                 f"{student.card['architecture']} cannot be exported as {format}: {cause_of(error)}."
             ) from None
-        (partial / "README.md").write_text(readme(student, format, writer.usage(student), difference))
+        (partial / "README.md").write_text(readme(student, format, writer.usage(student), difference), encoding="utf-8")
         write_json(partial / CARD, student.card)
         readable = (partial / "README.md").stat().st_mode
         for path in partial.iterdir():

@@ -10,6 +10,7 @@ from scalekd_ds import __version__
 from scalekd_ds.config import DataConfig
 from scalekd_ds.export.student import TOLERANCE, LoadedStudent
 from scalekd_ds.models.build import num_parameters
+from scalekd_ds.names import escape
 
 # the fields that Hugging Face reads; whoever publishes the model has to choose the licence
 _FRONT_MATTER = """---
@@ -26,7 +27,11 @@ def _percent(value: float | None) -> str:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    cells = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items() if value not in (None, "")]
+    cells = [
+        f"| {name} | {escape(str(value)).replace('|', '/')} |"
+        for name, value in rows.items()
+        if value not in (None, "")
+    ]
     return "\n".join(["| | |", "|---|---|", *cells])
 
 

@@ -16,6 +16,7 @@ from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.errors import UserError, cause_of
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import read_card
+from scalekd_ds.names import escape, is_unicode
 
 # largest absolute difference of the logits that passes
 TOLERANCE = 1e-4
@@ -147,5 +148,8 @@ def load_student(source: str | Path, weights: str | None = None, with_preprocess
     # a path is shortened to its file name, since the card is published
     teacher = str(card.get("teacher") or "none")
     card = {**card, "teacher": Path(teacher).name if teacher.endswith((".safetensors", ".pth", ".pt")) else teacher}
+    if card.get("classes"):
+        # for readers in other languages, whose texts hold no byte that is no UTF-8
+        card["classes"] = [name if is_unicode(name) else escape(name) for name in map(str, card["classes"])]
     network = Normalised(model, card["mean"], card["std"]).eval() if with_preprocessing else model
     return LoadedStudent(model, network, card, config or _config_beside(file, card))

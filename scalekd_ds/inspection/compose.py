@@ -28,6 +28,7 @@ from scalekd_ds.inspection.projector_attention import projector_attention, resto
 from scalekd_ds.inspection.sheet import PictureColumn, PredictionColumn, Sheet, draw_sheet
 from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.preprocessing import Preprocessing
+from scalekd_ds.names import escape
 from scalekd_ds.teacher import Teacher
 
 # query tokens whose attention is shown
@@ -166,8 +167,8 @@ def inspect(args: argparse.Namespace) -> list[str]:
         if outputs[m.role].logits is not None
     ]
     sheet = Sheet(
-        f"{args.checkpoint}, {crop.side}x{crop.side} pixels",
-        [(name, path.name) for name, (path, _) in zip(names, shown, strict=True)],
+        f"{escape(args.checkpoint)}, {crop.side}x{crop.side} pixels",
+        [(name and escape(name), escape(path.name)) for name, (path, _) in zip(names, shown, strict=True)],
         _picture_columns(models, outputs, pixels, (crop.side, crop.side)),
         predictions,
         [(m.role, m.role, *radial_spectrum(spectrum(outputs[m.role].maps))) for m in models.all],
@@ -179,7 +180,7 @@ def inspect(args: argparse.Namespace) -> list[str]:
         if all(row[0][2] is not None for row in column.rows)
     ]
     draw_sheet(replace(sheet, notes=[*descriptions, "", *lines, *models.notes]), args.out)
-    return [*descriptions, *lines, *models.notes, f"wrote {args.out}: {len(shown)} of {len(paths)} images"]
+    return [*descriptions, *lines, *models.notes, f"wrote {escape(args.out)}: {len(shown)} of {len(paths)} images"]
 
 
 def _comparable(student: InspectedModel, other: InspectedModel) -> bool:
@@ -199,7 +200,7 @@ def _prediction_column(
         for c, value in zip(classes.tolist(), values.tolist(), strict=True):
             names = model.classes or (student.classes if comparable else None)
             right = bool(c == right_outputs[truth]) if comparable and truth is not None else None
-            row.append((names[c] if names else f"class {c}", value, right))
+            row.append((escape(names[c]) if names else f"class {c}", value, right))
         rows.append(row)
     return PredictionColumn(model.role, rows)
 

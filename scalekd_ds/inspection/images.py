@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scalekd_ds.class_names import are_numbers
+from scalekd_ds.class_names import are_numbers, positions_in
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.sources.what_counts import EXTENSIONS, hidden_part, is_image_name
 from scalekd_ds.errors import UserError, cause_of
+from scalekd_ds.names import escape, one_line, text_of
 
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -164,7 +165,7 @@ def readable_images(paths: Iterable[AnyImage], crop: Crop) -> Iterator[tuple[Any
         try:
             yield path, read_image(path, crop)
         except OSError as error:
-            print(f"skipped {path}: {' '.join(str(error).split())}", flush=True)
+            print(one_line(f"skipped {escape(str(path))}: {error}"), flush=True)
 
 
 def true_class(path: AnyImage, folders: Sequence[str] | None, count: int = 0) -> int | None:
@@ -175,9 +176,17 @@ def true_class(path: AnyImage, folders: Sequence[str] | None, count: int = 0) ->
         folders: Names of the classes.
         count: Number of classes, where a label in a source may be a number without names.
     """
-    name = path.parent.name
+    # the name of a class may have a '/', which a path would take apart
+    name = path.source.classes[path.source.labels[path.index]] if isinstance(path, SourceImage) else path.parent.name
     if folders and name in folders:
         return folders.index(name)
+    # other names than plain ones are looked up in their other forms
+    if (
+        folders
+        and (not name.isascii() or escape(name) != name)
+        and (place := int(positions_in([text_of(name)], folders)[0])) >= 0
+    ):
+        return place
     if isinstance(path, SourceImage) and are_numbers(path.source.classes) and int(name) < count:
         return int(name)
     return None

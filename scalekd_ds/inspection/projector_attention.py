@@ -14,6 +14,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.pictures import attention_maps, default_queries
+from scalekd_ds.names import utf8_path
 from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import Teacher
@@ -56,7 +57,9 @@ def restore_distiller(
         raise UserError("the run trained without attention projectors")
     distiller = ScaleKD(student, teacher, image_size=size, verbose=False, **vars(cfg.distill))
     saved = saved_weights(checkpoint, read_state(checkpoint)["world_size"], _PREFIX)
-    saved |= {k: v for k, v in load_file(checkpoint / BUFFERS).items() if k.startswith(_PREFIX)}
+    with utf8_path(checkpoint / BUFFERS) as path:
+        buffers = load_file(path)
+    saved |= {k: v for k, v in buffers.items() if k.startswith(_PREFIX)}
     own = {k: v for k, v in distiller.state_dict().items() if k.startswith(_PREFIX)}
     if not saved:
         raise UserError("the checkpoint holds no projectors")

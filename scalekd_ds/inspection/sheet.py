@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from scalekd_ds.durable_files import written_aside
 from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.names import one_line
 
 _RIGHT, _WRONG, _UNKNOWN = "#bfe3c4", "#f3c3bd", "#d5dceb"
 _CURVES = {"student": "#c4442e", "teacher": "#2f5d9b", "baseline": "#7d7d7d"}
@@ -140,6 +142,15 @@ def draw_sheet(sheet: Sheet, out: Path) -> None:
     Raises:
         UserError: The file cannot be written.
     """
+    import matplotlib
+
+    # a name with two dollar signs is no formula, and one in letters that the font lacks is drawn as boxes
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        _draw_sheet(sheet, out)
+
+
+def _draw_sheet(sheet: Sheet, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -178,7 +189,9 @@ def draw_sheet(sheet: Sheet, out: Path) -> None:
     # a character of this font is at most 0.6 of its 8 points wide
     num_characters = int((width - plot_width - 0.55) * 72 / (0.6 * 8))
     notes = [
-        part for note in sheet.notes for part in textwrap.wrap(note, num_characters, subsequent_indent="    ") or [""]
+        part
+        for note in map(one_line, sheet.notes)
+        for part in textwrap.wrap(note, num_characters, subsequent_indent="    ") or [""]
     ]
     figure.text(
         (plot_width + 0.45) / width, (_FOOT - 0.42) / height, "\n".join(notes), fontsize=8, va="top", linespacing=1.4

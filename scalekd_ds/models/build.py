@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scalekd_ds.models.card import card_path, read_card
 from scalekd_ds.models.known_classes import name_classes
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
+from scalekd_ds.names import utf8_path
 
 # timm's prefixes of names that are not in its registry
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -71,7 +73,11 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
+    source, _, where = name.partition(":")
     try:
+        if source == "local-dir" and os.path.isdir(where):
+            with utf8_path(where) as path:
+                return timm.create_model(f"{source}:{path}", **kwargs)
         return timm.create_model(name, **kwargs)
     # without arguments of the user's, an error is the network's, which the caller explains
     except Exception as error:

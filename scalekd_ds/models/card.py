@@ -52,7 +52,7 @@ def read_card(weights: str | Path) -> dict[str, Any]:
             f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
         )
     try:
-        found = json.loads(card.read_text())
+        found = json.loads(card.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{card} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

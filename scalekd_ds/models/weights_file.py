@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from scalekd_ds.errors import UserError, first_line
 from scalekd_ds.models.models_in_file import Candidate, models_in
+from scalekd_ds.names import utf8_path
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -83,7 +84,8 @@ def _read_any(path: Path, shard: bool = False) -> Any:
     # told by content, because either format is found under the other's suffix
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            with utf8_path(path) as alias:
+                return load_file(alias)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} is not a readable .safetensors file ({first_line(error)}): fetch it again."

@@ -19,6 +19,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.card import card_path
+from scalekd_ds.names import text_of
 
 # fields that define what a checkpoint is of, and what to do instead
 REFUSED = {
@@ -41,10 +42,10 @@ SILENT = {
 }
 # fields that nothing reads after the first step of a run
 WITHOUT_EFFECT = {"student_weights": "the student's weights are those of the checkpoint"}
-# sections of the merged DeepSpeed JSON that fields of the run fill in, which are compared themselves, and its monitors
+# keys of the merged DeepSpeed JSON that fields of the run fill in, which are compared themselves, and one of its log
 FROM_THE_RUN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("tensorboard", "csv_monitor", "wandb", "comet", "steps_per_print"),
+    "steps_per_print",
 }
 PACKAGES = ("torch", "deepspeed", "timm", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "scalekd-ds")
 
@@ -130,8 +131,8 @@ def images_record(source: Source) -> dict[str, Any]:
     digest = hashlib.blake2b(source.labels.astype("<i8").tobytes(), digest_size=16)
     root = str(source.root)
     for first in range(0, len(source), 65536):
-        names = (source.name(i).removeprefix(root) for i in range(first, min(first + 65536, len(source))))
-        digest.update("\0".join(names).encode(errors="surrogateescape"))
+        names = (text_of(source.name(i).removeprefix(root)) for i in range(first, min(first + 65536, len(source))))
+        digest.update("\0".join(names).encode(errors="surrogatepass"))
     return {"count": len(source), "digest": digest.hexdigest()}
 
 
@@ -178,7 +179,7 @@ def version_changes(before: dict[str, str] | None) -> str | None:
 def classes_of(checkpoint: Path) -> list[str] | None:
     """The names of a checkpoint's classes in their order, or None where its card has none."""
     try:
-        names = json.loads(card_path(checkpoint / WEIGHTS["student"]).read_text()).get("classes")
+        names = json.loads(card_path(checkpoint / WEIGHTS["student"]).read_text(encoding="utf-8")).get("classes")
     except (OSError, ValueError):
         return None
     return [str(name) for name in names] if names else None

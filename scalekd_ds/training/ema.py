@@ -14,6 +14,7 @@ from scalekd_ds.checkpoint.layout import WEIGHTS
 from scalekd_ds.engine.gather import average_over_ranks, gather_to_cpu
 from scalekd_ds.engine.zero_layout import shards_of
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import utf8_path
 
 
 def start_ema(engine: Any, decay: float, checkpoint: Path | None) -> StudentEma | None:
@@ -184,7 +185,7 @@ class StudentEma:
             )
         self._locate_student()
         pieces, buffers = self._averages_by_name()
-        with safe_open(weights, "pt") as file:
+        with utf8_path(weights) as path, safe_open(path, "pt") as file:
             for name, parts in pieces.items():
                 saved = file.get_tensor(name).view(-1)
                 for offset, average in parts:

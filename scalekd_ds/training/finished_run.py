@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scalekd_ds import signals
 from scalekd_ds.cluster.job import run_job
 from scalekd_ds.errors import UserError
+from scalekd_ds.process import signals
 from scalekd_ds.recipes.command_line import parse_run
 
 
@@ -76,6 +76,6 @@ def finished_run(script: Path, arguments: list[str], threads: int, log: Path) ->
     if number is not None:
         raise signals.Interrupted(number)
     if status:
-        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise UserError(f"{run_dir.name} failed with status {status} ({last[0]}); the whole log is {log}.")
     return json.loads(results.read_text())

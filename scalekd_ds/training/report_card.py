@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data.run_sources import where_of
+from scalekd_ds.names import shell_word
 from scalekd_ds.recipes.imagenet import published_baseline
 from scalekd_ds.watching.terminal.report import ReportCard
 
@@ -23,10 +23,10 @@ def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> Re
     run_dir = Path(cfg.run.dir)
     weights = run_dir / "student.safetensors"
     files = {"weights": weights, "results": run_dir / "results.json", "checkpoints": run_dir / "checkpoints"}
-    evaluate = ["scalekd", "evaluate", str(weights), "--data", _validation_images(cfg)]
+    evaluate = ["scalekd", "evaluate", _argument(str(weights)), "--data", _argument(_validation_images(cfg))]
     commands = [
         [*evaluate, *(["--allow-missing-classes"] if cfg.data.allow_missing_classes else [])],
-        ["tensorboard", "--logdir", cfg.run.dir],
+        ["tensorboard", "--logdir", _argument(cfg.run.dir)],
     ]
     baseline = cfg.run.baseline_top1
     if baseline is None:
@@ -43,8 +43,13 @@ def report_card(cfg: RunConfig, results: dict[str, Any], num_classes: int) -> Re
         images=results["images"],
         joules=results["joules"],
         files={name: str(path) for name, path in files.items()},
-        next=[shlex.join(command) for command in commands],
+        next=[" ".join(map(shell_word, command)) for command in commands],
     )
+
+
+def _argument(path: str) -> str:
+    """A path that no parser takes for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _validation_images(cfg: RunConfig) -> str:

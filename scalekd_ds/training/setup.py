@@ -30,6 +30,7 @@ from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.errors import say
 from scalekd_ds.models.preprocessing import normalisation_of
+from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
 from scalekd_ds.training.build_engine import build_engine
@@ -106,9 +107,9 @@ def build(cfg: RunConfig) -> Run:
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
         if resume_from:
-            print(f"resuming {run_dir} from {resume_from.name}", flush=True)
+            print(f"resuming {escape(run_dir)} from {resume_from.name}", flush=True)
         elif cfg.run.resume == "auto":
-            print(f"{run_dir} holds no checkpoint yet: starting at step 0", flush=True)
+            print(f"{escape(run_dir)} holds no checkpoint yet: starting at step 0", flush=True)
     mean, std = normalisation_of(distiller.student)
     micro, _ = cfg.batches(world_size)
     mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes else None

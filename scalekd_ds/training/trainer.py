@@ -10,7 +10,6 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from scalekd_ds import signals
 from scalekd_ds.checkpoint.layout import WEIGHTS
 from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preempted
@@ -19,6 +18,7 @@ from scalekd_ds.config import RunConfig
 from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.left_out import LeftOutError
+from scalekd_ds.process import signals
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
 from scalekd_ds.training.run_dir import held_run_dir

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 
 from scalekd_ds.errors import UserError, first_line
+from scalekd_ds.names import one_line, utf8_path
 from scalekd_ds.watching.continued_logs import continue_csv, continue_tensorboard
 
 # the metrics in TensorBoard's table of runs
@@ -31,6 +34,11 @@ MONITORS: dict[str, tuple[type, str | None, str]] = {
 }
 # monitors that write files, and need no service
 FILES = ("tensorboard", "csv_monitor")
+
+
+def _cannot_start(name: str, error: Exception, cure: str) -> str:
+    shown = f"{type(error).__name__}: {first_line(error)}"
+    return f"the monitor {name} cannot start ({shown}): {cure}, or name other monitors with --run.monitors."
 
 
 class Monitor:
@@ -61,7 +69,10 @@ class Monitor:
 
     def _start(self, config: dict[str, Any]) -> str | None:
         """Starts each monitor; returns why one of them could not, or None."""
-        settings = get_monitor_config(config)
+        try:
+            settings = get_monitor_config(self._with_board_of_utf8(config))
+        except OSError as error:
+            return _cannot_start("tensorboard", error, MONITORS["tensorboard"][2])
         for name, (monitor, package, cure) in MONITORS.items():
             if not getattr(settings, name).enabled:
                 continue
@@ -72,8 +83,7 @@ class Monitor:
                 self._monitors[name] = monitor(getattr(settings, name))
             # the packages of services raise errors of their own, of many classes
             except Exception as error:
-                shown = f"{type(error).__name__}: {first_line(error)}"
-                return f"the monitor {name} cannot start ({shown}): {cure}, or name other monitors with --run.monitors."
+                return _cannot_start(name, error, cure)
         if "tensorboard" in self._monitors:
             _silence_writer_threads()
         return None
@@ -95,14 +105,21 @@ class Monitor:
             if name not in self._failed:
                 then = "it is tried again at the next scalars" if retried else "it gets nothing more"
                 shown = f"{type(error).__name__}: {first_line(error)}"
-                print(
-                    f"warning: the monitor {name} failed ({shown}): {then}, and training goes on.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                message = f"warning: the monitor {name} failed ({shown}): {then}, and training goes on."
+                print(one_line(message), file=sys.stderr, flush=True)
             self._failed.add(name)
             if not retried:
                 del self._monitors[name]
+
+    def _with_board_of_utf8(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The settings with a folder for TensorBoard that it takes: its file layer encodes each path as UTF-8."""
+        board = config.get("tensorboard", {})
+        if os.environ.get("RANK", "0") != "0" or not board.get("enabled") or not board.get("output_path"):
+            return config
+        os.makedirs(board["output_path"], exist_ok=True)
+        self._alias = contextlib.ExitStack()
+        path = self._alias.enter_context(utf8_path(board["output_path"]))
+        return config | {"tensorboard": board | {"output_path": path}}
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of an optimizer step, and flushes everything to disk."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from scalekd_ds.config import RunConfig
+from scalekd_ds.names import escape, shell_word
 
 # fields that change the speed of a run and not its results
 _SPEED_FIELDS = {
@@ -46,7 +46,7 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
 def command_line() -> str:
     """The command line of this process, quoted for a shell, with each flag on a line of its own."""
     words = [Path(sys.executable).name, *sys.argv]
-    return "".join((" \\\n    " if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip()
+    return "".join((" \\\n    " if word.startswith("--") else " ") + shell_word(word) for word in words).strip()
 
 
 def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device) -> str:
@@ -67,7 +67,7 @@ def summary(cfg: RunConfig, pairing: str, world_size: int, device: torch.device)
         "ranks": f"{world_size} x {name}",
         "versions": f"torch {torch.__version__}, deepspeed {deepspeed.__version__}, Python {platform.python_version()}",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    table = "\n".join(f"| {key} | {escape(value)} |" for key, value in facts.items())
 
     def block(text: str) -> str:
         return "\n".join(f"    {line}" for line in text.splitlines())
@@ -90,7 +90,7 @@ def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
             if isinstance(value, dict):
                 found |= flat(value, f"{prefix}{key}.")
             else:
-                found[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+                found[prefix + key] = value if isinstance(value, bool | int | float) else escape(str(value))
         return found
 
     values = flat({key: value for key, value in cfg.as_dict().items() if key != "run"})

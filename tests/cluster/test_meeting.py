@@ -159,7 +159,7 @@ def test_a_privileged_port_is_named():
     if os.geteuid() != 0 or int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 80:
         pytest.skip("this is tried as root turned into another user, where ports below 1024 are root's")
     code = (
-        "import os\nfrom scalekd_ds.cluster import rendezvous\nfrom scalekd_ds.errors import run_cli\n"
+        "import encodings.idna, os\nfrom scalekd_ds.cluster import rendezvous\nfrom scalekd_ds.errors import run_cli\n"
         "os.setuid(65534)\nrun_cli(rendezvous.check_meeting_place)"
     )
     one_line(run([sys.executable, "-c", code], LIMIT, environment(**rank(0, 80))), "MASTER_PORT is 80", "only root")

@@ -176,10 +176,10 @@ def test_a_verb_leaves_nothing_half_written(data, tmp_path, verb, name, seconds)
 
 # before the first step: there is nothing to save
 EARLY = ["indexing", "joining", "building", "engine", "deaf-engine"]
-# step -> a checkpoint of it; evaluations are at steps 5 and 10, which is the last
-STOPS = {"step@3": 3, "step@5": 5, "step@10": 10, "evaluating": 5, "drawing": 5}
+# step -> a checkpoint of it; evaluations are at steps 5 and 10, which is the last, and the student is written before that
+STOPS = {"step@3": 3, "step@5": 5, "step@10": 10, "evaluating": 5, "drawing": 6, "finishing": 10}
 # all is done but for words
-LATE = ["saving", "finishing", "results", "card", "exit"]
+LATE = ["results", "card", "exit"]
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 IN_CI = {("deaf-engine", "SIGINT"), ("evaluating", "SIGINT"), ("step@3", "SIGHUP"), ("exit", "SIGINT")}
 
@@ -240,7 +240,18 @@ def test_a_signal_when_all_is_done_changes_nothing(data, tmp_path, moment, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["step@3", "evaluating", "saving", "engine"])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(data, tmp_path, name):
+    """It is written beside the last evaluation, which may have ended by then."""
+    run_dir = tmp_path / "run"
+    done = one_run(data, run_dir, "saving", name)
+    assert done.returncode == 0, told(done)
+    assert ("stopped at step 10 of 10" in told(done)) != (run_dir / "results.json").exists()
+    assert choose_checkpoint(run_dir, "auto").name == "step00000010"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step@3", "evaluating", "saving"])
 def test_a_second_ctrl_c_ends_a_run_at_once(data, tmp_path, moment):
     run_dir = tmp_path / "run"
     first = forked(TRAIN, *arguments(data, run_dir, "--schedule.epochs", 2, "--run.stop_after", 1))
@@ -351,6 +362,8 @@ LAUNCHED = [
     if not (whom == "node's launcher" and how == "torchrun")
     # a rank that is killed is another fault; so is torchrun's own end, which takes the ranks' store with it
     and not (name == "SIGKILL" and (whom in ("rank", "terminal") or how == "torchrun"))
+    # the supervisor takes it for a node that fails, and starts the job again
+    and not (how == "supervise" and whom == "node's launcher" and name in ("SIGINT", "SIGTERM"))
 ]
 LAUNCHED_IN_CI = {("--gpus", "SIGINT", "parent")}
 

@@ -435,6 +435,10 @@ def test_the_right_input_under_an_odd_name_works(world, here, slot):
     ends.check()
 
 
+# where the root of the machine would be walked, which takes as long as there are files on it
+WALKED = ("train --data.root", "train --data.train", "evaluate --data", "evaluate --data table", "prepare-data verify")
+
+
 @pytest.mark.parametrize(("slot", "every"), slots([*INPUTS, *OUTPUTS]))
 def test_a_path_that_cannot_be(world, here, slot, every):
     words_of = INPUTS[slot][1] if slot in INPUTS else OUTPUTS[slot]
@@ -444,6 +448,8 @@ def test_a_path_that_cannot_be(world, here, slot, every):
             "a dot",
             "a home",
         ):
+            continue
+        if name == "the root" and slot in (*WALKED, "inspect IMAGES"):
             continue
         ends.of(name, words_of(world, path.format(hosts=world.hosts) if "{" in path else path))
     ends.check()

@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader
-from scalekd_ds.data.reader import find_undecodable
+from scalekd_ds.data.reader import _as_pillow_reads, find_undecodable
 from scalekd_ds.data.sources.open import open_source
 from scalekd_ds.data.sources.what_counts import EXTENSIONS, say_left_out
 from scalekd_ds.inspection.images import find_images
@@ -151,6 +151,46 @@ def test_links_that_lead_back_end(tmp_path, capsys):
     os.symlink(tmp_path / "nothing", place / "b" / "gone.jpg")
     source, _ = opened(place, capsys)
     assert any(path.endswith("gone.jpg") for path in source.paths)
+
+
+def test_a_link_to_the_folder_of_training_and_validation_brings_no_image_of_validation(tmp_path, capsys):
+    place = make_folder(tmp_path / "d" / "train", {"a": 2, "b": 2})
+    make_folder(tmp_path / "d" / "val", {"a": 5, "b": 5})
+    for target in ("../..", tmp_path / "d", "/"):
+        os.symlink(target, place / "a" / "link")
+        source, said = opened(place, capsys)
+        assert len(source) == 4 and "1 link back to a folder above it" in said
+        (place / "a" / "link").unlink()
+
+
+def test_a_class_behind_a_dead_link_is_named(tmp_path):
+    place = make_folder(tmp_path / "d", {"a": 2, "b": 2})
+    os.symlink(tmp_path / "gone", place / "c")
+    assert "/d/c' is a link that leads nowhere" in message(place)
+    (place / "c").unlink()
+    os.symlink(tmp_path / "gone", place / "notes.txt")
+    assert open_source(place, "data.train").classes == ["a", "b"]
+
+
+def test_links_inside_of_a_tar_are_counted(tmp_path, capsys):
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name in ("a/0.jpg", "b/1.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(JPEGS[0])
+            archive.addfile(info, io.BytesIO(JPEGS[0]))
+        for name, kind in (("b/2.jpg", tarfile.LNKTYPE), ("b/3.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a/0.jpg"
+            archive.addfile(info)
+    source, said = opened(tmp_path / "t.tar", capsys)
+    assert len(source) == 2 and "2 links to images of the tar" in said
+
+
+@pytest.mark.parametrize("head", [b"P5 " + b"# " * 30, b"P6\n" + b"#\n" * 30, b"P3 " + b"1 " * 30])
+def test_a_header_of_comments_alone_is_read_at_once(head):
+    """The pattern for it must not try every way to split them."""
+    data = np.frombuffer(head.ljust(64, b"#"), dtype=np.uint8)
+    assert _as_pillow_reads(data) is data
 
 
 def test_a_socket_is_no_image(place, capsys):

@@ -12,7 +12,7 @@ from tiny_run import images, supervised_arguments
 # prints in all ways that a run does, and ends as a command that did its work
 TALKS = """
 import logging, os, sys, warnings
-from scalekd_ds import output
+from scalekd_ds.process import output
 from scalekd_ds.errors import run_cli
 
 def main():

@@ -51,7 +51,7 @@ def main() -> int | None:
     from scalekd_ds.checkpoint import saver
     from scalekd_ds.commands import train
     from scalekd_ds.evaluation import accuracy
-    from scalekd_ds.training import setup, trainer, validation
+    from scalekd_ds.training import saving, setup, trainer, validation
 
     moments = {
         "indexing": (setup, "read_sources"),
@@ -63,7 +63,7 @@ def main() -> int | None:
         "evaluating": (accuracy, "count_correct"),
         "drawing": (validation, "draw_run_pictures"),
         "saving": (saver.Saver, "_publish"),
-        "finishing": (trainer, "write_student"),
+        "finishing": (saving, "write_student"),
         "results": (trainer, "write_json"),
         "card": (trainer, "report_card"),
     }

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from scalekd_ds.cluster.doctor.checks import GIB
 from scalekd_ds.cluster.doctor.examine import Report
+from scalekd_ds.names import one_line
 
 _COLUMNS = (
     "host",
@@ -36,7 +37,7 @@ def print_report(console: Console, report: Report) -> None:
         console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.all_reduce_s:.1f} ms", highlight=False)
     for problem in report.problems:
         # unwrapped, so that grep finds whole problems
-        console.print(f"{problem.host}: {escape(problem.text)}", highlight=False, soft_wrap=True)
+        console.print(f"{problem.host}: {escape(one_line(problem.text))}", highlight=False, soft_wrap=True)
     count = len(report.problems)
     verdict = "a job can start" if not count else f"{count} problem{'s' if count > 1 else ''}"
     console.print(f"{len(report.passed)} of {len(report.hosts)} nodes pass: {verdict}", highlight=False)

@@ -15,9 +15,12 @@ from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.index import Index, read_file
 from scalekd_ds.data.sources.labels import encode_labels, resolve_labels
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import is_unicode, text_of, utf8_path
 
 # the first one that a data set has holds its labels
 _LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
+# of folders whose paths are no UTF-8, which the library opens none of
+_ALIASES = contextlib.ExitStack()
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,9 @@ def _columns(features: dict) -> str:
 
 def _load(datasets, name: str, split: str | None, where: str, key: str):
     """The data set, or a dictionary of its splits."""
+    if os.path.isdir(name):
+        # for as long as the process reads images
+        name = _ALIASES.enter_context(utf8_path(name))
     saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
     try:
         if saved:
@@ -137,6 +143,8 @@ def _load(datasets, name: str, split: str | None, where: str, key: str):
     # the library raises errors of its own, of the Hub and of pyarrow, and ValueError
     except Exception as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
+        if not is_unicode(text_of(where)):
+            text += ". The library wants names of UTF-8: rename the folder"
         raise UserError(f"{key}: {where!r} cannot be loaded: {text}") from None
 
 

@@ -29,6 +29,7 @@ from scalekd_ds.data.sources.what_counts import (
     say_left_out,
 )
 from scalekd_ds.errors import UserError, say, suggest
+from scalekd_ds.names import escape, path_of, text_of
 
 
 @dataclass(frozen=True)
@@ -94,27 +95,31 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
     classes = _order_of_file(folder, names, key) or classes if not isinstance(classes, list) else classes
     classes = listed(classes, names)
     if len(classes or found) == 1:
-        raise UserError(f"{key}: {str(folder)!r} has one class, {found[0]!r}: a classifier needs two or more.")
+        raise UserError(f"{key}: {str(folder)!r} has one class, {text_of(found[0])!r}: a classifier needs two or more.")
     if classes is not None and names != classes:
         positions = positions_in(names, classes)
         if unknown := [name for name, position in zip(names, positions, strict=True) if position < 0]:
             raise UserError(
                 f"{key}: {len(unknown)} class folders of {str(folder)!r} are not among the {len(classes)} classes of "
-                f"training ({', '.join(unknown[:5])}).{suggest(unknown[0], classes)}"
+                f"training ({', '.join(map(escape, unknown[:5]))}).{suggest(unknown[0], classes)}"
             )
         labels, names = positions[labels], classes
-    paths = [os.path.join(folder, name) for name in index.names]
+    paths = [os.path.join(folder, path_of(name)) for name in index.names]
     return ImageFolder(folder, paths, labels.astype(np.int64), names)
 
 
 def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None:
     """The order in which the folder's classes.txt lists its classes; None where there is none, or of something else."""
     own = read_classes(folder, key)
-    if own is not None and sorted(own) != names:
-        unlike = next((name for name in own if name not in names), None) or next(n for n in names if n not in own)
+    if own is None:
+        return None
+    positions = positions_in(own, names)
+    if sorted(positions) != list(range(len(names))):
+        unlike = next((name for name, position in zip(own, positions, strict=True) if position < 0), None)
+        unlike = next(n for i, n in enumerate(names) if i not in positions) if unlike is None else unlike
         say(f"{key}: {str(folder / 'classes.txt')!r} is not used: it does not list the class folders ({unlike!r})")
         return None
-    return own
+    return [names[position] for position in positions]
 
 
 def _class_folders(folder: Path, key: str) -> list[str]:
@@ -127,7 +132,10 @@ def _class_folders(folder: Path, key: str) -> list[str]:
                     continue
                 if _is_folder(entry):
                     classes.append(entry.name)
-                elif entry.is_symlink() and not os.path.exists(entry.path):
+                # with an extension it is a list or an image, and no class
+                elif (
+                    entry.is_symlink() and not os.path.splitext(entry.name)[1] and not os.path.exists(entry.path)
+                ):
                     raise UserError(
                         f"{key}: {entry.path!r} is a link to {os.readlink(entry.path)!r}, which cannot be reached: mend it, "
                         "or remove it if it is no class."
@@ -136,7 +144,7 @@ def _class_folders(folder: Path, key: str) -> list[str]:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
-    return sorted(classes)
+    return sorted(classes, key=text_of)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -206,7 +214,7 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
         try:
             stat = os.stat(folder / relative)
             with os.scandir(folder / relative) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                found = sorted(entries, key=lambda entry: text_of(entry.name))
         except OSError as error:
             raise UserError(f"{key}: the folder {str(folder / relative)!r} cannot be read: {reason(error)}.") from None
         inside = []
@@ -245,8 +253,8 @@ def _kind_left_out(entry: os.DirEntry) -> str | None:
 
 
 def _names_digest(names: Iterable[str]) -> str:
-    """A digest of the names in a folder, sorted."""
-    return hashlib.blake2b(os.fsencode("\0".join(names)), digest_size=12).hexdigest()
+    """A digest of the names in a folder, in whatever order and locale they are listed."""
+    return hashlib.blake2b(b"\0".join(sorted(map(os.fsencode, names))), digest_size=12).hexdigest()
 
 
 def _build_index(folder: Path, key: str) -> Index:
@@ -262,6 +270,7 @@ def _build_index(folder: Path, key: str) -> Index:
         counts.append(len(found.files))
     lengths = list(parallel_map(lambda name: file_length(os.path.join(folder, name)), names, f"images of {folder}"))
     codes = np.repeat(np.arange(len(classes)), counts)
+    names, classes = list(map(text_of, names)), list(map(text_of, classes))
     stamp = {"kind": "folder", "folders": folders, "left_out": add_up(left_out)}
     return Index(names, codes, classes, np.array(lengths, dtype=np.int64), stamp=stamp)
 
@@ -275,16 +284,17 @@ def _what_changed(folder: Path, stamp: dict, key: str) -> str | None:
     """
     if stamp.get("kind") != "folder":
         return "it was of another kind"
-    if _class_folders(folder, key) != sorted(name for name in stamp["folders"] if os.sep not in name):
+    if set(_class_folders(folder, key)) != {name for name in stamp["folders"] if os.sep not in name}:
         return "its class folders are others"
 
     def changed(name: str) -> bool:
         modified, digest = stamp["folders"][name]
+        place = folder / name
         try:
-            if os.stat(folder / name).st_mtime_ns != modified:
+            if os.stat(place).st_mtime_ns != modified:
                 return True
-            with os.scandir(folder / name) as entries:
-                return _names_digest(sorted(entry.name for entry in entries)) != digest
+            with os.scandir(place) as entries:
+                return _names_digest(entry.name for entry in entries) != digest
         except OSError:
             return True
 

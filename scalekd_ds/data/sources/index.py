@@ -6,6 +6,7 @@ It is built once, by threads, and kept in a file beside the data; a stale index 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from scalekd_ds.names import one_line, paths_in
+
 SUFFIX = ".scalekd_index.npz"
 VERSION = 3
 _ARRAYS = ("codes", "lengths", "offsets", "shards")
@@ -41,13 +44,14 @@ class Index:
     """All images of a source, in order.
 
     Attributes:
-        names: Name of each image, relative to the source.
+        names: Name of each image, relative to the source (`names.text_of`).
         codes: (n,) int64, each image's position in `raw`.
         raw: The distinct labels as the source writes them, names or numbers.
         lengths: (n,) int64 encoded bytes, 0 where unknown.
         offsets: (n,) int64 first byte in the shard; empty where each image is a file.
         shards: (n,) int32 position of each image's shard; empty where each image is a file.
-        stamp: State of the data when it was indexed, by which a stale index is recognised; values that JSON can hold.
+        stamp: State of the data when it was indexed, by which a stale index is recognised; values that JSON can hold, whose
+            texts are paths in this process's locale.
     """
 
     names: list[str]
@@ -105,13 +109,13 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], what: str, chun
         what: Text beside the progress bar.
         chunk: Items in one task of the thread pool; a task for each of a million files would cost more than the files.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     quiet = not sys.stderr.isatty()
     with (
         ThreadPoolExecutor(_THREADS, thread_name_prefix="index") as pool,
         Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar,
     ):
-        task = bar.add_task(what, total=len(items))
+        task = bar.add_task(one_line(what), total=len(items))
         starts = range(0, len(items), chunk)
         try:
             for done in pool.map(lambda start: [function(item) for item in items[start : start + chunk]], starts):
@@ -145,7 +149,7 @@ def cached_index(data: Path, key: str, build: Callable[[], Index], what_changed:
             if index is not None:
                 return index
         if problem:
-            print(f"{key}: the index of {data} is stale ({problem}): building it again", file=sys.stderr)
+            print(one_line(f"{key}: the index of {data} is stale ({problem}): building it again"), file=sys.stderr)
         index = build()
         _store(index, paths, key, data)
     return index
@@ -172,7 +176,12 @@ def _load(paths: Iterable[Path], what_changed: Callable[[dict], str | None]) -> 
             index = _read(path)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except OSError as error:
+            # the name of a table may have as many bytes as a name can have
+            if error.errno != errno.ENAMETOOLONG:
+                problem = problem or f"{path} cannot be read: {reason(error)}"
+            continue
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             problem = problem or f"{path} cannot be read: {reason(error)}"
             continue
         changed = what_changed(index.stamp)
@@ -189,16 +198,16 @@ def _read(path: Path) -> Index:
             raise ValueError(f"it has format {head['version']}, and this release has {VERSION}")
         arrays = {name: file[name] for name in _ARRAYS}
         # a file name may hold any byte but this one
-        names = os.fsdecode(file["names"].tobytes()).split("\0")
+        names = file["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
     if not len(names) == len(arrays["codes"]) == len(arrays["lengths"]):
         raise ValueError("its parts differ in length")
-    return Index(names=names, raw=head["raw"], stamp=head["stamp"], **arrays)
+    return Index(names=names, raw=head["raw"], stamp=paths_in(head["stamp"]), **arrays)
 
 
 def _store(index: Index, paths: Sequence[Path], key: str, data: Path) -> None:
     """Writes the index to the first path that takes it; a warning on stderr where none does."""
     head = json.dumps({"version": VERSION, "stamp": index.stamp, "raw": index.raw}).encode()
-    texts = {"head": head, "names": os.fsencode("\0".join(index.names))}
+    texts = {"head": head, "names": "\0".join(index.names).encode("utf-8", "surrogateescape")}
     blobs = {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     for path in paths:
@@ -215,7 +224,8 @@ def _store(index: Index, paths: Sequence[Path], key: str, data: Path) -> None:
             failed = error
             with contextlib.suppress(OSError):
                 temporary.unlink()
-    print(f"{key}: the index of {data} cannot be kept: {reason(failed)}; it is built at each start", file=sys.stderr)
+    line = f"{key}: the index of {data} cannot be kept: {reason(failed)}; it is built at each start"
+    print(one_line(line), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from scalekd_ds.class_names import are_numbers
+from scalekd_ds.class_names import are_numbers, positions_in
 from scalekd_ds.data.sources.index import Index, reason
 from scalekd_ds.errors import UserError, say
+from scalekd_ds.names import escape
 
 # The list of classes; or, for a source that does not say in which order they are, a function from its sorted names to
 # that list; or None, which takes the sorted names.
@@ -63,15 +65,15 @@ def resolve_labels(
     classes = listed(classes, index.raw)
     if classes is None and not numbers:
         classes = sorted(index.raw)
-    positions = {name: position for position, name in enumerate(classes or ())}
-    if classes is not None and all(label in positions for label in index.raw):
-        table = [positions[label] for label in index.raw]
+    positions = positions_in(index.raw, classes or ())
+    if classes is not None and (positions >= 0).all():
+        table = positions.tolist()
     elif not numbers:
-        unknown = sorted(set(index.raw) - set(positions))
+        unknown = sorted(label for label, position in zip(index.raw, positions, strict=True) if position < 0)
         raise UserError(
-            f"{key}: {where} has {len(unknown)} classes that the list of {len(positions)} classes lacks "
-            f"({', '.join(unknown[:5])}), such as that of {first_image_of(unknown[0])!r}: they must be the training "
-            "set's."
+            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes)} classes lacks "
+            f"({', '.join(map(escape, unknown[:5]))}), such as that of {first_image_of(unknown[0])!r}: they must be the "
+            "training set's."
         )
     else:
         table = [int(label) for label in index.raw]
@@ -114,28 +116,34 @@ def labels_of(index: Index, folder: Path, classes: Classes, key: str, where: str
     if classes is None or callable(classes) or own == classes:
         return resolve_labels(index, own, key, where, own=True)
     labels, _ = resolve_labels(index, own, key, where, own=True)
-    positions = {name: position for position, name in enumerate(classes)}
-    if unknown := sorted({own[label] for label in np.unique(labels)} - set(classes)):
+    positions = positions_in(own, classes)
+    if unknown := sorted(own[label] for label in np.unique(labels) if positions[label] < 0):
         raise UserError(
             f"{key}: {where} has {len(unknown)} classes that the list of {len(classes)} classes lacks "
-            f"({', '.join(unknown[:5])}): they must be the training set's."
+            f"({', '.join(map(escape, unknown[:5]))}): they must be the training set's."
         )
-    return np.array([positions.get(name, -1) for name in own], dtype=np.int64)[labels], classes
+    return positions[labels], classes
 
 
 def read_classes(folder: Path, key: str) -> list[str] | None:
     """The names in a folder's classes.txt, which has one on each line, or None where there is no such file.
+
+    A name that cannot stand in a line is escaped there (`names.escape`), by which `positions_in` knows it.
 
     Raises:
         UserError: The file cannot be read, or names a class twice.
     """
     path = folder / "classes.txt"
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        # not `splitlines`, which also ends a line at characters that names have
+        names = [name for line in re.split("\r\n|\r|\n", text) if (name := line.strip(" \t"))]
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{key}: {str(path)!r} cannot be read: {reason(error)}.") from None
+    if "\0" in text:
+        raise UserError(f"{key}: {str(path)!r} cannot be read: it is no text of UTF-8.")
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise UserError(f"{key}: {str(path)!r} names the class {twice[0]!r} more than once.")

@@ -16,6 +16,7 @@ from scalekd_ds.data.sources.index import Index, cached_index, open_file, parall
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.data.sources.what_counts import NO_SHARDS, add_up, is_left_by_systems, say_left_out
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import escape
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
@@ -70,12 +71,12 @@ class ShardSource:
         try:
             stat = os.fstat(fd)
             if (stat.st_size, stat.st_mtime_ns) != self.stats[shard]:
-                raise OSError(None, f"{self.files[shard]} has changed since this run indexed it")
+                raise OSError(None, f"{escape(self.files[shard])} has changed since this run indexed it")
             data = os.pread(fd, length, int(self.offsets[i]))
         finally:
             os.close(fd)
         if len(data) != length:
-            raise OSError(None, f"{self.files[shard]} gave {len(data)} of {length} bytes")
+            raise OSError(None, f"{escape(self.files[shard])} gave {len(data)} of {length} bytes")
         return np.frombuffer(data, dtype=np.uint8)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ShardSource:
@@ -132,7 +133,7 @@ def open_shards(
     beside = _beside_shards(where, files) if where.is_dir() else {}
     say_left_out(add_up([index.stamp["left_out"], beside]), key, str(where))
     root = Path(files[0]).parent
-    labels, classes = labels_of(index, root, classes, key, str(where))
+    labels, classes = labels_of(index, root, classes, key, escape(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
     return ShardSource(root, files, stats, index.names, index.shards, index.offsets, index.lengths, labels, classes)
 
@@ -168,17 +169,26 @@ def _beside_shards(folder: Path, files: Sequence[str]) -> dict[str, int]:
 def shards_of_pattern(where: str, key: str) -> list[str]:
     """The paths that a pattern such as `shard-{000..012}.tar` stands for, in order; a path without one is itself.
 
+    What exists is a name and no pattern, such as a folder with braces in its own.
+
     Raises:
         UserError: A range does not count up, or is too long.
     """
+    where = str(Path(where))
+    literal = next((str(path) for path in (Path(where), *Path(where).parents) if os.path.exists(path)), ".")
+    literal = "" if literal == "." else literal
     files = [where]
-    while match := _RANGE.search(files[0]):
+    while match := _RANGE.search(files[0], len(literal)):
         first, last = match.groups()
         if not 0 <= int(last) - int(first) < _MAX_SHARDS:
             raise UserError(f"{key}: {where!r} has the range {match[0]}: it must count up, as {{000..012}}.")
         numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        files = [file.replace(match[0], number, 1) for file in files for number in numbers]
+        files = [_replaced(file, match[0], number, len(literal)) for file in files for number in numbers]
     return files
+
+
+def _replaced(file: str, old: str, new: str, start: int) -> str:
+    return file[:start] + file[start:].replace(old, new, 1)
 
 
 def _stat(file: str) -> list[int]:
@@ -224,7 +234,9 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
 
 def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
-    stats, digests = [_stat(file) for file in files], [_digest(file, _WHOLE // len(files)) for file in files]
+    stats = [_stat(file) for file in files]
+    what, most = f"shards of {Path(files[0]).parent}", _WHOLE // len(files)
+    digests = list(parallel_map(lambda file: _digest(file, most), files, what, 16))
     left_out: list[dict[str, int]] = []
     names: list[str] = []
     labels: list[str] = []

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape
 
 
 class Source(Protocol):
@@ -66,7 +67,7 @@ def check_all_present(source: Source, key: str, flag: str) -> None:
     lacking = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(lacking):
         raise UserError(
-            f"{key}: {source.root} has no image of {len(lacking)} of the {len(source.classes)} classes, the first "
+            f"{key}: {escape(source.root)} has no image of {len(lacking)} of the {len(source.classes)} classes, the first "
             f"{source.classes[lacking[0]]!r}: add some, or give {flag} where that is meant."
         )
 
@@ -78,7 +79,7 @@ def subset(source: Source, count: int, seed: int) -> Source:
         UserError: The source has fewer images.
     """
     if count > len(source):
-        raise UserError(f"data.train_images is {count}: {source.root} has {len(source)} images.")
+        raise UserError(f"data.train_images is {count}: {escape(source.root)} has {len(source)} images.")
     return source.select(np.sort(np.random.Generator(np.random.Philox(seed % 2**64)).permutation(len(source))[:count]))
 
 
@@ -94,7 +95,7 @@ def per_class(source: Source, count: int, seed: int) -> Source:
         members = np.flatnonzero(source.labels == label)
         if len(members) < count:
             raise UserError(
-                f"data.images_per_class is {count}: class {name!r} of {source.root} has {len(members)} images."
+                f"data.images_per_class is {count}: class {name!r} of {escape(source.root)} has {len(members)} images."
             )
         chosen.append(rng.permutation(members)[:count])
     return source.select(np.sort(np.concatenate(chosen)))

@@ -13,6 +13,7 @@ from scalekd_ds.data.sources.image_folder import ImageFolder
 from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, reason
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.names import escape, is_unicode, path_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 _COLUMNS = ("path", "label")
@@ -42,8 +43,8 @@ def open_table(table: Path, key: str, classes: list[str] | None = None, root: Pa
     index = cached_index(
         table, key, lambda: _build_index(table, folder, key), lambda stamp: _what_changed(table, folder, stamp)
     )
-    labels, classes = labels_of(index, table.parent, classes, key, str(table))
-    paths = [os.path.join(folder, name) for name in index.names]
+    labels, classes = labels_of(index, table.parent, classes, key, escape(table))
+    paths = [os.path.join(folder, path_of(name)) for name in index.names]
     return ImageFolder(folder, paths, labels, classes)
 
 
@@ -82,8 +83,15 @@ def _build_index(table: Path, folder: Path, key: str) -> Index:
     if not names:
         raise UserError(f"{key}: the table {str(table)!r} has no rows.")
     _check_rows(names, labels, table, key)
-    _check_links(names, folder, table, key)
-    paths = [os.path.join(folder, name) for name in names]
+    paths = [path_of(name) for name in names]
+    for row, path in enumerate(paths, 1):
+        if not is_unicode(names[row - 1]) and not os.path.lexists(os.path.join(folder, path)):
+            raise UserError(
+                f"{key}: the table {str(table)!r} is no text of UTF-8: row {row} has {names[row - 1]!r}, and no file has "
+                "these bytes as its name."
+            )
+    _check_links(paths, folder, table, key)
+    paths = [os.path.join(folder, path) for path in paths]
     lengths = np.array(list(parallel_map(file_length, paths, f"images of {table}")), dtype=np.int64)
     if not lengths.any() and not any(map(os.path.exists, paths)):
         raise UserError(
@@ -106,10 +114,12 @@ def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
     """(paths, labels) of a .csv or .tsv."""
     names, labels = [], []
     try:
-        # utf-8-sig, because spreadsheets write a byte order mark
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        # utf-8-sig, because spreadsheets write a byte order mark; and a file may have a name of any bytes
+        with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
             header = next(rows, [])
+            if not all(map(is_unicode, header)):
+                raise UserError(f"{key}: the table {str(table)!r} is no text of UTF-8 in columns: {header[0][:80]!r}.")
             _require_columns(header, table, key)
             path, label = (header.index(column) for column in _COLUMNS)
             for row in rows:
@@ -121,8 +131,8 @@ def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
                         f"{len(header)}."
                     )
                 names.append(row[path])
-                labels.append(row[label].strip())
-    except (csv.Error, UnicodeDecodeError) as error:
+                labels.append(row[label].strip(" \t"))
+    except csv.Error as error:
         raise UserError(f"{key}: the table {str(table)!r} is no text of UTF-8 in columns: {error}.") from None
     return names, labels
 
@@ -135,7 +145,8 @@ def _read_parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
     except ImportError:
         raise UserError(f"{key}: {str(table)!r} needs pyarrow: `pip install pyarrow`, or use a .csv.") from None
     try:
-        with parquet.ParquetFile(table) as file:
+        # pyarrow itself opens no path that is no UTF-8
+        with open(table, "rb") as source, parquet.ParquetFile(source) as file:
             found = file.schema_arrow.names
             read = file.read(columns=[column for column in _COLUMNS if column in found])
         columns = {column: values.to_pylist() for column, values in zip(read.column_names, read.columns, strict=True)}
@@ -143,7 +154,14 @@ def _read_parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{key}: the table {str(table)!r} cannot be read as Parquet: {reason(error)}.") from None
     _require_columns(found, table, key)
-    return tuple(["" if value is None else str(value) for value in columns[column]] for column in _COLUMNS)
+    return tuple(list(map(_text, columns[column])) for column in _COLUMNS)
+
+
+def _text(value: object) -> str:
+    """A value of a Parquet, whose columns of bytes can have names that are no UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value)
 
 
 def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> None:

@@ -72,7 +72,7 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
 def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int], bool]:
     """All images of one tar, the number of members that are left out, by kind, and whether labels are beside the images."""
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", encoding="utf-8") as archive:
             members = list(archive)
             end = archive.offset
         with open(tar, "rb") as file:
@@ -227,7 +227,7 @@ def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], ke
             continue
         member = label_members[extension]
         try:
-            text = os.pread(fd, min(member.size, _LABEL_BYTES), member.offset_data).decode()
+            text = os.pread(fd, min(member.size, _LABEL_BYTES), member.offset_data).decode("utf-8", "surrogateescape")
             if extension == ".json":
                 fields = json.loads(text)
                 value = next((fields[name] for name in ("label", "cls", "class") if name in fields), "")
@@ -240,8 +240,9 @@ def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], ke
                 # what else a .json beside a .cls holds is its own business
                 continue
             raise UserError(f"{key}: {member.name!r} in {tar!r} is no {extension[1:]} of a label.") from None
-        if text.strip():
-            found[extension] = text.strip()
+        # not blanks of other kinds, which names have
+        if label := text.strip(" \t\r\n"):
+            found[extension] = label
     if len(found) == 2 and found[".cls"] != found[".json"] and is_number(found[".cls"]) == is_number(found[".json"]):
         member = label_members[".cls"]
         raise UserError(

@@ -86,7 +86,7 @@ def _sample(data: mmap.mmap, start: int, end: int, number: int) -> Sample:
         raise ValueError(f"it has no {_IMAGE.decode()}")
     first, last = _first_bytes(data, *features[_IMAGE])
     if _SYNSET in features:
-        label = data[slice(*_first_bytes(data, *features[_SYNSET]))].decode()
+        label = data[slice(*_first_bytes(data, *features[_SYNSET]))].decode("utf-8", "surrogateescape")
     elif _LABEL in features:
         label = str(_first_int(data, *features[_LABEL]))
     else:

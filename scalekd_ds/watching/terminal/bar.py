@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from scalekd_ds.names import one_line
 from scalekd_ds.watching.terminal.plain import Reporter, losses, status
 from scalekd_ds.watching.terminal.report import ReportCard
 
@@ -41,10 +42,10 @@ class Bar(Reporter):
         self._live.console.print(table)
 
     def line(self, text: str) -> None:
-        self._live.console.print(text, highlight=False, markup=False)
+        self._live.console.print(one_line(text), highlight=False, markup=False)
 
     def card(self, card: ReportCard) -> None:
-        lines = Text("\n".join(card.lines()), no_wrap=False)
+        lines = Text("\n".join(map(one_line, card.lines())), no_wrap=False)
         self._live.console.print(Panel(lines, title="finished", expand=False))
 
     def close(self) -> None:

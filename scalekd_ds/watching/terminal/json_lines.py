@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict
 from typing import IO, Any
 
-from scalekd_ds.output import lossy
+from scalekd_ds.names import text_of
+from scalekd_ds.process.output import lossy
 from scalekd_ds.watching.terminal.plain import Reporter
 from scalekd_ds.watching.terminal.report import ReportCard
 
@@ -50,7 +51,9 @@ class JsonLines(Reporter):
 
 
 def _finite(value: Any) -> Any:
-    """A copy of plain data in which NaN and infinities are text."""
+    """A copy of plain data in which NaN and infinities are text, and names the same in every locale."""
+    if isinstance(value, str):
+        return text_of(value)
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list):

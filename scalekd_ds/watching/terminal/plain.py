@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from scalekd_ds.names import one_line
 from scalekd_ds.watching.terminal.report import ReportCard, duration
 
 
@@ -85,7 +86,7 @@ class Plain(Reporter):
             self.line(line)
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        print(one_line(text), flush=True)
 
     def card(self, card: ReportCard) -> None:
         for line in card.lines():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from scalekd_ds.names import escape
+
 
 def duration(seconds: float) -> str:
     """Seconds as text, such as `0:07:12` or `3 d 4:00:00`."""
@@ -58,7 +60,7 @@ class ReportCard:
         rows.append(("images", f"{self.images:,}"))
         if self.joules is not None:
             rows.append(("energy", f"{self.joules / 3.6e6:.3g} kWh"))
-        rows += self.files.items()
+        rows += [(name, escape(path)) for name, path in self.files.items()]
         rows += [("next" if i == 0 else "", command) for i, command in enumerate(self.next)]
         width = max(len(name) for name, _ in rows)
         return [f"{name:<{width}}  {value}" for name, value in rows]

@@ -68,7 +68,11 @@ def install() -> None:
     """Catches the signals in this process from now on, those apart that it was started to ignore (`nohup`, `&` in a script)."""
     if _state.caught or threading.current_thread() is not threading.main_thread():
         return
-    _state.caught = tuple(n for n in SIGNALS if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler))
+    # launch/slurm.sh has the launcher ignore SIGUSR1, which is meant for the ranks that it starts
+    unless = {signal.SIGUSR1: (signal.SIG_DFL, signal.SIG_IGN)}
+    _state.caught = tuple(
+        n for n in SIGNALS if signal.getsignal(n) in unless.get(n, (signal.SIG_DFL, signal.default_int_handler))
+    )
     if _state.writing is None:
         reading, _state.writing = os.pipe()
         os.set_blocking(_state.writing, False)
