@@ -166,24 +166,10 @@ def test_a_link_to_the_folder_of_training_and_validation_brings_no_image_of_vali
 def test_a_class_behind_a_dead_link_is_named(tmp_path):
     place = make_folder(tmp_path / "d", {"a": 2, "b": 2})
     os.symlink(tmp_path / "gone", place / "c")
-    assert "/d/c' is a link that leads nowhere" in message(place)
+    assert "/d/c' is a link to " in message(place)
     (place / "c").unlink()
     os.symlink(tmp_path / "gone", place / "notes.txt")
     assert open_source(place, "data.train").classes == ["a", "b"]
-
-
-def test_links_inside_of_a_tar_are_counted(tmp_path, capsys):
-    with tarfile.open(tmp_path / "t.tar", "w") as archive:
-        for name in ("a/0.jpg", "b/1.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(JPEGS[0])
-            archive.addfile(info, io.BytesIO(JPEGS[0]))
-        for name, kind in (("b/2.jpg", tarfile.LNKTYPE), ("b/3.jpg", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a/0.jpg"
-            archive.addfile(info)
-    source, said = opened(tmp_path / "t.tar", capsys)
-    assert len(source) == 2 and "2 links to images of the tar" in said
 
 
 @pytest.mark.parametrize("head", [b"P5 " + b"# " * 30, b"P6\n" + b"#\n" * 30, b"P3 " + b"1 " * 30])

@@ -133,9 +133,7 @@ def _class_folders(folder: Path, key: str) -> list[str]:
                 if _is_folder(entry):
                     classes.append(entry.name)
                 # with an extension it is a list or an image, and no class
-                elif (
-                    entry.is_symlink() and not os.path.splitext(entry.name)[1] and not os.path.exists(entry.path)
-                ):
+                elif entry.is_symlink() and not os.path.splitext(entry.name)[1] and not os.path.exists(entry.path):
                     raise UserError(
                         f"{key}: {entry.path!r} is a link to {os.readlink(entry.path)!r}, which cannot be reached: mend it, "
                         "or remove it if it is no class."
