@@ -69,6 +69,7 @@ class Loader:
         self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
         self._reader = Reader(source, cfg.keep_mb * 2**20)
+        self._read_again = False
         self._iterations: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def close(self) -> None:
@@ -150,6 +151,7 @@ class Loader:
                 for batch in self._run_pipeline(itertools.count(number) if last is None else iter(range(number, last))):
                     yield batch
                     number += 1
+                    self._read_again = False
             except UndecodableError as error:
                 # a pipeline cannot run after an error: the next one starts at the first batch that was not yielded
                 self._handle_undecodable(error.indices, error.cause)
@@ -232,12 +234,16 @@ class Loader:
     def _find_undecodable(self, indices: Sequence[int], error: RuntimeError) -> dict[int, str]:
         """Index -> reason of the undecodable images among `indices`.
 
-        Raises `error` where all of them can be decoded, and are what they were when this run first read them.
+        Where all of them can be decoded, a file was being written while it was read, and they are read again. `error` is
+        raised where that leads to no batch either.
         """
         bad = find_undecodable(self.source, indices)
         if not bad and self._gpu:
             # a GPU's decoder may refuse what the CPU's takes
             bad = find_undecodable(self.source, indices, self._decoder(), self.device.index or 0)
-        if not bad and not self._reader.forget_changed(indices):
-            raise error
+        if not bad:
+            if self._read_again:
+                raise error
+            self._read_again = True
+            self._reader.forget(indices)
         return bad

@@ -14,6 +14,7 @@ from loading import eval_loader, take, train_loader
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import reader
+from scalekd_ds.data.sources import image_folder
 from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.errors import UserError
 
@@ -65,14 +66,14 @@ def test_a_small_set_is_read_once_and_a_large_one_is_not_kept(tmp_path):
 
 def test_the_next_batch_is_read_while_the_caller_computes(source, monkeypatch):
     """A caller that holds a batch, and asks for nothing, sees all files of the next one read."""
-    fromfile, read, micro = np.fromfile, threading.Semaphore(0), 12
+    read_file, read, micro = image_folder.read_file, threading.Semaphore(0), 12
 
     def counted(*args, **kwargs):
-        data = fromfile(*args, **kwargs)
+        data = read_file(*args, **kwargs)
         read.release()
         return data
 
-    monkeypatch.setattr(np, "fromfile", counted)
+    monkeypatch.setattr(image_folder, "read_file", counted)
     loader = train_loader(source, DataConfig(image_size=32, threads=4), micro=micro)
     loader._reader = reader.Reader(source, keep_bytes=0)
     batches = iter(loader)

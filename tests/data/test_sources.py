@@ -23,6 +23,7 @@ from source_fixtures import (
     write_tar,
 )
 
+from scalekd_ds.data.reader import Reader
 from scalekd_ds.data.sources.image_folder import ImageFolder, index_folder
 from scalekd_ds.data.sources.index import SUFFIX
 from scalekd_ds.data.sources.open import open_source
@@ -35,13 +36,14 @@ def assert_whole(source, encoded, labels, shapes):
     """All that a source offers, against what was written."""
     assert len(source) == len(labels)
     assert source.labels.dtype == np.int64 and source.labels.tolist() == labels
-    assert source.sizes.dtype == np.int32 and source.sizes.tolist() == [list(shape) for shape in shapes]
+    reader = Reader(source, keep_bytes=0)
+    assert [reader.size(i, reader.encoded(i)) for i in range(len(source))] == shapes
     for i, data in enumerate(encoded):
         assert source.read(i).dtype == np.uint8 and source.read(i).tobytes() == data
     assert len({source.name(i) for i in range(len(source))}) == len(source)
     picked = source.select([3, 1])
     assert type(picked) is type(source) and picked.classes == source.classes
-    assert picked.labels.tolist() == [labels[3], labels[1]] and picked.sizes.tolist() == source.sizes[[3, 1]].tolist()
+    assert picked.labels.tolist() == [labels[3], labels[1]]
     assert picked.name(0) == source.name(3) and picked.read(1).tobytes() == encoded[1]
 
 
@@ -144,11 +146,10 @@ def test_hugging_face_data_sets_are_read_offline(tmp_path, monkeypatch):
     datasets.DatasetDict({"train": made, "test": made.select([0, 1])}).save_to_disk(tmp_path / "splits")
     (tmp_path / "files").mkdir()
     made.to_parquet(tmp_path / "files" / "train.parquet")
-    unknown = [(0, 0)] * 6
     for where in (f"hf:{tmp_path}/saved", f"hf:{tmp_path}/splits:train", f"hf:{tmp_path}/files:train"):
         source = open_source(where, "data.train")
         assert source.classes == ["cat", "dog"]
-        assert_whole(source, JPEGS, rows["label"], unknown)
+        assert_whole(source, JPEGS, rows["label"], SHAPES)
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda i: source.read(i % 6).tobytes(), range(200)))
     assert read == [JPEGS[i % 6] for i in range(200)]

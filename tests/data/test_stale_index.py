@@ -1,6 +1,7 @@
 """An index is used only for the data that it is of, whatever their times say; facts that went stale do no harm."""
 
 import csv
+import io
 import os
 import shutil
 
@@ -13,8 +14,10 @@ from source_fixtures import JPEGS, example, labelled, write_records, write_tar
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
+from scalekd_ds.data.reader import Reader
 from scalekd_ds.data.sources import index as sources
 from scalekd_ds.data.sources.open import open_source
+from scalekd_ds.errors import UserError
 
 WHEN = (1_700_000_000 * 10**9,) * 2
 
@@ -167,7 +170,6 @@ def test_images_of_another_size_and_as_many_bytes_are_read_right(tmp_path, when)
         if when == "during the run" and number == 0:
             turn(source.paths)
     train.close()
-    assert (train.source.sizes[:, 0] == 120).all()
     assert sum(len(images) for images, _ in val) == 16
     assert len(train.bad_files) == 0
 
@@ -180,20 +182,141 @@ def test_a_table_a_tar_and_a_tfrecord_have_sizes_of_the_images_that_are_there(tm
         csv.writer(file).writerows([("path", "label"), *rows])
     source = open_source(tmp_path / "t.csv", "data.train")
     turn(source.paths)
-    _, val = loaders(open_source(tmp_path / "t.csv", "data.train"))
-    next(iter(val))
-    assert val.source.sizes.tolist() == [[120, 40]] * 4
+    reader = Reader(open_source(tmp_path / "t.csv", "data.train"), keep_bytes=0)
+    assert [reader.size(i, reader.encoded(i)) for i in range(4)] == [(120, 40)] * 4
+
+
+def encoded(size, kind):
+    data = io.BytesIO()
+    options = {"lossless": True} if kind == "webp" else {}
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, {"jpg": "JPEG", "ppm": "PPM", "tif": "TIFF"}.get(kind, kind), **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "bmp", "webp", "ppm", "tif"])
+@pytest.mark.parametrize("size", [(40, 120), (17, 19), (500, 300)], ids=["turned", "smaller", "larger"])
+@pytest.mark.parametrize("source_of", ["folder", "table"])
+def test_images_written_again_during_a_run_are_cropped_as_what_they_are(tmp_path, kind, size, source_of):
+    """The batches after the change are those of a run that starts with the new images at the same step."""
+    names = [f"{c}/{i}.{kind}" for c in "ab" for i in range(4)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded((120, 40), kind))
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    where = tmp_path if source_of == "folder" else tmp_path / "t.csv"
+    batches = iter(loaders(open_source(where, "data.train"))[0])
+    next(batches)
+    for name in names:
+        # at once, as a thread may be reading it
+        (tmp_path / "aside").write_bytes(encoded(size, kind))
+        (tmp_path / "aside").replace(tmp_path / name)
+    # what was read ahead of the change is given out first
+    ours = [next(batches) for _ in range(10)][-1]
+    theirs = [batch for batch, _ in zip(loaders(open_source(where, "data.train"))[0], range(11), strict=False)][-1]
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "TFRecord"])
+@pytest.mark.parametrize("what", ["noise", "zeros", "another order", "half"])
+def test_other_bytes_in_the_place_of_images_never_end_a_run_in_a_traceback(tmp_path, kind, what):
+    """Of the same length and time, so that nothing tells them apart before they are read."""
+    if kind == "folder":
+        for i in range(6):
+            (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "ab"[i % 2] / f"{i}.jpg").write_bytes(JPEGS[i])
+    elif kind == "tar":
+        write_tar(tmp_path / "t.tar", labelled([0, 1] * 3))
+    else:
+        records_of(tmp_path, [0, 1] * 3)
+    with_one_time(tmp_path)
+    batches = iter(loaders(open_source(tmp_path, "data.train"))[0])
+    next(batches)
+    for path in [p for p in tmp_path.rglob("*") if p.is_file() and "scalekd_index" not in p.name]:
+        data = path.read_bytes()
+        other = {
+            "noise": np.random.default_rng(0).bytes(len(data)),
+            "zeros": bytes(len(data)),
+            "another order": data[len(data) // 3 :] + data[: len(data) // 3],
+            "half": data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+        }[what]
+        with open(path, "r+b") as file:
+            file.write(other)
+    with_one_time(tmp_path)
+    with pytest.raises(UserError, match="training images cannot be used") as error:
+        for _ in range(12):
+            next(batches)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loader", [0, 1], ids=["training", "evaluation"])
+@pytest.mark.parametrize("keep_mb", [0, 100])
+def test_a_file_that_is_being_written_while_it_is_read_is_read_again(tmp_path, loader, keep_mb):
+    """Its structure is whole, its pixels are not; when the decoder has refused it, the file is whole as well."""
+    folder(tmp_path)
+    source = open_source(tmp_path, "data.train")
+    whole = [source.read(i) for i in range(4)]
+    broken = bytearray(encoded((24, 40), "jpg"))
+    # a table of Huffman codes that no decoder takes
+    at = broken.index(b"\xff\xc4")
+    broken[at + 5 : at + 21] = b"\xff" * 16
+
+    class BeingWritten:
+        """The source of which one image is read too early, once."""
+
+        def __init__(self):
+            self.early = 1
+
+        def __getattr__(self, name):
+            return getattr(source, name)
+
+        def __len__(self):
+            return len(source)
+
+        def read(self, index):
+            if index == 2 and self.early:
+                self.early -= 1
+                return np.frombuffer(bytes(broken), dtype=np.uint8)
+            return whole[index]
+
+    being_written = BeingWritten()
+    made = loaders(being_written)[loader]
+    made._reader = Reader(being_written, keep_bytes=keep_mb * 2**20)
+    being_written.early = 1
+    images, _ = next(iter(made))
+    expected, _ = next(iter(loaders(source)[loader]))
+    assert torch.equal(images, expected) and not being_written.early
+    made.close()
+
+
+def test_labels_exchanged_in_the_middle_of_a_tar_are_seen(tmp_path):
+    """Between the blocks that a large set is known by, in a small one, all of whose bytes are compared."""
+    members = []
+    for i in range(60):
+        members += [(f"{i:04d}.jpg", bytes(50_000)), (f"{i:04d}.cls", b"%d" % (i % 2))]
+    tar = write_tar(tmp_path / "t.tar", members)
+    with_one_time(tmp_path)
+    assert open_source(tar, "data.train").labels.tolist() == [0, 1] * 30
+    data = bytearray(tar.read_bytes())
+    for number in (20, 21):
+        at = data.index(f"{number:04d}.cls".encode()) + 512
+        data[at] ^= 1
+    tar.write_bytes(data)
+    with_one_time(tmp_path)
+    assert open_source(tar, "data.train").labels.tolist() == [0, 1] * 10 + [1, 0] + [0, 1] * 19
 
 
 def test_the_check_of_a_large_set_is_cheap(tmp_path):
     """No file is opened or asked for its size at a start with an index."""
     make_folder(tmp_path / "d", {"a": 20, "b": 20})
     open_source(tmp_path / "d", "data.train")
+    lengths = {path: path.read_bytes() for path in tmp_path.rglob("*.npz")}
     for path in (tmp_path / "d").rglob("*.jpg"):
         # reading one would fail, and asking for its size would give another
         before = os.stat(path.parent)
         path.unlink()
         os.symlink("/nowhere", path)
         os.utime(path.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
-    source = open_source(tmp_path / "d", "data.train")
-    assert (np.asarray(source.sizes) > 0).all()
+    assert len(open_source(tmp_path / "d", "data.train")) == 40
+    # the index that was written first, with the lengths of then
+    assert lengths == {path: path.read_bytes() for path in tmp_path.rglob("*.npz")} != {}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_ds.class_names import are_numbers
-from scalekd_ds.data.sources.index import Index
+from scalekd_ds.data.sources.index import Index, read_file
 from scalekd_ds.data.sources.labels import encode_labels, resolve_labels
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.names import is_unicode, text_of, utf8_path
@@ -34,7 +34,6 @@ class HubSource:
         order: (n,) int64 row of each image.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width, 0 until the image has been read for the first time.
     """
 
     root: Path
@@ -43,7 +42,6 @@ class HubSource:
     order: np.ndarray
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.order)
@@ -67,12 +65,12 @@ class HubSource:
             return np.frombuffer(image["bytes"], dtype=np.uint8)
         if image is None or not image["path"]:
             raise OSError(None, "its row has no image")
-        return np.fromfile(image["path"], dtype=np.uint8)
+        return read_file(image["path"])
 
     def select(self, indices: Sequence[int] | np.ndarray) -> HubSource:
         """A source with only these images, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(self, order=self.order[chosen], labels=self.labels[chosen], sizes=self.sizes[chosen])
+        return replace(self, order=self.order[chosen], labels=self.labels[chosen])
 
 
 def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSource:
@@ -115,7 +113,7 @@ def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSourc
     rows = dataset.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     count = len(dataset)
     root = Path(f"{name}:{split}" if split else name)
-    return HubSource(root, rows, images[0], np.arange(count), labels, classes, np.zeros((count, 2), dtype=np.int32))
+    return HubSource(root, rows, images[0], np.arange(count), labels, classes)
 
 
 def _split_name(where: str) -> tuple[str, str | None]:
@@ -182,6 +180,5 @@ def _resolve_labels(dataset, feature, column: str, classes: list[str] | None, wh
                 # these names have an order of their own
                 classes = list(names) if classes is None or callable(classes) else classes
     codes, raw = encode_labels([str(value) for value in values])
-    empty = np.zeros((len(codes), 2), dtype=np.int32)
-    index = Index([f"row {row}" for row in range(len(codes))], codes, raw, empty, empty[:, 0])
+    index = Index([f"row {row}" for row in range(len(codes))], codes, raw, np.zeros(len(codes), dtype=np.int64))
     return resolve_labels(index, classes, key, repr(where))

@@ -6,14 +6,14 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from scalekd_ds.class_names import positions_in
-from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
+from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, read_file, reason
 from scalekd_ds.data.sources.labels import Classes, listed, read_classes
 from scalekd_ds.data.sources.what_counts import (
     EXTENSIONS,
@@ -41,22 +41,12 @@ class ImageFolder:
         paths: Path of each file, sorted by class and name, or in the order of a table.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width in pixels, 0 where not known.
-        lengths: (n,) int64 bytes of each file when its size was read. A file of another length was written again since,
-            and its size is then reset to 0.
     """
 
     root: Path
     paths: list[str]
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray = field(default=None)
-    lengths: np.ndarray = field(default=None)
-
-    def __post_init__(self) -> None:
-        if self.sizes is None or self.lengths is None:
-            object.__setattr__(self, "sizes", np.zeros((len(self.paths), 2), dtype=np.int32))
-            object.__setattr__(self, "lengths", np.zeros(len(self.paths), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,21 +61,12 @@ class ImageFolder:
         Raises:
             OSError: The file cannot be read.
         """
-        data = np.fromfile(self.paths[i], dtype=np.uint8)
-        if len(data) != self.lengths[i]:
-            self.sizes[i] = 0
-        return data
+        return read_file(self.paths[i])
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageFolder:
         """A source with only these images, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(
-            self,
-            paths=[self.paths[i] for i in chosen.tolist()],
-            labels=self.labels[chosen],
-            sizes=self.sizes[chosen],
-            lengths=self.lengths[chosen],
-        )
+        return replace(self, paths=[self.paths[i] for i in chosen.tolist()], labels=self.labels[chosen])
 
 
 def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder:
@@ -124,7 +105,7 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
             )
         labels, names = positions[labels], classes
     paths = [os.path.join(folder, path_of(name)) for name in index.names]
-    return ImageFolder(folder, paths, labels.astype(np.int64), names, index.sizes, index.lengths)
+    return ImageFolder(folder, paths, labels.astype(np.int64), names)
 
 
 def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None:
@@ -142,30 +123,65 @@ def _order_of_file(folder: Path, names: list[str], key: str) -> list[str] | None
 
 
 def _class_folders(folder: Path, key: str) -> list[str]:
-    """The class folders, sorted by name; raises UserError where there is none."""
+    """Names of the class folders, sorted; raises UserError where there is none, or a link to one leads nowhere."""
+    classes, above = [], [os.path.realpath(folder)]
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not is_left_by_systems(entry.name)]
-        classes = sorted((entry.name for entry in found if entry.is_dir()), key=text_of)
+            for entry in entries:
+                if is_left_by_systems(entry.name) or _leads_back(entry, above):
+                    continue
+                if _is_folder(entry):
+                    classes.append(entry.name)
+                # with an extension it is a list or an image, and no class
+                elif entry.is_symlink() and not os.path.splitext(entry.name)[1] and not os.path.exists(entry.path):
+                    raise UserError(
+                        f"{key}: {entry.path!r} is a link to {os.readlink(entry.path)!r}, which cannot be reached: mend it, "
+                        "or remove it if it is no class."
+                    )
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
-    for entry in found:
-        # its class would be gone without a word
-        if entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
-            raise UserError(f"{key}: {entry.path!r} is a link that leads nowhere: mend it, or remove it.")
     if not classes:
         raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
-    return classes
+    return sorted(classes, key=text_of)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads back to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _leads_back(entry: os.DirEntry, above: Sequence[str]) -> bool:
+    """Whether an entry is a link to a folder that holds one of the real folders `above`: its images would come again.
+
+    A link within a class to the folder of all data would else train on the validation images.
+    """
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path).rstrip(os.sep) + os.sep
+    return any(f"{real}{os.sep}".startswith(target) for real in above)
 
 
 def _beside_classes(folder: Path) -> dict[str, int]:
     """What lies beside the class folders and is left out, by kind; files that are no images, such as lists, are not."""
     counts: Counter[str] = Counter()
+    above = [os.path.realpath(folder)]
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_left_by_systems(entry.name):
-                counts[HIDDEN_FOLDERS] += entry.is_dir()
-            elif is_image_name(entry.name) and not entry.is_dir():
+                counts[HIDDEN_FOLDERS] += _is_folder(entry)
+            elif _leads_back(entry, above):
+                counts[LOOPS] += 1
+            elif is_image_name(entry.name) and not _is_folder(entry):
                 counts[OUTSIDE] += 1
     return dict(counts)
 
@@ -189,19 +205,12 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
     files: list[str] = []
     folders: dict[str, list] = {}
     left_out: Counter[str] = Counter()
-    # each with the folders above it, up to the root of the disk: behind a link back to the one that holds train/ and val/
-    # are the images of validation
-    top = folder.resolve()
-    above_all = [os.stat(place) for place in (top, *top.parents)]
-    waiting: list[tuple[str, tuple]] = [(name, tuple((place.st_dev, place.st_ino) for place in above_all))]
+    # each with the real folders from which a link was followed on the way to it, and its own
+    waiting: list[tuple[str, tuple[str, ...]]] = [(name, (os.path.realpath(folder), os.path.realpath(folder / name)))]
     while waiting:
         relative, above = waiting.pop()
         try:
             stat = os.stat(folder / relative)
-            identity = stat.st_dev, stat.st_ino
-            if identity in above:
-                left_out[LOOPS] += 1
-                continue
             with os.scandir(folder / relative) as entries:
                 found = sorted(entries, key=lambda entry: text_of(entry.name))
         except OSError as error:
@@ -211,8 +220,14 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
             kind = _kind_left_out(entry)
             if kind:
                 left_out[kind] += 1
-            elif entry.is_dir():
-                inside.append((os.path.join(relative, entry.name), (*above, identity)))
+            elif _is_folder(entry):
+                path = os.path.join(relative, entry.name)
+                if not entry.is_symlink():
+                    inside.append((path, (*above[:-1], os.path.join(above[-1], entry.name))))
+                elif _leads_back(entry, above):
+                    left_out[LOOPS] += 1
+                else:
+                    inside.append((path, (*above, os.path.realpath(entry.path))))
             else:
                 files.append(os.path.join(relative, entry.name))
         folders[relative] = [stat.st_mtime_ns, _names_digest(entry.name for entry in found)]
@@ -225,14 +240,14 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
 def _kind_left_out(entry: os.DirEntry) -> str | None:
     """As what an entry of a class folder is left out; None for a folder to look into and for an image."""
     hidden = is_left_by_systems(entry.name)
-    if entry.is_dir():
+    if _is_folder(entry):
         return HIDDEN_FOLDERS if hidden else None
     if hidden:
         return HIDDEN_FILES
     if not is_image_name(entry.name):
         return other_kind(entry.name)
     # a link to nothing is an image that is missing, as a run says; reading a pipe would wait for ever
-    return None if entry.is_file() or not os.path.exists(entry.path) else NO_FILES
+    return None if _is_file(entry) or not os.path.exists(entry.path) else NO_FILES
 
 
 def _names_digest(names: Iterable[str]) -> str:
@@ -241,7 +256,7 @@ def _names_digest(names: Iterable[str]) -> str:
 
 
 def _build_index(folder: Path, key: str) -> Index:
-    """Walks all class folders and reads the header of every image."""
+    """Walks all class folders, and asks for the length of every image, by which the doctor compares nodes."""
     classes = _class_folders(folder, key)
     names: list[str] = []
     folders: dict[str, list] = {}
@@ -251,12 +266,11 @@ def _build_index(folder: Path, key: str) -> Index:
         folders |= found.folders
         left_out.append(found.left_out)
         counts.append(len(found.files))
-    read = list(parallel_map(lambda name: image_file_size(os.path.join(folder, name)), names, f"images of {folder}"))
-    sizes, lengths = np.array(read)[:, :2].astype(np.int32), np.array(read)[:, 2].astype(np.int64)
+    lengths = list(parallel_map(lambda name: file_length(os.path.join(folder, name)), names, f"images of {folder}"))
     codes = np.repeat(np.arange(len(classes)), counts)
     names, classes = list(map(text_of, names)), list(map(text_of, classes))
     stamp = {"kind": "folder", "folders": folders, "left_out": add_up(left_out)}
-    return Index(names, codes, classes, sizes, lengths, stamp=stamp)
+    return Index(names, codes, classes, np.array(lengths, dtype=np.int64), stamp=stamp)
 
 
 def _what_changed(folder: Path, stamp: dict, key: str) -> str | None:

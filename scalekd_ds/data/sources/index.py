@@ -9,9 +9,9 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
+import stat
 import sys
 import uuid
 import zipfile
@@ -22,17 +22,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalekd_ds.names import one_line, paths_in
 
 SUFFIX = ".scalekd_index.npz"
-VERSION = 2
-# bytes that hold the header of nearly every image
-_HEADER_BYTES = 16 * 1024
-_ARRAYS = ("codes", "sizes", "lengths", "offsets", "shards")
+VERSION = 3
+_ARRAYS = ("codes", "lengths", "offsets", "shards")
 # more threads than cores, because they wait for storage: a network file system serves many requests at once
 _THREADS = 16
 # items in one task of the thread pool
@@ -50,7 +47,6 @@ class Index:
         names: Name of each image, relative to the source (`names.text_of`).
         codes: (n,) int64, each image's position in `raw`.
         raw: The distinct labels as the source writes them, names or numbers.
-        sizes: (n, 2) int32 height and width, 0 where the header gives none.
         lengths: (n,) int64 encoded bytes, 0 where unknown.
         offsets: (n,) int64 first byte in the shard; empty where each image is a file.
         shards: (n,) int32 position of each image's shard; empty where each image is a file.
@@ -61,7 +57,6 @@ class Index:
     names: list[str]
     codes: np.ndarray
     raw: list[str]
-    sizes: np.ndarray
     lengths: np.ndarray
     offsets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     shards: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
@@ -73,38 +68,36 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
-def image_size(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """(height, width) in pixels from the header of an image; (0, 0) where the header gives none.
+def open_file(path: str) -> int:
+    """Opens a file for reading and returns its descriptor.
 
-    Args:
-        fd: Descriptor of an open file.
-        offset: First byte of the image in the file.
-        length: Encoded bytes of the image.
+    Raises:
+        OSError: It cannot be opened, or is a folder, a pipe or a device.
     """
-    for count in (min(_HEADER_BYTES, length), length):
-        try:
-            with Image.open(io.BytesIO(os.pread(fd, count, offset))) as image:
-                return image.height, image.width
-        # Pillow raises errors of many kinds on damaged headers; the image is reported when it is decoded
-        except Exception:
-            if count == length:
-                break
-    return 0, 0
+    # opening a pipe that nobody writes to would wait for ever otherwise
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(None, "it is no file, but a folder, a pipe or a device")
 
 
-def image_file_size(path: str) -> tuple[int, int, int]:
-    """(height, width, encoded bytes) of an image file, each 0 where unknown."""
+def read_file(path: str) -> np.ndarray:
+    """All bytes of a file, (bytes,) uint8.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device.
+    """
+    with open(open_file(path), "rb", buffering=0) as file:
+        return np.frombuffer(file.read(), dtype=np.uint8)
+
+
+def file_length(path: str) -> int:
+    """The bytes of a file, 0 where they cannot be told."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        return os.stat(path).st_size
     except OSError:
-        return 0, 0, 0
-    try:
-        length = os.fstat(fd).st_size
-        return (*image_size(fd, 0, length), length)
-    except OSError:
-        return 0, 0, 0
-    finally:
-        os.close(fd)
+        return 0
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T], what: str, chunk: int = _CHUNK) -> Iterator[R]:
@@ -206,7 +199,7 @@ def _read(path: Path) -> Index:
         arrays = {name: file[name] for name in _ARRAYS}
         # a file name may hold any byte but this one
         names = file["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-    if not len(names) == len(arrays["codes"]) == len(arrays["sizes"]):
+    if not len(names) == len(arrays["codes"]) == len(arrays["lengths"]):
         raise ValueError("its parts differ in length")
     return Index(names=names, raw=head["raw"], stamp=paths_in(head["stamp"]), **arrays)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from scalekd_ds.data.sources.index import Index, cached_index, parallel_map
+from scalekd_ds.data.sources.index import Index, cached_index, open_file, parallel_map
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
-from scalekd_ds.data.sources.what_counts import add_up, is_left_by_systems, say_left_out
+from scalekd_ds.data.sources.what_counts import NO_SHARDS, add_up, is_left_by_systems, say_left_out
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.names import escape
 
@@ -21,6 +22,8 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 # blocks of a shard that are compared, and their bytes
 _BLOCKS, _BLOCK = 16, 4096
+# bytes of all shards together up to which they are compared as a whole, a tenth of a second of reading
+_WHOLE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class ShardSource:
         lengths: (n,) int64 encoded bytes of each image.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width in pixels, 0 where the header gives none.
     """
 
     root: Path
@@ -49,7 +51,6 @@ class ShardSource:
     lengths: np.ndarray
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.members)
@@ -66,7 +67,7 @@ class ShardSource:
         """
         shard, length = int(self.shards[i]), int(self.lengths[i])
         # opened for each read: each process would else hold as many open files as the set has shards
-        fd = os.open(self.files[shard], os.O_RDONLY)
+        fd = open_file(self.files[shard])
         try:
             stat = os.fstat(fd)
             if (stat.st_size, stat.st_mtime_ns) != self.stats[shard]:
@@ -88,7 +89,6 @@ class ShardSource:
             offsets=self.offsets[chosen],
             lengths=self.lengths[chosen],
             labels=self.labels[chosen],
-            sizes=self.sizes[chosen],
         )
 
 
@@ -99,14 +99,12 @@ class Sample:
     Attributes:
         name: Name within the shard.
         label: Label as the shard writes it.
-        size: (height, width) in pixels, (0, 0) where the header gives none.
         length: Encoded bytes.
         offset: First byte in the shard.
     """
 
     name: str
     label: str
-    size: tuple[int, int]
     length: int
     offset: int
 
@@ -132,13 +130,12 @@ def open_shards(
     """
     files = _shard_paths(where, is_shard, key)
     index = cached_index(where, key, lambda: _build_index(files, scan), lambda stamp: _what_changed(files, stamp))
-    say_left_out(index.stamp["left_out"], key, str(where))
+    beside = _beside_shards(where, files) if where.is_dir() else {}
+    say_left_out(add_up([index.stamp["left_out"], beside]), key, str(where))
     root = Path(files[0]).parent
     labels, classes = labels_of(index, root, classes, key, escape(where))
     stats = [tuple(stat) for stat in index.stamp["stats"]]
-    return ShardSource(
-        root, files, stats, index.names, index.shards, index.offsets, index.lengths, labels, classes, index.sizes
-    )
+    return ShardSource(root, files, stats, index.names, index.shards, index.offsets, index.lengths, labels, classes)
 
 
 def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> list[str]:
@@ -157,6 +154,16 @@ def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> lis
             near = [path.name for path in parent.iterdir()] if parent.is_dir() else []
             raise UserError(f"{key}: the shard {file!r} does not exist.{suggest(Path(file).name, near)}")
     return files
+
+
+def _beside_shards(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """What lies beside the shards of a folder and is left out, by kind; lists of classes and of places are not data."""
+    counts: Counter[str] = Counter()
+    shards = set(map(os.path.basename, files))
+    for name in os.listdir(folder):
+        if name not in shards and name != "classes.txt" and not is_left_by_systems(name) and not name.endswith(".idx"):
+            counts[NO_SHARDS] += 1
+    return dict(counts)
 
 
 def shards_of_pattern(where: str, key: str) -> list[str]:
@@ -190,17 +197,22 @@ def _stat(file: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _digest(file: str) -> str:
-    """A digest of blocks that are spread over a shard, its first and its last among them.
+def _digest(file: str, most: int) -> str:
+    """A digest of a shard of at most `most` bytes, or of blocks that are spread over it, its first and its last among them.
 
     Shards that were unpacked from an archive or an image of a disk may have the size and the time of other ones. Images are
-    compressed, so that other data differ in nearly every block; a thousand shards take a second on a local disk.
+    compressed, so that other data differ in nearly every block; a thousand shards take a second on a local disk. Where
+    labels alone may differ a block need not show it: of a small set all bytes are compared.
     """
     digest = hashlib.blake2b(digest_size=12)
-    fd = os.open(file, os.O_RDONLY)
+    fd = open_file(file)
     try:
-        last = max(0, os.fstat(fd).st_size - _BLOCK)
-        for place in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+        size = os.fstat(fd).st_size
+        if size <= most:
+            places = range(0, size, _BLOCK)
+        else:
+            places = sorted({max(0, size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
+        for place in places:
             digest.update(os.pread(fd, _BLOCK, place))
     finally:
         os.close(fd)
@@ -212,7 +224,8 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
     if stamp.get("shards") != [os.path.basename(file) for file in files]:
         return "the shards are others"
     what = f"shards of {Path(files[0]).parent}"
-    now = parallel_map(lambda file: (_stat(file), _digest(file)), files, what, 16)
+    most = _WHOLE // len(files)
+    now = parallel_map(lambda file: (_stat(file), _digest(file, most)), files, what, 16)
     for file, stat, digest, (stat_now, digest_now) in zip(files, stamp["stats"], stamp["digests"], now, strict=True):
         if stat != stat_now or digest != digest_now:
             return f"{file!r} has changed"
@@ -222,7 +235,8 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
 def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
     stats = [_stat(file) for file in files]
-    digests = list(parallel_map(_digest, files, f"shards of {Path(files[0]).parent}", chunk=16))
+    what, most = f"shards of {Path(files[0]).parent}", _WHOLE // len(files)
+    digests = list(parallel_map(lambda file: _digest(file, most), files, what, 16))
     left_out: list[dict[str, int]] = []
     names: list[str] = []
     labels: list[str] = []
@@ -232,14 +246,13 @@ def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample],
         for sample in samples:
             names.append(sample.name)
             labels.append(sample.label)
-            rows.append((shard, sample.offset, sample.length, *sample.size))
+            rows.append((shard, sample.offset, sample.length))
     table = np.array(rows, dtype=np.int64)
     codes, raw = encode_labels(labels)
     return Index(
         names=names,
         codes=codes,
         raw=raw,
-        sizes=table[:, 3:].astype(np.int32),
         lengths=table[:, 2].copy(),
         offsets=table[:, 1].copy(),
         shards=table[:, 0].astype(np.int32),

@@ -20,13 +20,11 @@ class Source(Protocol):
         root: Where the images are, for messages.
         labels: (n,) int64 positions in `classes`.
         classes: Names of the classes.
-        sizes: (n, 2) int32 height and width of each image in pixels, 0 where not known.
     """
 
     root: Path
     labels: np.ndarray
     classes: list[str]
-    sizes: np.ndarray
 
     def __len__(self) -> int: ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scalekd_ds.data.sources.image_folder import ImageFolder
-from scalekd_ds.data.sources.index import Index, cached_index, image_file_size, parallel_map, reason
+from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, reason
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.names import escape, is_unicode, path_of
@@ -45,7 +45,7 @@ def open_table(table: Path, key: str, classes: list[str] | None = None, root: Pa
     )
     labels, classes = labels_of(index, table.parent, classes, key, escape(table))
     paths = [os.path.join(folder, path_of(name)) for name in index.names]
-    return ImageFolder(folder, paths, labels, classes, index.sizes, index.lengths)
+    return ImageFolder(folder, paths, labels, classes)
 
 
 def _stamp(table: Path, folder: Path) -> dict:
@@ -91,16 +91,14 @@ def _build_index(table: Path, folder: Path, key: str) -> Index:
                 "these bytes as its name."
             )
     _check_links(paths, folder, table, key)
-    found = np.array(
-        list(parallel_map(lambda path: image_file_size(os.path.join(folder, path)), paths, f"images of {table}")),
-        dtype=np.int64,
-    )
-    if not found.any() and not any(os.path.exists(os.path.join(folder, path)) for path in paths):
+    paths = [os.path.join(folder, path) for path in paths]
+    lengths = np.array(list(parallel_map(file_length, paths, f"images of {table}")), dtype=np.int64)
+    if not lengths.any() and not any(map(os.path.exists, paths)):
         raise UserError(
             f"{key}: none of the {len(names)} files that {str(table)!r} names exists below {str(folder)!r}."
         )
     codes, raw = encode_labels(labels)
-    return Index(names, codes, raw, found[:, :2].astype(np.int32), found[:, 2].copy(), stamp=stamp)
+    return Index(names, codes, raw, lengths, stamp=stamp)
 
 
 def _require_columns(found: list[str], table: Path, key: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tarfile
 from collections import Counter
 from pathlib import Path
 
-from scalekd_ds.data.sources.index import image_size, reason
+from scalekd_ds.data.sources.index import reason
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import (
+    DEAD_LINKS,
     EXTENSIONS,
     HIDDEN_FILES,
-    LINKS,
+    NO_FILES,
     hidden_part,
     is_image_name,
     is_left_by_systems,
@@ -26,11 +28,13 @@ from scalekd_ds.errors import UserError
 _LABELS = (".cls", ".json")
 # bytes of such a member that are read at most
 _LABEL_BYTES = 64 * 1024
+# links from one member to the next that are followed at most
+_MAX_LINKS = 8
 
 
 def is_tar(path: Path) -> bool:
     """Whether the path of a file or a pattern is that of tars."""
-    return path.suffix == ".tar" and not is_left_by_systems(path.name)
+    return path.suffix == ".tar" and not is_left_by_systems(path.name) and not path.is_dir()
 
 
 def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
@@ -49,39 +53,79 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
         UserError: A tar is missing, cut off or compressed; an image has no label; two images have the same name; a
             label is out of range.
     """
-    return open_shards(where, key, classes, is_tar, lambda tar: _scan(tar, key))
+    # whether labels are beside the images -> a tar of which it is so
+    ways: dict[bool, str] = {}
+
+    def scan(tar: str) -> tuple[list[Sample], dict[str, int]]:
+        samples, left_out, labelled = _scan(tar, key)
+        ways.setdefault(labelled, tar)
+        if len(ways) == 2:
+            raise UserError(
+                f"{key}: {ways[True]!r} has a .cls or .json beside its images, and {ways[False]!r} none, where folders would "
+                "name the classes: all tars must be labelled in the same way."
+            )
+        return samples, left_out
+
+    return open_shards(where, key, classes, is_tar, scan)
 
 
-def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int]]:
-    """All images of one tar, and the number of members that are left out, by kind."""
+def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int], bool]:
+    """All images of one tar, the number of members that are left out, by kind, and whether labels are beside the images."""
     try:
         with tarfile.open(tar, "r:", encoding="utf-8") as archive:
-            found = list(archive)
+            members = list(archive)
             end = archive.offset
-        members = [member for member in found if member.isreg()]
-        links = sum(member.islnk() or member.issym() for member in found if is_image_name(member.name))
         with open(tar, "rb") as file:
             fd = file.fileno()
             # a tar that is cut between two members shows no other sign of it
             if os.pread(fd, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{key}: the tar {tar!r} is cut off: it has no end marker after {len(members)} files.")
-            samples, left_out = _samples(tar, fd, members, key)
-            return samples, left_out | ({LINKS: links} if links else {})
+            left_out: Counter[str] = Counter()
+            files = _files(tar, members, left_out, key)
+            samples, labelled = _samples(tar, fd, files, left_out, key)
+            return samples, dict(left_out), labelled
     except tarfile.ReadError as error:
         raise UserError(f"{key}: {tar!r} is no whole, uncompressed tar: {error}.") from None
     except OSError as error:
         raise UserError(f"{key}: the tar {tar!r} cannot be read: {reason(error)}.") from None
 
 
-def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> tuple[list[Sample], dict[str, int]]:
-    """Groups the members of a tar to samples; raises UserError for an image without a label."""
-    left_out: Counter[str] = Counter()
+def _files(tar: str, members: list[tarfile.TarInfo], left_out: Counter[str], key: str) -> list[tarfile.TarInfo]:
+    """The members that are files. A link to another member, as tar writes for a second name of a file, has its bytes."""
+    by_name = {os.path.normpath(member.name): member for member in members if not member.isdir()}
+    files = []
+    for member in members:
+        target: tarfile.TarInfo | None = member
+        for _ in range(_MAX_LINKS):
+            if target is None or not (target.islnk() or target.issym()):
+                break
+            # a hard link has the name of a member, and a symbolic one starts at its own folder
+            folder = os.path.dirname(target.name) if target.issym() else ""
+            target = by_name.get(os.path.normpath(os.path.join(folder, target.linkname)))
+        if member.isdir():
+            continue
+        if hidden_part(member.name):
+            left_out[HIDDEN_FILES] += 1
+        elif target is None or target.islnk() or target.issym():
+            left_out[DEAD_LINKS] += 1
+        elif not target.isreg():
+            left_out[NO_FILES] += is_image_name(member.name)
+        elif target.issparse() and is_image_name(member.name):
+            raise UserError(f"{key}: {member.name!r} in {tar!r} is stored with holes: write the tar without --sparse.")
+        else:
+            files.append(target if target is member else copy.copy(target))
+            files[-1].name = member.name
+    return files
+
+
+def _samples(
+    tar: str, fd: int, members: list[tarfile.TarInfo], left_out: Counter[str], key: str
+) -> tuple[list[Sample], bool]:
+    """Groups the files of a tar to samples, and says whether labels are beside them; UserError for one without a label."""
     images, labels = [], []
     for member in members:
         extension = os.path.splitext(member.name)[1].lower()
-        if hidden_part(member.name):
-            left_out[HIDDEN_FILES] += 1
-        elif is_image_name(member.name):
+        if is_image_name(member.name):
             images.append(member)
         elif extension in _LABELS:
             labels.append(member)
@@ -94,7 +138,7 @@ def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> tup
         named = [(m, os.path.basename(os.path.dirname(os.path.normpath(m.name)))) for m in images]
         _check_once(images, [m.name for m in images], tar, key)
     else:
-        beside = _group(images, labels, tar, key)
+        beside = _group(images, labels, tar, fd, key)
         named = [(m, _read_label(tar, fd, beside[m.name], key)) for m in images]
     samples = []
     for member, label in named:
@@ -103,13 +147,12 @@ def _samples(tar: str, fd: int, members: list[tarfile.TarInfo], key: str) -> tup
                 f"{key}: {member.name!r} in {tar!r} has no label: a .cls, or a .json with label, cls or class, must be "
                 "beside it, or every image of the tar in a folder of its class."
             )
-        size = image_size(fd, member.offset_data, member.size)
-        samples.append(Sample(member.name, label, size, member.size, member.offset_data))
-    return samples, dict(left_out)
+        samples.append(Sample(member.name, label, member.size, member.offset_data))
+    return samples, bool(labels)
 
 
 def _group(
-    images: list[tarfile.TarInfo], labels: list[tarfile.TarInfo], tar: str, key: str
+    images: list[tarfile.TarInfo], labels: list[tarfile.TarInfo], tar: str, fd: int, key: str
 ) -> dict[str, dict[str, tarfile.TarInfo]]:
     """Finds the members with the label of each image: name of the image -> extension -> member.
 
@@ -130,7 +173,19 @@ def _group(
     _check_once(images, of_images, tar, key)
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     for sample, member in zip(of_labels, labels, strict=True):
-        members.setdefault(sample, {})[os.path.splitext(member.name)[1].lower()] = member
+        beside = members.setdefault(sample, {})
+        extension = os.path.splitext(member.name)[1].lower()
+        other = beside.setdefault(extension, member)
+        if other is member or _label_text(fd, other) == _label_text(fd, member):
+            continue
+        dots = [os.path.basename(each.name).count(".") for each in (other, member)]
+        if extension == ".cls" or dots[0] == dots[1]:
+            raise UserError(
+                f"{key}: {tar!r} has two labels for one sample, {other.name!r} and {member.name!r}, which differ: leave one "
+                "of them out."
+            )
+        # 0.json is about the sample, and 0.meta.json about something of it
+        beside[extension] = min(other, member, key=lambda each: os.path.basename(each.name).count("."))
     return {image.name: members.get(sample, {}) for sample, image in zip(of_images, images, strict=True)}
 
 
@@ -154,6 +209,11 @@ def _up_to_last_dot(name: str) -> str:
     return os.path.splitext(os.path.normpath(name))[0]
 
 
+def _label_text(fd: int, member: tarfile.TarInfo) -> bytes:
+    """What a member with a label holds."""
+    return os.pread(fd, min(member.size, _LABEL_BYTES), member.offset_data).strip()
+
+
 def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], key: str) -> str | None:
     """The label of one sample, from its members by extension; None where they hold none.
 
@@ -174,7 +234,8 @@ def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], ke
                 if not isinstance(value, int | str):
                     raise TypeError
                 text = str(value)
-        except (ValueError, TypeError):
+        # JSON may be nested more deeply than its parser can follow
+        except (ValueError, TypeError, RecursionError):
             if found:
                 # what else a .json beside a .cls holds is its own business
                 continue

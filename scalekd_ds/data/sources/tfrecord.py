@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from scalekd_ds.data.sources.index import image_size, reason
+from scalekd_ds.data.sources.index import reason
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import is_left_by_systems
 from scalekd_ds.errors import UserError
@@ -51,7 +51,7 @@ def _scan(path: str, key: str) -> list[Sample]:
         # mapped into memory, so that only the pages with the header of an image are read
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for start, end in _records(data):
-                samples.append(_sample(data, start, end, file.fileno(), len(samples)))
+                samples.append(_sample(data, start, end, len(samples)))
     except (ValueError, IndexError, struct.error) as error:
         where = f"record {len(samples)} of {path!r}"
         raise UserError(f"{key}: {where} is no tf.train.Example of an image: {error or 'it is cut off'}.") from None
@@ -74,7 +74,7 @@ def _records(data: mmap.mmap) -> Iterator[tuple[int, int]]:
         at = end + _FOOTER
 
 
-def _sample(data: mmap.mmap, start: int, end: int, fd: int, number: int) -> Sample:
+def _sample(data: mmap.mmap, start: int, end: int, number: int) -> Sample:
     """The image in the Example from byte `start` to `end`; raises ValueError where it is none."""
     features: dict[bytes, tuple[int, int]] = {}
     for _, first, last in _fields(data, start, end):
@@ -91,7 +91,7 @@ def _sample(data: mmap.mmap, start: int, end: int, fd: int, number: int) -> Samp
         label = str(_first_int(data, *features[_LABEL]))
     else:
         raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}")
-    return Sample(f"record {number}", label, image_size(fd, first, last - first), last - first, first)
+    return Sample(f"record {number}", label, last - first, first)
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:

@@ -28,7 +28,8 @@ OTHER_FILES, OUTSIDE, LOOPS = (
     "image outside of the class folders",
     "link back to a folder above it",
 )
-NO_FILES, LINKS = "device or pipe named as an image", "link to an image of the tar"
+NO_FILES, NO_SHARDS = "device or pipe named as an image", "file beside the shards"
+DEAD_LINKS = "link that leads nowhere"
 _PLURAL = {
     HIDDEN_FOLDERS: "hidden folders",
     HIDDEN_FILES: "hidden files",
@@ -36,13 +37,15 @@ _PLURAL = {
     OUTSIDE: "images outside of the class folders",
     LOOPS: "links back to folders above them",
     NO_FILES: "devices or pipes named as images",
-    LINKS: "links to images of the tar",
+    NO_SHARDS: "files beside the shards",
+    DEAD_LINKS: "links that lead nowhere",
 }
 
 
 def is_left_by_systems(name: str) -> bool:
     """Whether a file or folder is hidden, or one that a system or a program keeps for itself."""
-    return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
+    # tar's own headers have the number of a process in the name of their folder
+    return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS or name.lower().startswith("paxheaders.")
 
 
 def is_image_name(name: str) -> bool:
