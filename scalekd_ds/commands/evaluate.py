@@ -23,7 +23,7 @@ def parser() -> Parser:
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--threads", type=int, default=2, help="decoding threads")
     options.add_argument("--max-bad-share", type=float, default=0.001, metavar="X", help="share of the images that may be "
-                        "left out because they cannot be used (0.001)")  # fmt: skip
+                        "left out because they cannot be used, rounded up to an image (0.001)")  # fmt: skip
     options.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
     return options
 

@@ -50,8 +50,8 @@ class DataConfig:
         hw_decoder_load: Share of the JPEGs that a GPU's hardware decoder takes, where it has one.
         largest_image: Height and width in pixels for which a GPU's decoder reserves memory at the start; by default
             those of ImageNet's largest image.
-        max_bad_share: Share of the images that may be unreadable before the run stops; in training each of them is
-            replaced by another image of its class, and in validation it is left out.
+        max_bad_share: Share of the images that may be unreadable before the run stops, rounded up to a whole image; in
+            training each of them is replaced by another image of its class, and in validation it is left out.
     """
 
     root: str = ""

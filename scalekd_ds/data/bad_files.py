@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 
@@ -18,6 +19,11 @@ _STREAM = 7
 _MAX_NAMED = 20
 
 
+def most_bad(max_share: float, count: int) -> int:
+    """How many of `count` images may be bad: the share, rounded up. A single bad image ends no run, unless the share is 0."""
+    return math.ceil(max_share * count - 1e-9)
+
+
 class BadFiles:
     """The bad files that one rank has met. Threads may share one object.
 
@@ -27,7 +33,7 @@ class BadFiles:
     Args:
         source: The training images.
         seed: The run's seed.
-        max_share: Largest share of all files that may be bad; the run stops above it.
+        max_share: Largest share of all files that may be bad, rounded up to a file; the run stops above it.
 
     Attributes:
         reasons: Index -> reason of every bad file so far; a reason completes the sentence "FILE ...".
@@ -59,7 +65,7 @@ class BadFiles:
             if index in self.reasons:
                 return
             self.reasons[index] = reason
-            count, limit = len(self.reasons), self.max_share * len(self.source)
+            count, limit = len(self.reasons), most_bad(self.max_share, len(self.source))
         if count <= limit:
             line = f"warning: {escape(self.source.name(index))} {reason}; another of its class takes its place"
             print(one_line(line), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from scalekd_ds.data import EvalLoader
+from scalekd_ds.data.bad_files import most_bad
 from scalekd_ds.errors import UserError
 
 # images that a message names
@@ -26,7 +26,7 @@ def check_left_out(loader: EvalLoader, accuracy: dict[str, Any], max_share: floa
     Args:
         loader: This rank's loader, after the evaluation.
         accuracy: What the evaluation has returned, over all ranks.
-        max_share: Largest share of all validation images that may be left out.
+        max_share: Largest share of all validation images that may be left out, rounded up to an image.
         flag: The setting that has this share, for the message.
         told: How many were left out when this was last said; the same number is not said again.
 
@@ -50,7 +50,7 @@ def check_left_out(loader: EvalLoader, accuracy: dict[str, Any], max_share: floa
     if not accuracy["images"]:
         raise LeftOutError(f"none of the {total} validation images can be used: {named}{more}.")
     said = f"{count} of {total} validation images cannot be used"
-    if count > math.floor(max_share * total + 1e-9):
+    if count > most_bad(max_share, total):
         raise LeftOutError(
             f"{said}, more than {flag} {max_share:g} allows: {named}{more}. Mend or remove them; `scalekd prepare-data "
             "verify DIR` finds them all."

@@ -187,9 +187,10 @@ def test_an_image_that_becomes_bad_between_two_evaluations_is_left_out_of_the_se
 
 
 @pytest.mark.parametrize(
-    ("bad", "share", "allowed"), [(1, 0.05, False), (1, 0.07, True), (3, 0.2, True), (4, 0.2, False)]
+    ("bad", "share", "allowed"),
+    [(1, 0.0, False), (1, 0.001, True), (2, 0.001, False), (1, 0.07, True), (3, 0.2, True), (4, 0.2, False)],
 )
-def test_the_share_is_that_of_all_validation_images(tmp_path, bad, share, allowed):
+def test_the_share_is_that_of_all_validation_images_and_a_single_one_is_always_allowed(tmp_path, bad, share, allowed):
     source = index_folder(make_folder(tmp_path, {"a": 5, "b": 5, "c": 5}), "data.val")
     for number in range(bad):
         Path(source.paths[4 * number]).write_bytes(b"text")
