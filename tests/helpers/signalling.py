@@ -1,0 +1,20 @@
+"""Runs and commands to which a test sends signals."""
+
+from __future__ import annotations
+
+import sys
+
+import tiny_run
+
+# a shell starts what runs in the background with SIGINT ignored, which a terminal does not
+FOREGROUND = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(2, signal.default_int_handler); os.execvp(sys.argv[1], sys.argv[1:])",
+]
+
+
+def arguments(data, run_dir, *more):
+    slim = ("--student_kwargs.channels", "[8, 8, 8, 8]", "--micro_batch_size", 4)
+    slim += ("--run.log_every", 1, "--run.eval_every", 1, "--run.pictures", 1, "--data.eval_batch_size", 4)
+    return tiny_run.supervised_arguments(data, run_dir, *slim, *more)
