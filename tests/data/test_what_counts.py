@@ -242,11 +242,11 @@ def test_dots_in_names_of_members(tmp_path, images, labels):
         (dotted(["a/0.jpg", "a/0.jpg"], []), "two images for one sample"),
         (
             [*labelled([0, 1]), ("0000.json", b'{"label": 1}')],
-            "says '0' and the .json beside it '1': a sample has one label",
+            "two labels for one sample, '0' ('0000.cls') and '1' (label in '0000.json'), which differ",
         ),
         (
             [("0.jpg", JPEGS[0]), ("0.cls", b"cat"), ("0.json", b'{"class": "dog"}')],
-            "says 'cat' and the .json beside it 'dog'",
+            "two labels for one sample, 'cat' ('0.cls') and 'dog' (class in '0.json'), which differ",
         ),
         ([("0.jpg", JPEGS[0]), ("1.cls", b"1")], "has no label"),
         ([("0.jpg", JPEGS[0]), ("0.cls", b" ")], "has no label"),

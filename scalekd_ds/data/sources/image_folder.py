@@ -141,7 +141,12 @@ def _class_folders(folder: Path, key: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
-        raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
+        names = os.listdir(folder)
+        of_hub = any(name.endswith((".parquet", ".arrow")) or name == "dataset_dict.json" for name in names)
+        cure = "it must hold one folder of images per class"
+        if of_hub:
+            cure = f"a data set of Hugging Face is given as hf:{folder}"
+        raise UserError(f"{key}: {str(folder)!r} has no class folders: {cure}.")
     return sorted(classes, key=text_of)
 
 
