@@ -1,11 +1,9 @@
-"""The forms in which other programs write labels and pack images: each is read as it is meant, or named in one line."""
+"""The forms in which other programs write labels: each is read as it is meant, or named in one line."""
 
-import bz2
-import gzip
 import json
-import lzma
 import shutil
 import struct
+from types import SimpleNamespace
 
 import pytest
 from source_fixtures import (
@@ -20,9 +18,12 @@ from source_fixtures import (
     write_tar,
 )
 
+from scalekd_ds.commands import prepare_data
 from scalekd_ds.config import DataConfig, RunConfig
 from scalekd_ds.data.run_sources import read_sources
 from scalekd_ds.data.sources.open import open_source
+from scalekd_ds.evaluation.standalone import images_for
+from scalekd_ds.inspection.images import find_images
 
 NUMBERS = [str(i) for i in range(12)]
 
@@ -60,6 +61,37 @@ def test_numbers_are_numbers_however_they_are_written(tmp_path, form):
     place.mkdir()
     source = open_source(write_table(place, [(f"{i}.jpg", t.strip()) for i, t in enumerate(texts)]), "data.train")
     assert source.classes == NUMBERS and meaning(source) == NUMBERS
+
+
+def test_numbers_with_a_gap_are_positions_in_a_models_classes(tmp_path, capsys):
+    model = SimpleNamespace(num_classes=12, pretrained_cfg={"label_names": [f"c{i}" for i in reversed(range(12))]})
+    tar = write_tar(tmp_path / "t.tar", labelled([f"{i}.0" for i in range(12)]))
+    assert images_for(model, "MODEL", tar).labels.tolist() == list(range(12))
+    assert "are numbers: they are positions in the classes of MODEL (0 is 'c11')" in capsys.readouterr().out
+    assert [image.parent.name for image in find_images([str(tar)])] == NUMBERS
+    # a date is a number that is no position
+    dates = write_tar(tmp_path / "d.tar", [(f"{day}/0.jpg", JPEGS[0]) for day in (20240131, 99991231235959)])
+    assert [image.parent.name for image in find_images([str(dates)])] == ["20240131", "99991231235959"]
+    # where numbers with a point are the names, they are these
+    (tmp_path / "classes.txt").write_text("1.0\n0.0\n2.0\n")
+    tar = write_tar(tmp_path / "t.tar", labelled(["0.0", "1.0", "2.0"]))
+    assert meaning(open_source(tar, "data.train")) == ["0.0", "1.0", "2.0"]
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar", "table"])
+def test_one_class_is_enough_to_evaluate_and_to_verify(tmp_path, kind):
+    (tmp_path / "v" / "b").mkdir(parents=True)
+    (tmp_path / "v" / "b" / "0.jpg").write_bytes(JPEGS[0])
+    where = {
+        "folders": lambda: tmp_path / "v",
+        "tar": lambda: write_tar(tmp_path / "t.tar", [("b/0.jpg", JPEGS[0])]),
+        "table": lambda: write_table(tmp_path, [("v/b/0.jpg", "b")]),
+    }[kind]()
+    model = SimpleNamespace(num_classes=3, pretrained_cfg={"label_names": ["a", "b", "c"]})
+    source = images_for(model, "MODEL", where)
+    assert source.labels.tolist() == [1] and source.classes == ["a", "b", "c"]
+    prepare_data.main(["verify", str(where)])
+    assert "has one class, 'b': a classifier needs two or more" in message(where)
 
 
 def test_numbers_of_a_json_and_of_typed_columns(tmp_path):
@@ -191,49 +223,11 @@ def test_dots_beside_something_about_a_part_of_the_names(tmp_path):
     assert meaning(open_source(write_tar(tmp_path / "t.tar", members), "data.train")) == ["0", "1"]
 
 
-def test_tars_that_cat_joined_lose_no_image_in_silence(tmp_path):
-    first = write_tar(tmp_path / "a.tar", labelled([0, 1])).read_bytes()
-    (tmp_path / "joined.tar").write_bytes(first + first)
-    assert "has more behind its end, after 4 files, as tars that were joined" in message(tmp_path / "joined.tar")
-    # writers fill the last block, some to a megabyte
-    (tmp_path / "filled.tar").write_bytes(first + bytes(2**20))
-    assert len(open_source(tmp_path / "filled.tar", "data.train")) == 2
-
-
-PAGE = b"<!DOCTYPE html><html>404 Not Found</html>"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
-
-
-@pytest.mark.parametrize("name", ["t.tar", "t.tfrecord", "t.csv", "t.parquet"])
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (gzip.compress, "is compressed (gzip): unpack it."),
-        (bz2.compress, "is compressed (bzip2): unpack it."),
-        (lzma.compress, "is compressed (xz): unpack it."),
-        (lambda data: PAGE, "is a web page, not "),
-        (lambda data: POINTER, "git lfs pull"),
-        (lambda data: b"", "is empty: fetch it again."),
-    ],
-)
-def test_a_file_that_is_something_else_is_named(tmp_path, name, change, says):
-    if name == "t.parquet":
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    data = write_tar(tmp_path / "x", labelled([0, 1])).read_bytes()
-    (tmp_path / name).write_bytes(change(data))
-    assert says in (text := message(tmp_path / name)) and name in text
-
-
 def test_labels_of_several_classes_are_refused(tmp_path):
     tar = write_tar(tmp_path / "t.tar", labelled([[0], [1, 4], [0, 4, 7]]))
     assert "'0000.jpg' in" in (text := message(tar)) and "has the label [0], a list: an image has one label" in text
     # a name may look like one
     assert meaning(open_source(write_tar(tar, labelled(["[0]", "a"])), "data.train")) == ["[0]", "a"]
-
-
-def test_archives_in_a_tar_are_named(tmp_path):
-    tar = write_tar(tmp_path / "ILSVRC2012_img_train.tar", [("n01440764.tar", b"x"), ("n01443537.tar", b"x")])
-    assert "has no images, but 2 archives: unpack it" in message(tar)
 
 
 def test_a_tfrecord_with_empty_synsets_has_its_numbers(tmp_path):

@@ -77,7 +77,7 @@ def resolve_labels(
         (n,) int64 labels and the names of the classes.
 
     Raises:
-        UserError: A label is out of range, not among `classes`, a list or no text, or there is only one class.
+        UserError: A label is out of range, not among `classes`, a list or no text.
     """
 
     def first_image_of(raw: str) -> str:
@@ -93,13 +93,17 @@ def resolve_labels(
             "label, a number or a name."
         )
     numbers = all(is_number(label) for label in index.raw)
-    classes = listed(classes, index.raw)
-    if folders and (names := classes or index.raw) and {*map(str, range(len(names)))} != {*names}:
+    given = index.raw
+    if numbers and not folders and not (isinstance(classes, list) and set(given) <= set(classes)):
+        # a column of numbers with a gap in it has 3.0 for 3
+        given = [label.partition(".")[0] for label in given]
+    classes = listed(classes, list(dict.fromkeys(given)))
+    if folders and (names := classes or given) and {*map(str, range(len(names)))} != {*names}:
         # folders of classes 1 to 102 have names, as class folders outside of a tar have
         numbers = False
     if classes is None and not numbers:
-        classes = sorted(index.raw)
-    positions = positions_in(index.raw, classes or ())
+        classes = sorted(given)
+    positions = positions_in(given, classes or ())
     if classes is not None and (positions >= 0).all():
         table = positions.tolist()
     elif not numbers:
@@ -123,8 +127,6 @@ def resolve_labels(
             say(f"{key}: the labels of {where} are numbers: they are positions in the classes (0 is {classes[0]!r})")
     if classes is None:
         classes = [str(label) for label in range(count)]
-    if len(classes) < 2:
-        raise UserError(f"{key}: {where} has one class, {classes[0]!r}: a classifier needs two or more.")
     return np.asarray(table, dtype=np.int64)[index.codes], classes
 
 
