@@ -69,6 +69,11 @@ def test_numbers_with_a_gap_are_positions_in_a_models_classes(tmp_path, capsys):
     assert images_for(model, "MODEL", tar).labels.tolist() == list(range(12))
     assert "are numbers: they are positions in the classes of MODEL (0 is 'c11')" in capsys.readouterr().out
     assert [image.parent.name for image in find_images([str(tar)])] == NUMBERS
+    padded = write_tar(tmp_path / "p.tar", labelled([f"{i:02d}" for i in range(12)]))
+    assert images_for(model, "MODEL", padded).labels.tolist() == list(range(12))
+    # unless the model knows them as names
+    model.pretrained_cfg["label_names"] = [f"{i:02d}" for i in reversed(range(12))]
+    assert images_for(model, "MODEL", padded).labels.tolist() == list(reversed(range(12)))
     # a date is a number that is no position
     dates = write_tar(tmp_path / "d.tar", [(f"{day}/0.jpg", JPEGS[0]) for day in (20240131, 99991231235959)])
     assert [image.parent.name for image in find_images([str(dates)])] == ["20240131", "99991231235959"]
