@@ -79,7 +79,8 @@ def _read_any(path: Path, shard: bool = False) -> Any:
             start = file.read(HEAD)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
-    if other := mistaken(start, "weights"):
+    # a .safetensors begins with the length of its header, whose bytes may be any
+    if start[8:9] != b"{" and (other := mistaken(start, "weights")):
         raise UserError(f"{path} {other}.")
     if path.name.endswith(".index.json"):
         return _read_shards(path)

@@ -156,6 +156,19 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, kind, name):
     same_outputs(ours, theirs)
 
 
+def test_the_length_of_a_header_is_not_taken_for_that_of_a_compressed_file(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    path = written(theirs.state_dict(), tmp_path / "w.safetensors")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # blanks behind the header, until its length begins as gzip does
+    wanted = 0x8B1F
+    header = content[8 : 8 + length].ljust(wanted)
+    path.write_bytes(wanted.to_bytes(8, "little") + header + content[8 + length :])
+    load_weights(ours, path)
+    same_outputs(ours, theirs)
+
+
 def test_a_run_whose_teacher_is_no_weights_ends_before_it_starts(tmp_path):
     data = make_dataset(tmp_path / "data", train=4, val=2, classes=2, size=(32, 32))
     page = tmp_path / "teacher.pth"
