@@ -16,6 +16,8 @@ import numpy as np
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.names import escape
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
 
 class KnownClasses(NamedTuple):
     """The names of a model's classes.
@@ -52,8 +54,8 @@ class Matched(NamedTuple):
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether the classes have no names: they are `0` to `K-1` in this order."""
-    return all(name == str(position) for position, name in enumerate(names))
+    """Whether the classes have no names: they are `0` to `K-1` in this order, with zeros in front or not."""
+    return all(_NUMBER.fullmatch(name) and int(name) == position for position, name in enumerate(names))
 
 
 def natural_order(names: Sequence[str]) -> list[str]:

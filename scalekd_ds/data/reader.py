@@ -17,6 +17,15 @@ from scalekd_ds.data.sources.source import Source
 from scalekd_ds.data.undecodable import flaw_by_structure
 from scalekd_ds.errors import UserError, first_line
 
+# how files begin whose formats DALI decodes: JPEG, PNG, BMP, PNM, JPEG 2000; and WebP
+_OF_DALI = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"BM",
+    *(b"P%d" % kind for kind in range(1, 7)),
+    b"\x00\x00\x00\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
 # files whose sizes the estimate of a data set's size is taken from
 _SIZE_SAMPLES = 64
 
@@ -124,17 +133,19 @@ def _check_storage(root: Path) -> None:
 
 
 def _as_pillow_reads(data: np.ndarray) -> np.ndarray:
-    """A 16-bit PNG or PNM and a TIFF as an 8-bit PNG, and any other file as it is.
+    """An 8-bit PNG of an image that DALI does not read as Pillow does, and any other file as it is.
 
-    Pillow converts by saturation, as in timm's and torchvision's loaders; DALI would keep the high byte. Of TIFFs it does not
-    read all that Pillow does.
+    Pillow converts 16-bit PNGs and PNMs by saturation, as in timm's and torchvision's loaders, where DALI would keep the high
+    byte, and stretches PNMs whose largest value is below 255. Of TIFFs DALI does not read all that Pillow does, and of GIFs,
+    AVIFs and others, which come under the names of JPEGs, none.
     """
     head = data[:64].tobytes()
     png_of_16_bits = head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 24 and head[24] == 16
-    # the header of a PNM is text: kind, width, height, largest value
-    pnm_of_16_bits = re.match(rb"P[2356]\s+(?:#[^\n]*\n\s*)*\d+\s+\d+\s+(\d+)\s", head)
-    is_tiff = head.startswith((b"II*\x00", b"MM\x00*"))
-    if not (png_of_16_bits or is_tiff or (pnm_of_16_bits and int(pnm_of_16_bits[1]) > 255)):
+    # the header of a PNM is text: kind, width, height, largest value, with comments anywhere
+    start = re.sub(rb"#[^\r\n]*", b"", data[:1024].tobytes()) if head[:1] == b"P" else b""
+    pnm = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", start)
+    is_dalis = head.startswith(_OF_DALI) or head[8:12] == b"WEBP"
+    if is_dalis and not png_of_16_bits and not (pnm and int(pnm[1]) != 255):
         return data
     out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:

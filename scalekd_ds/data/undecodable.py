@@ -35,9 +35,10 @@ def flaw_by_structure(data: memoryview) -> str | None:
         )
     if head.startswith(b"BM"):
         return None if int.from_bytes(head[2:6], "little") <= len(data) else "is cut off: it is shorter than it says"
-    if head.startswith((b"GIF8", b"\x00\x00\x00\x1cftyp", b"\x00\x00\x00\x20ftyp")):
-        return "has a format without a decoder here: JPEG, PNG, WebP, BMP, PNM and TIFF have one"
-    if head.startswith((b"II*\x00", b"MM\x00*", b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")):
+    # AVIF and HEIC, which Pillow reads where it was built with their libraries
+    if head[4:8] == b"ftyp":
+        return "has a format without a decoder here: JPEG, PNG, WebP, BMP, GIF, PNM and TIFF have one"
+    if head.startswith((b"GIF8", b"II*\x00", b"MM\x00*", b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")):
         return None
     # PNM; Pillow and DALI look at the rest
     if len(head) > 3 and head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():

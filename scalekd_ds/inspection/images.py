@@ -69,6 +69,9 @@ class SourceImage:
         return self.source.name(self.index)
 
 
+# numbers from here on are no positions in any list of classes
+_MOST_CLASSES = 1_000_000
+
 AnyImage = Path | SourceImage
 
 
@@ -78,8 +81,8 @@ def _images_of_source(where: str) -> list[SourceImage] | None:
         return None
 
     def numbers_or_names(names: list[str]) -> list[str]:
-        # labels that are numbers are positions in the student's classes, of which some may not occur
-        numbers = all(is_number(name) for name in names)
+        # labels that are numbers are positions in the student's classes, of which some may not occur; dates are none
+        numbers = all(is_number(name) and int(name) < _MOST_CLASSES for name in names)
         return [str(i) for i in range(max(1, *map(int, names)) + 1)] if numbers else names
 
     source = open_source(where, "IMAGES", numbers_or_names)

@@ -31,6 +31,10 @@ def check_name(name: str) -> None:
     """
     if name.startswith(HUB_PREFIXES):
         architecture_and_kwargs(name)
+    elif os.path.isdir(name):
+        files = sorted(path.name for path in Path(name).glob("*.safetensors"))
+        found = f"give a file in it ({files[0]})" if files else "give a .safetensors with its card, as a run writes"
+        raise UserError(f"{name!r} is a folder, and no model: {found}.")
     elif name.endswith(TORCH_SUFFIXES) or (not timm.is_model(name) and Path(name).exists()):
         raise UserError(
             f"{name!r} is a file of weights, which does not say what model it is: give the model's timm name, and the "

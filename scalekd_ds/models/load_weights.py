@@ -57,6 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
             of each kind of difference, and what they suggest.
     """
     state, notes = choose_model(read_models(path), model.state_dict(), path)
+    _check_values(state, path)
     # so that the position tables of half-precision files can be resized like any others
     state = {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in state.items()}
     state = strip_prefixes(state, model.state_dict(), path)
@@ -68,8 +69,38 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
     if mismatch:
         cause = likely_cause(mismatch, state, model.state_dict())
         raise UserError(f"{path} does not fit {type(model).__name__}: {mismatch}. {cause}")
+    _check_kinds(state, model, path)
     model.load_state_dict(state, strict=False)
     return notes
+
+
+def _check_values(state: State, path: str | Path) -> None:
+    """Raises UserError for a tensor that holds no values of its own."""
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise UserError(
+                f"{path} has {name!r} without values (on torch's meta device): save the weights once loaded."
+            )
+        if tensor.is_quantized or tensor.layout is not torch.strided:
+            kind = "quantised" if tensor.is_quantized else "sparse"
+            raise UserError(f"{path} has {name!r} as a {kind} tensor: save the weights before that step.")
+
+
+def _check_kinds(state: State, model: nn.Module, path: str | Path) -> None:
+    """Raises UserError where numbers that are no weights, such as 8-bit codes or NaN, would become weights."""
+    statistics = [(name, value) for name, value in model.named_buffers() if ".running_" in name]
+    for name, ours in (*model.named_parameters(), *statistics):
+        if name not in state or not ours.is_floating_point():
+            continue
+        if not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path} has {name!r} as {kind}: its scale is not known; save the weights before they are quantised."
+            )
+        if not state[name].isfinite().all():
+            raise UserError(
+                f"{path} has values in {name!r} that are not finite: its training diverged; take an earlier one."
+            )
 
 
 def strip_prefixes(state: State, model_names: Iterable[str], path: str | Path) -> State:

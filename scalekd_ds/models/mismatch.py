@@ -83,6 +83,10 @@ def _other_layout(state: State, model_state: State) -> str:
         return "The names are Hugging Face transformers': take timm's copy (hf-hub:timm/NAME), which has timm's names."
     if any("last_layer.weight_" in n or n.startswith(("dino_head.", "head.mlp.", "teacher.")) for n in names):
         return "It looks like a DINO training checkpoint: take the released backbone, which timm has as vit_*_dinov2."
+    if any(
+        re.match(r"features\.\d+\.|encoder\.layers\.encoder_layer_\d+\.|conv_proj\.|class_token$", n) for n in names
+    ):
+        return "The names are torchvision's, which of its models the ResNets share with timm: take timm's weights of this one."
     if mmpretrain_like(names):
         return "The names are mmpretrain's: of its models Swin, ViT, BEiT/EVA and ResNet are known; is it this one?"
     return "Hardly a name is the same: is it another architecture?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ State = dict[str, torch.Tensor]
 
 # put before names by DistributedDataParallel, torch.compile, mmpretrain and other frameworks, and by distillers
 PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "backbone.")
+
+# put into the midst of names where a part of a model is compiled, checkpointed or sharded by itself
+WRAPPED_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
 
 # keys under which training scripts keep the model, in the order in which they are taken; averages come before them
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "student", "module", "weights", "params")
@@ -47,15 +51,18 @@ class Candidate(NamedTuple):
 
     @property
     def is_average(self) -> bool:
-        words = [word.strip(".").lower() for word in (*self.keys, self.prefix)]
+        words = [word.lower() for word in (*self.keys, *self.prefix.strip(".").split("."))]
         return any(word.startswith(_AVERAGES) or word.endswith(_AVERAGES) for word in words)
 
     @property
-    def rank(self) -> int:
-        """Its place among several: averages, then by `_KEYS`, then what has no known key."""
-        words = (*self.keys, self.prefix.strip("."))
-        known = min((_KEYS.index(word) for word in words if word in _KEYS), default=len(_KEYS))
-        return -1 if self.is_average else known
+    def rank(self) -> tuple[int, ...]:
+        """Its place among several: averages, then by `_KEYS`, then what has no known key; by its keys before its prefix."""
+
+        def place(word: str) -> int:
+            return _KEYS.index(word) if word in _KEYS else len(_KEYS)
+
+        prefix = self.prefix.strip(".").split(".")
+        return not self.is_average, min(map(place, self.keys), default=len(_KEYS)), *map(place, prefix)
 
 
 def models_in(content: Mapping[Any, Any]) -> list[Candidate]:
@@ -63,6 +70,9 @@ def models_in(content: Mapping[Any, Any]) -> list[Candidate]:
     found: list[Candidate] = []
 
     def visit(mapping: Mapping[Any, Any], keys: tuple[str, ...]) -> None:
+        if "param_groups" in mapping:
+            # an optimizer, under whatever key
+            return
         tensors = {str(name): value for name, value in mapping.items() if isinstance(value, torch.Tensor)}
         if tensors:
             found.append(Candidate(keys, "", tensors))
@@ -89,11 +99,12 @@ def choose_model(models: list[Candidate], model_names: Collection[str], path: st
     Raises:
         UserError: Several models fit, and nothing tells which one is meant.
     """
+    models = [model._replace(state=_without_wrapped_parts(model.state, model_names)) for model in models]
     needed = {name for name in model_names if not name.endswith("num_batches_tracked")}
     candidates = [part for model in models for part in _parts(model, needed) or [model]]
     fits = {id(c): len(needed & {*c.state, *map(_bare, c.state)}) / max(1, len(needed)) for c in candidates}
     best = [c for c in candidates if fits[id(c)] >= 0.9 * max(fits.values())]
-    best.sort(key=lambda c: (c.rank, -len(c.state)))
+    best.sort(key=lambda c: (*c.rank, -len(c.state)))
     chosen = best[0]
     # where no name fits, the file has another layout, and its largest dict is the model
     rivals = [c for c in best[1:] if fits[id(c)] > 0.5]
@@ -122,12 +133,23 @@ def _parts(model: Candidate, needed: set[str]) -> list[Candidate]:
         first, dot, rest = name.partition(".")
         groups.setdefault(first + dot, {})[rest] = tensor
     whole = {prefix: group for prefix, group in groups.items() if needed <= set(map(_bare, group))}
-    if len(groups) == 1 and not whole.keys().isdisjoint(PREFIXES):
-        return []
+    if len(groups) == 1 and (first := next(iter(groups))) in PREFIXES:
+        # behind DistributedDataParallel's name may be several models, such as a student and its teacher
+        inner = _parts(Candidate(model.keys, "", groups[first]), needed)
+        return [part._replace(prefix=first + part.prefix) for part in inner]
     return [
         Candidate(model.keys, prefix, group, tuple(repr(other) for other in groups if other != prefix))
         for prefix, group in whole.items()
     ]
+
+
+def _without_wrapped_parts(state: State, model_names: Collection[str]) -> State:
+    """The tensors without those of `WRAPPED_PARTS` in the midst of their names that no name of the model has."""
+    words = [word for word in WRAPPED_PARTS if not any(word in name for name in model_names)]
+    inside = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, words))})") if words else None
+    renamed = {inside.sub("", name) if inside else name: tensor for name, tensor in state.items()}
+    # two names that would become one stay as they are
+    return renamed if len(renamed) == len(state) else state
 
 
 def _bare(name: str) -> str:

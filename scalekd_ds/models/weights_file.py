@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shlex
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scalekd_ds.errors import UserError, first_line
+from scalekd_ds.mistaken_files import HEAD, mistaken
 from scalekd_ds.models.models_in_file import Candidate, models_in
 from scalekd_ds.names import utf8_path
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
+# how files of other frameworks begin
+_FORMATS = {b"\x93NUMPY": "one NumPy array", b"\x89HDF": "an HDF5 file, as Keras has", b"GGUF": "a GGUF file"}
+# torch.serialization.MAGIC_NUMBER in a pickle
+_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+
 # a shell command that takes the path of a pickle and the path of the .safetensors to write
 CONVERT_COMMAND = (
     "python -c 'import sys,torch; from safetensors.torch import save_file; "
     'd=torch.load(sys.argv[1],"cpu",weights_only=False); '
-    'd=d.get("state_dict",d.get("model",d)) if isinstance(d,dict) else d.state_dict(); '
-    "save_file({k:v.clone().contiguous() for k,v in d.items() if torch.is_tensor(v)},sys.argv[2])'"
+    'd=d.get("state_dict",d.get("model",d)) if isinstance(d,dict) else d; '
+    'd=d.state_dict() if hasattr(d,"state_dict") else d; '
+    'd={k:torch.as_tensor(v).clone().contiguous() for k,v in d.items() if hasattr(v,"shape")}; '
+    "save_file(d,sys.argv[2])'"
 )
 
 
@@ -67,20 +76,17 @@ def _read_any(path: Path, shard: bool = False) -> Any:
         raise UserError(f"weights file {str(path)!r} does not exist.")
     try:
         with path.open("rb") as file:
-            start = file.read(512)
+            start = file.read(HEAD)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
-    if not start:
-        raise UserError(f"{path} is empty: fetch it again.")
+    # a .safetensors begins with the length of its header, whose bytes may be any
+    if start[8:9] != b"{" and (other := mistaken(start, "weights")):
+        raise UserError(f"{path} {other}.")
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if (number := re.search(r"-(\d+)-of-(\d+)\.(safetensors|bin)$", path.name)) and int(number[2]) > 1 and not shard:
         index = f"{path.name[: number.start()]}.{number[3]}.index.json"
         raise UserError(f"{path} is one of {int(number[2])} files with parts of a model: give their index, {index}.")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it came from.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise UserError(f"{path} is a web page, not weights: fetch the file itself (a `raw` or `resolve` link).")
     # told by content, because either format is found under the other's suffix
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         try:
@@ -90,22 +96,54 @@ def _read_any(path: Path, shard: bool = False) -> Any:
             raise UserError(
                 f"{path} is not a readable .safetensors file ({first_line(error)}): fetch it again."
             ) from None
-    if path.suffix == ".npz":
-        raise UserError(f"{path} is a NumPy archive of a JAX model: use timm's own conversion of it from the hub.")
+    if other := _of_another_framework(path, start):
+        raise UserError(f"{path} {other}.")
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return _read_torch(path)
-    raise UserError(f"{path} holds neither .safetensors nor PyTorch weights: fetch it again, or name another file.")
+    text = start[:80].decode("utf-8", "replace")
+    shown = f" but text, {text!r}" if text.isprintable() else ""
+    raise UserError(
+        f"{path} holds neither .safetensors nor PyTorch weights{shown}: fetch it again, or name another file."
+    )
+
+
+def _of_another_framework(path: Path, start: bytes) -> str | None:
+    """What a file of tensors is that torch cannot load, and what to do; None for all others."""
+    convert = "write its arrays as .safetensors, or take timm's own conversion from the hub"
+    if start.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError):
+            # cut short, as torch will say
+            return None
+        if path.suffix == ".npz" or all(name.endswith(".npy") for name in names):
+            return f"is a NumPy archive of a JAX model or another framework's: {convert}"
+        if any(name.endswith("/archive_format") for name in names):
+            return "is a program of torch.export: save its state_dict() as .safetensors"
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"is a zip archive ({', '.join(names[:3])}): unpack it"
+    if start[257:262] == b"ustar":
+        return "is a tar: unpack it; where torch itself wrote it long ago, load it and save its state_dict()"
+    # torch begins its older format with a number of its own, pickled in one of two protocols
+    if start.startswith(b"\x80") and _MAGIC not in start[:32]:
+        return f"is a pickle that torch.save did not write, and is not run: {convert}"
+    for magic, name in _FORMATS.items():
+        if start.startswith(magic):
+            return f"is {name}: {convert}"
+    return None
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     """The tensors of all the files that the index of Hugging Face's sharded weights names, which lie beside it."""
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        listed = {str(tensor): str(name) for tensor, name in json.loads(index.read_text())["weight_map"].items()}
+        names = sorted(set(listed.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{index} is no index of weights in several files ({first_line(error)}): fetch it again."
         ) from None
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name in names:
         if "/" in name or "\\" in name:
             raise UserError(f"{index} names {name!r}: the files of an index lie beside it.")
@@ -113,6 +151,10 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
         if not isinstance(content, Mapping):
             raise UserError(f"{index.with_name(name)} holds a {type(content).__name__}, not weights by name.")
         tensors |= content
+    if lost := sorted(set(listed) - set(tensors)):
+        raise UserError(
+            f"{index} lists {lost[0]!r} for {listed[lost[0]]!r}, which has no such tensor: fetch the files again."
+        )
     return tensors
 
 

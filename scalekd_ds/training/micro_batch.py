@@ -10,7 +10,8 @@ from scalekd_ds.errors import UserError
 
 
 def micro_batch_notice(cfg: RunConfig, world_size: int, trained: nn.Module) -> str | None:
-    """One line where the micro batch is smaller than asked for, since a rank's share has no larger divisor; else None.
+    """One line where the micro batch is smaller than asked for, since a rank's share has no larger divisor, or where a
+    BatchNorm sees one image because a rank has no more; else None.
 
     Args:
         cfg: The run.
@@ -22,15 +23,21 @@ def micro_batch_notice(cfg: RunConfig, world_size: int, trained: nn.Module) -> s
     """
     micro, accumulation = cfg.batches(world_size)
     share = cfg.global_batch_size // world_size
+    # SyncBatchNorm sees the other ranks' images as well
+    norms = [m for m in trained.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
     if micro >= min(cfg.micro_batch_size, share):
-        return None
+        alone = share == 1 < cfg.micro_batch_size and norms
+        return (
+            "a rank has one image of a step, of which BatchNorm takes its statistics: --student_sync_bn true takes them "
+            "of all ranks' images, on GPUs"
+            if alone and world_size > 1
+            else None
+        )
     even = -(-share // cfg.micro_batch_size) * cfg.micro_batch_size * world_size
     cut = (
         f"global_batch_size is {cfg.global_batch_size}, {share} images a rank, which has no divisor above {micro} up to "
         f"micro_batch_size {cfg.micro_batch_size}"
     )
-    # SyncBatchNorm sees the other ranks' images as well
-    norms = [m for m in trained.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
     if micro == 1 and norms:
         raise UserError(
             f"{cut}: BatchNorm would take its statistics of one image. Choose --global_batch_size {even}, or "

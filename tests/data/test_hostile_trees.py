@@ -207,7 +207,7 @@ def test_headers_that_other_programs_keep_as_files_are_no_images(tmp_path, name,
 
 def test_json_that_no_parser_can_follow_is_named(tmp_path):
     tar = write_tar(tmp_path / "t.tar", [("0.jpg", JPEGS[0]), ("0.json", b"[" * 60_000)])
-    assert "'0.json' in" in message(tar) and "is no json of a label" in message(tar)
+    assert "'0.json' in" in message(tar) and "is no JSON" in message(tar)
 
 
 @pytest.mark.parametrize("first", ["labels", "folders"])

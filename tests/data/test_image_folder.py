@@ -5,6 +5,7 @@ from image_fixtures import make_folder
 from source_fixtures import as_nobody
 
 from scalekd_ds.data.sources.image_folder import index_folder
+from scalekd_ds.data.sources.open import open_source
 from scalekd_ds.data.sources.source import subset
 from scalekd_ds.errors import UserError
 
@@ -43,7 +44,7 @@ def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(tmp_path):
         index_folder(tmp_path / "empty", "data.train")
     make_folder(tmp_path / "one", {"only": 2})
     with pytest.raises(UserError, match="has one class, 'only'"):
-        index_folder(tmp_path / "one", "data.train")
+        open_source(tmp_path / "one", "data.train")
     (tmp_path / "train" / "c").mkdir()
     with pytest.raises(UserError, match=r"the class folder .*c' has no images"):
         index_folder(tmp_path / "train", "data.train")

@@ -56,6 +56,58 @@ HOLDS = {
         lambda s, o: put("student.", s) | put("teacher.", o),
         "took the names that start with 'student.'; left out: 'teacher.'",
     ),
+    "a student and its teacher behind DDP": (
+        lambda s, o: put("module.student.", s) | put("module.teacher.", o),
+        "took the names that start with 'module.student.'; left out: 'teacher.'",
+    ),
+    "a Lightning module's student and teacher": (
+        lambda s, o: {"state_dict": put("model.student.", s) | put("model.teacher.", o)},
+        "took the names that start with 'model.student.' in 'state_dict'; left out: 'teacher.'",
+    ),
+    "an average behind DDP": (
+        lambda s, o: put("module.online.", o) | put("module.ema.", s),
+        "took the names that start with 'module.ema.', of averaged weights; left out: 'online.'",
+    ),
+    "an encoder behind DDP": (
+        lambda s, o: put("module.encoder_q.", s),
+        "took the names that start with 'module.encoder_q.'",
+    ),
+    "torchvision's references": (
+        lambda s, o: {"model": put("module.", o), "model_ema": put("module.module.", s) | {"n_averaged": LOSS}},
+        "took the names that start with 'module.' in 'model_ema', of averaged weights; left out: 'n_averaged', 'model'",
+    ),
+    "mmengine's": (
+        lambda s, o: {"meta": {}, "state_dict": o, "ema_state_dict": put("module.", s) | {"steps": LOSS}},
+        "took the names that start with 'module.' in 'ema_state_dict', of averaged weights; left out: 'steps', 'state_dict'",
+    ),
+    "DINO's": (
+        lambda s, o: {
+            "student": put("module.backbone.", s),
+            "teacher": put("backbone.", o),
+            "dino_loss": {"center": LOSS},
+        },
+        "took 'student'; left out: 'teacher'",
+    ),
+    "DeepSpeed's mp_rank": (lambda s, o: {"module": s, "optimizer": None, "ds_config": {}, "param_shapes": [{}]}, None),
+    "open_clip's": (
+        lambda s, o: put("visual.trunk.", s) | {"logit_scale": LOSS, "transformer.ln_1.weight": LOSS},
+        None,
+    ),
+    "parameters": (lambda s, o: {name: torch.nn.Parameter(value) for name, value in s.items()}, None),
+    "float64": (lambda s, o: {name: value.double() for name, value in s.items()}, None),
+    **{
+        f"a block in {word}": (
+            lambda s, o, word=word: {n.replace("blocks.1.", f"blocks.1.{word}"): t for n, t in s.items()},
+            None,
+        )
+        for word in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module._orig_mod.")
+    },
+    "blocks compiled behind DDP": (
+        lambda s, o: {
+            "model": put("module.", {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in s.items()})
+        },
+        None,
+    ),
     "model and ema": (lambda s, o: {"model": o, "ema": s}, "took 'ema', of averaged weights; left out: 'model'"),
     "timm's": (
         lambda s, o: {"state_dict": o, "state_dict_ema": s, "arch": "vit", "optimizer": {"state": {0: {"step": LOSS}}}},
@@ -98,6 +150,10 @@ def test_an_averaging_wrapper_itself(tmp_path, make):
     [
         (lambda s, o: {"generator": s, "critic": o}, r"several models \('critic', 'generator'\)|'generator', 'critic'"),
         (lambda s, o: put("left.", s) | put("right.", o), r"start with 'left.', the names that start with 'right.'"),
+        (
+            lambda s, o: put("module.encoder_q.", s) | put("module.encoder_k.", o),
+            r"'module.encoder_q.', the names that",
+        ),
         (lambda s, o: {"ema": s, "swa": o}, "several models .'ema', 'swa'.*, and nothing says which one is meant"),
     ],
 )
@@ -135,6 +191,17 @@ def test_shards_are_read_by_their_index_and_not_one_by_one(tmp_path):
         load_weights(vit(), tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors' does not exist"):
+        load_weights(vit(), index)
+
+
+def test_shards_that_lack_a_tensor_of_their_index_are_named(tmp_path):
+    index = shards(tmp_path, vit())
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["other.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(listed))
+    with pytest.raises(
+        UserError, match=r"lists 'other.weight' for 'model-00001-of-00002.safetensors', which has no such"
+    ):
         load_weights(vit(), index)
 
 

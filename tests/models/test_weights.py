@@ -242,6 +242,16 @@ def test_a_file_is_no_name(name):
         Teacher(name)
 
 
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(
+        UserError, match=r"is a folder, and no model: give a .safetensors with its card, as a run writes"
+    ):
+        build_model(str(tmp_path))
+    (tmp_path / "student.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a folder, and no model: give a file in it \(student.safetensors\)"):
+        build_model(str(tmp_path))
+
+
 def test_a_safetensors_without_card_says_how_to_name_its_model(tmp_path):
     path = written(vit().state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=rf"has no card: .* timm name, and the file as --teacher_weights {path}"):

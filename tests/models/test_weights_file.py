@@ -1,17 +1,22 @@
 """Files of weights that are damaged, are something else, or would run code: one line each, and nothing runs."""
 
 import argparse
+import gzip
+import pickle
 import shlex
 import subprocess
 import types
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forking import forked
 from image_fixtures import make_dataset
 from launching import ROOT, errors_of
 from safetensors.torch import save_file
+from source_fixtures import write_tar
 from weight_files import same_outputs, shaken, vit, written
 
 from scalekd_ds.errors import UserError
@@ -41,11 +46,19 @@ def test_code_in_a_pickle_does_not_run(tmp_path, legacy):
     assert mark.exists()
 
 
-def test_the_conversion_that_the_refusal_names_works(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda m: {"model": m.state_dict(), "config": types.SimpleNamespace(lr=1)},
+        lambda m: {"model": m, "epoch": 3},
+        lambda m: {name: value.numpy() for name, value in m.state_dict().items()},
+    ],
+)
+def test_the_conversion_that_the_refusal_names_works(tmp_path, content):
     theirs, ours = shaken(vit()), vit()
     (tmp_path / "my weights").mkdir()
-    path = written({"model": theirs.state_dict(), "config": types.SimpleNamespace(lr=1)}, tmp_path / "my weights/w.pth")
-    with pytest.raises(UserError, match="SimpleNamespace") as error:
+    path = written(content(theirs), tmp_path / "my weights/w.pth")
+    with pytest.raises(UserError, match="needs pickled code") as error:
         load_weights(ours, path)
     command = shlex.split(str(error.value).split("convert it once: ")[1])
     subprocess.run(command, check=True)
@@ -64,6 +77,19 @@ def scripted(path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/w.pth", b"x")
+
+
+def exported(path):
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), path)
+
+
+def with_values(change):
+    return lambda path: torch.save({name: change(value) for name, value in vit().state_dict().items()}, path)
+
+
 BAD = {
     "page.pth": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "is a web page, not weights"),
     "page.safetensors": (lambda p: p.write_text("<html><body>login"), "is a web page, not weights"),
@@ -73,9 +99,26 @@ BAD = {
     "folder.pth": (lambda p: p.mkdir(), "is a folder: give a file in it"),
     "missing.pth": (lambda p: None, "missing.pth' does not exist"),
     "none.pth": (lambda p: torch.save({"epoch": 3, "optimizer": {}}, p), r"no weights \(its keys: epoch, optimizer\)"),
+    "state.pth": (lambda p: torch.save(torch.optim.AdamW(vit().parameters()).state_dict(), p), "holds no weights"),
+    "error.pth": (lambda p: p.write_text('{"error": "not found"}'), 'but text, \'{"error": "not found"}\''),
+    "s3.pth": (lambda p: p.write_text("<Error><Code>NoSuchKey"), "is a web page, not weights"),
+    "w.pth.gz": (lambda p: p.write_bytes(gzip.compress(b"x")), r"is compressed \(gzip\): unpack it"),
+    "w.zip": (zipped, r"is a zip archive \(a/w.pth\): unpack it"),
+    "w.pth.tar": (lambda p: write_tar(p, [("w.pth", b"x")]), "is a tar: unpack it"),
+    "w.npz": (lambda p: np.savez(p, a=np.ones(3)), "is a NumPy archive of a JAX model or another framework's"),
+    "array.npy": (lambda p: np.save(p, np.ones(3)), "is one NumPy array"),
+    "w.pdparams": (lambda p: p.write_bytes(pickle.dumps({"a": np.ones(3)}, 2)), "is a pickle that torch.save did not"),
+    "w.h5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file, as Keras has"),
+    "w.gguf": (lambda p: p.write_bytes(b"GGUF\x03"), "is a GGUF file"),
+    "program.pt2": (exported, "is a program of torch.export"),
+    "meta.pth": (lambda p: torch.save({"a": torch.ones(2, device="meta")}, p), "has 'a' without values"),
+    "sparse.pth": (lambda p: torch.save({"a": torch.eye(2).to_sparse()}, p), "has 'a' as a sparse tensor"),
+    "codes.pth": (with_values(lambda v: (v * 9).to(torch.int8)), "has 'cls_token' as int8: its scale is not known"),
+    "nan.pth": (with_values(lambda v: v / 0), "has values in 'cls_token' that are not finite: its training diverged"),
+    "torchvision.pth": (lambda p: torch.save({"features.0.0.weight": torch.ones(2)}, p), "The names are torchvision's"),
     "list.pth": (lambda p: torch.save([1, 2], p), "holds a list, not weights by name"),
     "script.pt": (scripted, "is a TorchScript program"),
-    "jax.npz": (lambda p: p.write_bytes(b"PK\x03\x04"), "is a NumPy archive of a JAX model"),
+    "jax.npz": (lambda p: np.savez(p, a=np.ones(2)), "is a NumPy archive of a JAX model"),
     "nothing.safetensors": (lambda p: save_file({}, p), "holds no weights"),
 }
 
@@ -110,6 +153,19 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, kind, name):
     theirs, ours = shaken(vit()), vit()
     written(theirs.state_dict(), tmp_path / f"x.{kind}").rename(tmp_path / name)
     load_weights(ours, tmp_path / name)
+    same_outputs(ours, theirs)
+
+
+def test_the_length_of_a_header_is_not_taken_for_that_of_a_compressed_file(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    path = written(theirs.state_dict(), tmp_path / "w.safetensors")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # blanks behind the header, until its length begins as gzip does
+    wanted = 0x8B1F
+    header = content[8 : 8 + length].ljust(wanted)
+    path.write_bytes(wanted.to_bytes(8, "little") + header + content[8 + length :])
+    load_weights(ours, path)
     same_outputs(ours, theirs)
 
 

@@ -15,7 +15,7 @@ BATCHNORM, LAYERNORM = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerN
     [
         (256, 128, 1, None),
         (256, 128, 8, None),
-        (8, 128, 8, None),
+        (8, 128, 8, "a rank has one image of a step, of which BatchNorm takes its statistics: --student_sync_bn true"),
         (31, 1, 1, None),
         (
             34,

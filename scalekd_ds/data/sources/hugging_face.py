@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.index import Index, read_file
 from scalekd_ds.data.sources.labels import encode_labels, resolve_labels
-from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.errors import UserError, say, suggest
 from scalekd_ds.names import is_unicode, text_of, utf8_path
 
 # the first one that a data set has holds its labels
@@ -109,6 +110,8 @@ def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSourc
         raise UserError(
             f"{key}: {where!r} has no column of labels ({', '.join(_LABEL_COLUMNS)}): it has {_columns(features)}."
         )
+    if others := [column for column in _LABEL_COLUMNS if column in features and column != label]:
+        say(f"{key}: the labels of {where!r} are those of its column {label!r}, not of {', '.join(map(repr, others))}")
     labels, classes = _resolve_labels(dataset, features[label], label, classes, where, key)
     rows = dataset.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     count = len(dataset)
@@ -121,6 +124,9 @@ def _split_name(where: str) -> tuple[str, str | None]:
     name = where.removeprefix("hf:")
     if os.path.isdir(name) or ":" not in name:
         return name, None
+    # a split may be a part, `train[:10%]`
+    if named := re.fullmatch(r"(.+?):([^:/\[\]]+(\[[^\[\]]*\])?)", name, re.DOTALL):
+        return named[1], named[2]
     name, _, split = name.rpartition(":")
     return name, split
 
@@ -166,14 +172,22 @@ def _resolve_labels(dataset, feature, column: str, classes: list[str] | None, wh
     values = dataset.with_format("arrow")[column]
     values = values.to_pylist() if hasattr(values, "to_pylist") else [value.as_py() for value in values]
     names = getattr(feature, "names", None)
-    if not all(isinstance(value, int | str) for value in values):
-        row = next(i for i, value in enumerate(values) if not isinstance(value, int | str))
+
+    def is_label(value: object) -> bool:
+        return isinstance(value, int | str) or (isinstance(value, float) and value.is_integer())
+
+    if not all(map(is_label, values)):
+        row = next(i for i, value in enumerate(values) if not is_label(value))
         raise UserError(f"{key}: {where!r}, row {row}, has the label {values[row]!r}: it must be a number or a name.")
+    if names is not None and -1 in values:
+        raise UserError(
+            f"{key}: {where!r}, row {values.index(-1)}, has the label -1, as a split without labels has: give another one."
+        )
     if names is not None and isinstance(classes, list) and are_numbers(classes) and set(names) != set(classes):
         # the training set's labels are numbers without names, which these positions are too
         names = None
     if names is not None:
-        # on the Hub a row without a label has -1: its labels stay numbers, which resolve_labels refuses
+        # labels that are no positions stay numbers, which resolve_labels refuses
         with contextlib.suppress(IndexError):
             if min(values) >= 0:
                 values = [names[value] for value in values]

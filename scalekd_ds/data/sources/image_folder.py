@@ -78,7 +78,7 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
         classes: Names of the training classes, or a function that lists them; None takes the sorted names of the folders.
 
     Raises:
-        UserError: The folder is missing, has fewer than two classes, or has a class without images or not in `classes`.
+        UserError: The folder is missing or has no class, or has a class without images or not in `classes`.
     """
     if not folder.is_dir():
         parent = folder.parent
@@ -86,7 +86,7 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
         hint = suggest(folder.name, near) if parent.is_dir() else f" Not even {str(parent)!r} exists."
         raise UserError(f"{key}: the folder {str(folder)!r} does not exist.{hint}")
     # checked here, so that the error is the same whether or not there is an index
-    found = _class_folders(folder, key)
+    _class_folders(folder, key)
     index = cached_index(
         folder, key, lambda: _build_index(folder, key), lambda stamp: _what_changed(folder, stamp, key)
     )
@@ -94,8 +94,6 @@ def index_folder(folder: Path, key: str, classes: Classes = None) -> ImageFolder
     labels, names = index.codes, index.raw
     classes = _order_of_file(folder, names, key) or classes if not isinstance(classes, list) else classes
     classes = listed(classes, names)
-    if len(classes or found) == 1:
-        raise UserError(f"{key}: {str(folder)!r} has one class, {text_of(found[0])!r}: a classifier needs two or more.")
     if classes is not None and names != classes:
         positions = positions_in(names, classes)
         if unknown := [name for name, position in zip(names, positions, strict=True) if position < 0]:
@@ -141,7 +139,12 @@ def _class_folders(folder: Path, key: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
     if not classes:
-        raise UserError(f"{key}: {str(folder)!r} has no class folders: it must hold one folder of images per class.")
+        names = os.listdir(folder)
+        of_hub = any(name.endswith((".parquet", ".arrow")) or name == "dataset_dict.json" for name in names)
+        cure = "it must hold one folder of images per class"
+        if of_hub:
+            cure = f"a data set of Hugging Face is given as hf:{folder}"
+        raise UserError(f"{key}: {str(folder)!r} has no class folders: {cure}.")
     return sorted(classes, key=text_of)
 
 

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scalekd_ds.names import one_line, paths_in
 
 SUFFIX = ".scalekd_index.npz"
-VERSION = 3
+VERSION = 4
 _ARRAYS = ("codes", "lengths", "offsets", "shards")
 # more threads than cores, because they wait for storage: a network file system serves many requests at once
 _THREADS = 16

@@ -13,6 +13,10 @@ from scalekd_ds.data.sources.index import Index, reason
 from scalekd_ds.errors import UserError, say
 from scalekd_ds.names import escape
 
+# more digits are no position in any list
+_NUMBER = re.compile(r"-?[0-9]{1,15}(\.0*)?")
+_LIST = re.compile(r"\[[-\d\s.,]*\]")
+
 # The list of classes; or, for a source that does not say in which order they are, a function from its sorted names to
 # that list; or None, which takes the sorted names.
 Classes = list[str] | Callable[[list[str]], list[str] | None] | None
@@ -31,8 +35,26 @@ def encode_labels(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 
 
 def is_number(label: str) -> bool:
-    """Whether a label is written as an integer."""
-    return label.removeprefix("-").isdecimal() and label.isascii()
+    """Whether a label is written as a whole number, also as `3.0`: a column of numbers with a gap has such ones."""
+    return _NUMBER.fullmatch(label) is not None
+
+
+def are_same(label: str, other: str) -> bool:
+    """Whether two labels of one image say the same: `3`, `03` and `3.0` do."""
+    return label == other or (is_number(label) and is_number(other) and _integer(label) == _integer(other))
+
+
+def _integer(label: str) -> int:
+    return int(label.partition(".")[0])
+
+
+def _flaw(label: str) -> str | None:
+    """Why no class can have this label; the end of a sentence."""
+    if not label:
+        return "no label"
+    if "\0" in label:
+        return f"the label {label[:40]!r}, which is no text: write the number or the name"
+    return None
 
 
 def resolve_labels(
@@ -42,7 +64,7 @@ def resolve_labels(
 
     Where all labels are names in `classes`, each is the position of its name; where all are integers, they are
     positions already. Without `classes`, names are sorted, and integers must be 0 to K-1 with each in use, so that
-    labels counted from 1 are refused.
+    labels counted from 1 are refused; names of folders may be any integers.
 
     Args:
         index: Index of the source.
@@ -55,17 +77,33 @@ def resolve_labels(
         (n,) int64 labels and the names of the classes.
 
     Raises:
-        UserError: A label is out of range or not among `classes`, or there is only one class.
+        UserError: A label is out of range, not among `classes`, a list or no text.
     """
 
     def first_image_of(raw: str) -> str:
         return index.names[int(np.flatnonzero(index.codes == index.raw.index(raw))[0])]
 
+    folders = bool(index.stamp.get("of_folders"))
+    for raw in () if folders else index.raw:
+        if flaw := _flaw(raw):
+            raise UserError(f"{key}: {first_image_of(raw)!r} in {where} has {flaw}.")
+    if not folders and all(map(_LIST.fullmatch, index.raw)):
+        raise UserError(
+            f"{key}: {first_image_of(index.raw[0])!r} in {where} has the label {index.raw[0]:.40}, a list: an image has one "
+            "label, a number or a name."
+        )
     numbers = all(is_number(label) for label in index.raw)
-    classes = listed(classes, index.raw)
+    given = index.raw
+    if numbers and not folders and not (isinstance(classes, list) and set(given) <= set(classes)):
+        # a column of numbers with a gap in it has 3.0 for 3
+        given = [label.partition(".")[0] for label in given]
+    classes = listed(classes, list(dict.fromkeys(given)))
+    if folders and (names := classes or given) and {*map(str, range(len(names)))} != {*names}:
+        # folders of classes 1 to 102 have names, as class folders outside of a tar have
+        numbers = False
     if classes is None and not numbers:
-        classes = sorted(index.raw)
-    positions = positions_in(index.raw, classes or ())
+        classes = sorted(given)
+    positions = positions_in(given, classes or ())
     if classes is not None and (positions >= 0).all():
         table = positions.tolist()
     elif not numbers:
@@ -76,7 +114,7 @@ def resolve_labels(
             "training set's."
         )
     else:
-        table = [int(label) for label in index.raw]
+        table = [_integer(label) for label in index.raw]
         count = len(classes) if classes is not None else len(set(table))
         for raw, label in zip(index.raw, table, strict=True):
             if not 0 <= label < count:
@@ -89,8 +127,6 @@ def resolve_labels(
             say(f"{key}: the labels of {where} are numbers: they are positions in the classes (0 is {classes[0]!r})")
     if classes is None:
         classes = [str(label) for label in range(count)]
-    if len(classes) < 2:
-        raise UserError(f"{key}: {where} has one class, {classes[0]!r}: a classifier needs two or more.")
     return np.asarray(table, dtype=np.int64)[index.codes], classes
 
 

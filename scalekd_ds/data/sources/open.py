@@ -52,10 +52,15 @@ def open_source(where: str | Path, key: str, classes: Classes = None, root: Path
         root: Folder to which the paths of a table are relative; None is the table's folder.
 
     Raises:
-        UserError: There is no such source, or it cannot be used.
+        UserError: There is no such source, it cannot be used, or it decides the classes and has only one.
     """
     try:
-        return _open(os.fspath(where), key, classes, root)
+        source = _open(os.fspath(where), key, classes, root)
+        if classes is None and len(source.classes) < 2:
+            raise UserError(
+                f"{key}: {os.fspath(where)!r} has one class, {source.classes[0]!r}: a classifier needs two or more."
+            )
+        return source
     except OSError as error:
         raise UserError(f"{key}: {str(error.filename or where)!r} cannot be read: {reason(error)}.") from None
 

@@ -115,6 +115,7 @@ def open_shards(
     classes: list[str] | None,
     is_shard: Callable[[Path], bool],
     scan: Callable[[str], tuple[list[Sample], dict[str, int]]],
+    of_folders: Callable[[], bool] = lambda: False,
 ) -> ShardSource:
     """Opens shards of one kind; their index is built, or read where an earlier run kept it.
 
@@ -124,12 +125,15 @@ def open_shards(
         classes: Names of the classes; None takes them from a classes.txt beside the shards, or from the labels.
         is_shard: Whether a file in the folder is a shard.
         scan: Finds all images of one shard, and counts what is left out of it.
+        of_folders: Whether labels are names of folders, asked after the scans.
 
     Raises:
         UserError: A shard is missing, `scan` refuses one, or a label is out of range.
     """
     files = _shard_paths(where, is_shard, key)
-    index = cached_index(where, key, lambda: _build_index(files, scan), lambda stamp: _what_changed(files, stamp))
+    index = cached_index(
+        where, key, lambda: _build_index(files, scan, of_folders), lambda stamp: _what_changed(files, stamp)
+    )
     beside = _beside_shards(where, files) if where.is_dir() else {}
     say_left_out(add_up([index.stamp["left_out"], beside]), key, str(where))
     root = Path(files[0]).parent
@@ -232,7 +236,9 @@ def _what_changed(files: Sequence[str], stamp: dict) -> str | None:
     return None
 
 
-def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]]) -> Index:
+def _build_index(
+    files: Sequence[str], scan: Callable[[str], tuple[list[Sample], dict[str, int]]], of_folders: Callable[[], bool]
+) -> Index:
     # taken before the shards are read, so that a change while they are read is noticed later
     stats = [_stat(file) for file in files]
     what, most = f"shards of {Path(files[0]).parent}", _WHOLE // len(files)
@@ -261,5 +267,6 @@ def _build_index(files: Sequence[str], scan: Callable[[str], tuple[list[Sample],
             "stats": stats,
             "digests": digests,
             "left_out": add_up(left_out),
+            "of_folders": of_folders(),
         },
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import decimal
 import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -13,10 +15,13 @@ from scalekd_ds.data.sources.image_folder import ImageFolder
 from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, reason
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
+from scalekd_ds.mistaken_files import HEAD, mistaken
 from scalekd_ds.names import escape, is_unicode, path_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 _COLUMNS = ("path", "label")
+# what a column of a Parquet may hold
+_VALUES = (str, bytes, int, float, decimal.Decimal, type(None))
 
 
 def open_table(table: Path, key: str, classes: list[str] | None = None, root: Path | None = None) -> ImageFolder:
@@ -77,6 +82,9 @@ def _what_changed(table: Path, folder: Path, stamp: dict) -> str | None:
 def _build_index(table: Path, folder: Path, key: str) -> Index:
     stamp = _stamp(table, folder)
     try:
+        with open(table, "rb") as file:
+            if other := mistaken(file.read(HEAD), "a table"):
+                raise UserError(f"{key}: the table {str(table)!r} {other}.")
         names, labels = (_read_parquet if table.suffix.lower() == ".parquet" else _read_delimited)(table, key)
     except OSError as error:
         raise UserError(f"{key}: the table {str(table)!r} cannot be read: {reason(error)}.") from None
@@ -95,7 +103,8 @@ def _build_index(table: Path, folder: Path, key: str) -> Index:
     lengths = np.array(list(parallel_map(file_length, paths, f"images of {table}")), dtype=np.int64)
     if not lengths.any() and not any(map(os.path.exists, paths)):
         raise UserError(
-            f"{key}: none of the {len(names)} files that {str(table)!r} names exists below {str(folder)!r}."
+            f"{key}: none of the {len(names)} files that {str(table)!r} names exists below {str(folder)!r}, such as "
+            f"{names[0]!r:.200}."
         )
     codes, raw = encode_labels(labels)
     return Index(names, codes, raw, lengths, stamp=stamp)
@@ -107,6 +116,10 @@ def _require_columns(found: list[str], table: Path, key: str) -> None:
             raise UserError(
                 f"{key}: the table {str(table)!r} has no column {column!r}: it has {', '.join(found) or 'none'}, and "
                 "must have path and label."
+            )
+        if found.count(column) > 1:
+            raise UserError(
+                f"{key}: the table {str(table)!r} has {found.count(column)} columns {column!r}: keep one of them."
             )
 
 
@@ -148,20 +161,31 @@ def _read_parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
         # pyarrow itself opens no path that is no UTF-8
         with open(table, "rb") as source, parquet.ParquetFile(source) as file:
             found = file.schema_arrow.names
-            read = file.read(columns=[column for column in _COLUMNS if column in found])
+            # of two columns of one name pyarrow would read both
+            read = file.read(columns=[column for column in _COLUMNS if found.count(column) == 1])
         columns = {column: values.to_pylist() for column, values in zip(read.column_names, read.columns, strict=True)}
     # a damaged file raises any of these, and the file system OSError
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{key}: the table {str(table)!r} cannot be read as Parquet: {reason(error)}.") from None
     _require_columns(found, table, key)
+    for column in _COLUMNS:
+        for row, value in enumerate(columns[column], 1):
+            if not isinstance(value, _VALUES):
+                kind = "a path" if column == "path" else "a number or a name"
+                raise UserError(
+                    f"{key}: {str(table)!r}, row {row}, has the {column} {value!r:.60}: it must be {kind}; a data set of "
+                    "Hugging Face is given as hf:FOLDER."
+                )
     return tuple(list(map(_text, columns[column])) for column in _COLUMNS)
 
 
 def _text(value: object) -> str:
-    """A value of a Parquet, whose columns of bytes can have names that are no UTF-8."""
+    """A value of a Parquet, whose columns of bytes can have names that are no UTF-8; empty where there is none."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
-    return "" if value is None else str(value)
+    # a column of numbers of which some are missing
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else str(value)
 
 
 def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import tarfile
@@ -10,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from scalekd_ds.data.sources.index import reason
-from scalekd_ds.data.sources.labels import is_number
+from scalekd_ds.data.sources.labels import are_same, is_number
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import (
     DEAD_LINKS,
@@ -23,11 +24,16 @@ from scalekd_ds.data.sources.what_counts import (
     other_kind,
 )
 from scalekd_ds.errors import UserError
+from scalekd_ds.mistaken_files import HEAD, mistaken
 
 # members that may hold the label of a sample, the preferred one first
 _LABELS = (".cls", ".json")
-# bytes of such a member that are read at most
-_LABEL_BYTES = 64 * 1024
+# bytes of such a member at most: captions and annotations may stand beside a label
+_LABEL_BYTES = 16 * 2**20
+# keys of a .json that may hold the label
+_KEYS = ("label", "cls", "class")
+# bytes behind the end of a tar that are looked at: writers fill up to blocks of 10 KiB, some to more
+_BEHIND = 2**20
 # links from one member to the next that are followed at most
 _MAX_LINKS = 8
 
@@ -41,8 +47,8 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
     """Opens WebDataset tars.
 
     A sample is the members that share a name up to its first dot: an image, and a `.cls` (a number or a name) or a
-    `.json` (with label, cls or class) beside it. Where a tar has neither, the folder of an image names its class. Hidden
-    members and those of other kinds are left out, and counted.
+    `.json` (with label, cls or class) beside it. Where no member of a tar has a label, the folder of an image names its
+    class. Hidden members and those of other kinds are left out, and counted.
 
     Args:
         where: A folder of *.tar, one .tar, or a pattern such as `shard-{000..012}.tar`.
@@ -66,7 +72,7 @@ def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardS
             )
         return samples, left_out
 
-    return open_shards(where, key, classes, is_tar, scan)
+    return open_shards(where, key, classes, is_tar, scan, lambda: False in ways)
 
 
 def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int], bool]:
@@ -80,12 +86,19 @@ def _scan(tar: str, key: str) -> tuple[list[Sample], dict[str, int], bool]:
             # a tar that is cut between two members shows no other sign of it
             if os.pread(fd, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"{key}: the tar {tar!r} is cut off: it has no end marker after {len(members)} files.")
+            if os.pread(fd, _BEHIND, end).strip(b"\0"):
+                raise UserError(
+                    f"{key}: the tar {tar!r} has more behind its end, after {len(members)} files, as tars that were joined "
+                    "byte by byte: give each as a shard of its own, or join them with tar --concatenate."
+                )
             left_out: Counter[str] = Counter()
             files = _files(tar, members, left_out, key)
             samples, labelled = _samples(tar, fd, files, left_out, key)
             return samples, dict(left_out), labelled
     except tarfile.ReadError as error:
-        raise UserError(f"{key}: {tar!r} is no whole, uncompressed tar: {error}.") from None
+        with open(tar, "rb") as file:
+            other = mistaken(file.read(HEAD), "images")
+        raise UserError(f"{key}: {tar!r} {other or f'is no whole, uncompressed tar: {error}'}.") from None
     except OSError as error:
         raise UserError(f"{key}: the tar {tar!r} cannot be read: {reason(error)}.") from None
 
@@ -132,23 +145,42 @@ def _samples(
         else:
             left_out[other_kind(member.name)] += 1
     if not images:
+        inside = sum(member.name.lower().endswith((".tar", ".tar.gz", ".zip")) for member in members)
+        if inside:
+            raise UserError(f"{key}: the tar {tar!r} has no images, but {inside} archives: unpack it.")
         raise UserError(f"{key}: the tar {tar!r} has no images ({', '.join(EXTENSIONS)}).")
-    if not labels:
-        # the folder of an image names its class, and each image is a sample
-        named = [(m, os.path.basename(os.path.dirname(os.path.normpath(m.name)))) for m in images]
-        _check_once(images, [m.name for m in images], tar, key)
-    else:
-        beside = _group(images, labels, tar, fd, key)
-        named = [(m, _read_label(tar, fd, beside[m.name], key)) for m in images]
+    beside = _group(images, labels, tar, fd, key) if labels else {}
+    found = [_read_label(tar, fd, beside[m.name], key) if labels else None for m in images]
+    labelled = any(label is not None for label in found)
+    if not labelled:
+        # the folder of an image names its class, and each image is a sample; what a .json holds is something else
+        left_out.update(other_kind(member.name) for member in labels)
+        found = _names_of_folders(images, tar, key)
     samples = []
-    for member, label in named:
+    for member, label in zip(images, found, strict=True):
         if not label:
             raise UserError(
                 f"{key}: {member.name!r} in {tar!r} has no label: a .cls, or a .json with label, cls or class, must be "
                 "beside it, or every image of the tar in a folder of its class."
             )
         samples.append(Sample(member.name, label, member.size, member.offset_data))
-    return samples, bool(labels)
+    return samples, labelled
+
+
+def _names_of_folders(images: list[tarfile.TarInfo], tar: str, key: str) -> list[str]:
+    """The name of the folder of each image; UserError where a folder of images is in another one."""
+    _check_once(images, [os.path.normpath(m.name) for m in images], tar, key)
+    folders = [os.path.dirname(os.path.normpath(m.name)) for m in images]
+    distinct = set(folders)
+    for folder in sorted(distinct):
+        above = folder
+        while above := os.path.dirname(above).rstrip("/"):
+            if above in distinct:
+                raise UserError(
+                    f"{key}: {tar!r} has images in the folder {above!r} and in {folder!r}, and the folder of an image names "
+                    "its class: give each class one folder, or a .cls beside each image."
+                )
+    return [os.path.basename(folder) for folder in folders]
 
 
 def _group(
@@ -167,7 +199,7 @@ def _group(
     if (
         len(set(of_images)) < len(images)
         and len(set(last_dot[0])) == len(images)
-        and set(last_dot[0]) == set(last_dot[1])
+        and set(last_dot[0]) <= set(last_dot[1])
     ):
         of_images, of_labels = last_dot
     _check_once(images, of_images, tar, key)
@@ -176,7 +208,7 @@ def _group(
         beside = members.setdefault(sample, {})
         extension = os.path.splitext(member.name)[1].lower()
         other = beside.setdefault(extension, member)
-        if other is member or _label_text(fd, other) == _label_text(fd, member):
+        if other is member or _content(tar, fd, other, key) == _content(tar, fd, member, key):
             continue
         dots = [os.path.basename(each.name).count(".") for each in (other, member)]
         if extension == ".cls" or dots[0] == dots[1]:
@@ -209,44 +241,54 @@ def _up_to_last_dot(name: str) -> str:
     return os.path.splitext(os.path.normpath(name))[0]
 
 
-def _label_text(fd: int, member: tarfile.TarInfo) -> bytes:
-    """What a member with a label holds."""
-    return os.pread(fd, min(member.size, _LABEL_BYTES), member.offset_data).strip()
+def _content(tar: str, fd: int, member: tarfile.TarInfo, key: str) -> bytes:
+    """The bytes of a member with a label, without a mark of their order and blanks around."""
+    if member.size > _LABEL_BYTES:
+        raise UserError(
+            f"{key}: {member.name!r} in {tar!r} has {member.size / 2**20:.0f} MiB, and is taken for a label: leave it out."
+        )
+    # not blanks of other kinds, which names have
+    return os.pread(fd, member.size, member.offset_data).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
 
 
 def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], key: str) -> str | None:
     """The label of one sample, from its members by extension; None where they hold none.
 
     Raises:
-        UserError: A member cannot be read, or the two disagree. A name in the one and a number in the other may be the same
-            class: the .cls counts then.
+        UserError: A member cannot be read, or two labels disagree. A name in the one and a number in the other may be the
+            same class: the first counts then, .cls before .json and `label` before the other keys.
     """
-    found: dict[str, str] = {}
+    # where each is, and what it is
+    found: list[tuple[str, str]] = []
     for extension in _LABELS:
         if extension not in label_members:
             continue
         member = label_members[extension]
+        text = _content(tar, fd, member, key).decode("utf-8", "surrogateescape")
+        if extension == ".cls" or not text:
+            found += [(repr(member.name), text)] if text else []
+            continue
         try:
-            text = os.pread(fd, min(member.size, _LABEL_BYTES), member.offset_data).decode("utf-8", "surrogateescape")
-            if extension == ".json":
-                fields = json.loads(text)
-                value = next((fields[name] for name in ("label", "cls", "class") if name in fields), "")
-                if not isinstance(value, int | str):
-                    raise TypeError
-                text = str(value)
+            fields = json.loads(text)
         # JSON may be nested more deeply than its parser can follow
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             if found:
                 # what else a .json beside a .cls holds is its own business
                 continue
-            raise UserError(f"{key}: {member.name!r} in {tar!r} is no {extension[1:]} of a label.") from None
-        # not blanks of other kinds, which names have
-        if label := text.strip(" \t\r\n"):
-            found[extension] = label
-    if len(found) == 2 and found[".cls"] != found[".json"] and is_number(found[".cls"]) == is_number(found[".json"]):
-        member = label_members[".cls"]
-        raise UserError(
-            f"{key}: {member.name!r} in {tar!r} says {found['.cls']!r} and the .json beside it {found['.json']!r}: a sample "
-            "has one label."
-        )
-    return next(iter(found.values()), None)
+            raise UserError(f"{key}: {member.name!r} in {tar!r} is no JSON.") from None
+        for name in _KEYS if isinstance(fields, dict) else ():
+            value = fields.get(name, "")
+            if isinstance(value, int | str) or (isinstance(value, float) and value.is_integer()):
+                if label := str(value).strip(" \t\r\n"):
+                    found.append((f"{name} in {member.name!r}", label))
+            elif not found:
+                raise UserError(
+                    f"{key}: {member.name!r} in {tar!r} has the {name} {value!r:.60}: it must be a number or a name."
+                )
+    for (place, label), (other_place, other) in itertools.combinations(found, 2):
+        if is_number(label) == is_number(other) and not are_same(label, other):
+            raise UserError(
+                f"{key}: {tar!r} has two labels for one sample, {label!r} ({place}) and {other!r} ({other_place}), which "
+                "differ: leave one of them out."
+            )
+    return found[0][1] if found else None

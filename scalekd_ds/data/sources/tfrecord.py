@@ -17,6 +17,7 @@ from scalekd_ds.data.sources.index import reason
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import is_left_by_systems
 from scalekd_ds.errors import UserError
+from scalekd_ds.mistaken_files import HEAD, mistaken
 
 _FILE_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
 # bytes before and after the Example of a record
@@ -53,6 +54,9 @@ def _scan(path: str, key: str) -> list[Sample]:
             for start, end in _records(data):
                 samples.append(_sample(data, start, end, len(samples)))
     except (ValueError, IndexError, struct.error) as error:
+        with open(path, "rb") as file:
+            if other := mistaken(file.read(HEAD), "images"):
+                raise UserError(f"{key}: {path!r} {other}.") from None
         where = f"record {len(samples)} of {path!r}"
         raise UserError(f"{key}: {where} is no tf.train.Example of an image: {error or 'it is cut off'}.") from None
     except OSError as error:
@@ -85,11 +89,13 @@ def _sample(data: mmap.mmap, start: int, end: int, number: int) -> Sample:
     if _IMAGE not in features:
         raise ValueError(f"it has no {_IMAGE.decode()}")
     first, last = _first_bytes(data, *features[_IMAGE])
+    label = ""
     if _SYNSET in features:
         label = data[slice(*_first_bytes(data, *features[_SYNSET]))].decode("utf-8", "surrogateescape")
-    elif _LABEL in features:
+    # scripts that know no synset write an empty one
+    if not label and _LABEL in features:
         label = str(_first_int(data, *features[_LABEL]))
-    else:
+    if not label:
         raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}")
     return Sample(f"record {number}", label, last - first, first)
 
