@@ -240,6 +240,27 @@ def test_a_tfrecord_with_empty_synsets_has_its_numbers(tmp_path):
     assert meaning(open_source(write_records(tmp_path / "t.tfrecord", records), "data.train")) == ["0", "1"]
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_records_of_which_some_have_a_synset_are_refused(tmp_path, files):
+    records = [example(image__encoded=JPEGS[i], image__class__label=i) for i in range(2)]
+    records += [
+        example(image__encoded=JPEGS[i], image__class__label=i, image__class__synset=b"n%d" % i) for i in range(2)
+    ]
+    for number in range(files):
+        share = len(records) // files
+        write_records(tmp_path / f"{number}.tfrecord", records[number * share : (number + 1) * share])
+    assert "has its class as a synset, and record 0 of" in message(tmp_path)
+
+
+@needs_datasets
+def test_a_set_of_hugging_face_without_rows_is_named(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": [], "label": []}, features=features).save_to_disk(tmp_path / "set")
+    assert message(f"hf:{tmp_path / 'set'}").endswith("has no rows.")
+
+
 @needs_datasets
 def test_labels_of_hugging_face(tmp_path, capsys):
     from datasets import ClassLabel, Dataset, Features, Image, Value

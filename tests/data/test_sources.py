@@ -233,7 +233,7 @@ def test_dali_reads_the_same_tfrecords(tmp_path):
         return out["image/encoded"], out["image/class/label"]
 
     images, labels = read().run()
-    ours = _scan(str(path), "data.train")
+    ours = _scan(str(path), "data.train", {})
     data = path.read_bytes()
     assert [int(sample.label) for sample in ours] == labels.as_array().ravel().tolist() == [1, 0, 2, 300, -1, 2**40]
     assert [data[s.offset : s.offset + s.length] for s in ours] == [images.at(i).tobytes() for i in range(6)] == JPEGS

@@ -148,6 +148,9 @@ def _load(datasets, name: str, split: str | None, where: str, key: str):
         return datasets.load_dataset(name, split=None if os.path.isdir(name) else split)
     # the library raises errors of its own, of the Hub and of pyarrow, and ValueError
     except Exception as error:
+        # a set without rows is saved without a file of them
+        if saved and isinstance(error, IndexError):
+            raise UserError(f"{key}: {where!r} has no rows.") from None
         text = " ".join(str(error).split())[:300] or type(error).__name__
         if not is_unicode(text_of(where)):
             text += ". The library wants names of UTF-8: rename the folder"

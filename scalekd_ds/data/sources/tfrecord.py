@@ -40,19 +40,29 @@ def open_tfrecords(where: Path, key: str, classes: list[str] | None = None) -> S
         classes: Names of the classes; None takes them from a classes.txt beside the files, or from the labels.
 
     Raises:
-        UserError: A file is missing, cut off or no TFRecord; a record has no image or label; a label is out of range.
+        UserError: A file is missing, cut off or no TFRecord; a record has no image or label; a label is out of range; some
+            records have a synset and others a number alone.
     """
-    return open_shards(where, key, classes, is_tfrecord, lambda file: (_scan(file, key), {}))
+    # feature of labels -> a record that has its label there
+    ways: dict[bytes, str] = {}
+    return open_shards(where, key, classes, is_tfrecord, lambda file: (_scan(file, key, ways), {}))
 
 
-def _scan(path: str, key: str) -> list[Sample]:
+def _scan(path: str, key: str, ways: dict[bytes, str]) -> list[Sample]:
     """All images of one file."""
     samples: list[Sample] = []
     try:
         # mapped into memory, so that only the pages with the header of an image are read
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for start, end in _records(data):
-                samples.append(_sample(data, start, end, len(samples)))
+                sample, feature = _sample(data, start, end, len(samples))
+                samples.append(sample)
+                ways.setdefault(feature, f"{sample.name} of {path!r}")
+                if len(ways) == 2:
+                    raise UserError(
+                        f"{key}: {ways[_SYNSET]} has its class as a synset, and {ways[_LABEL]} as a number alone: name the "
+                        "classes of all records in the same way."
+                    )
     except (ValueError, IndexError, struct.error) as error:
         with open(path, "rb") as file:
             if other := mistaken(file.read(HEAD), "images"):
@@ -78,8 +88,8 @@ def _records(data: mmap.mmap) -> Iterator[tuple[int, int]]:
         at = end + _FOOTER
 
 
-def _sample(data: mmap.mmap, start: int, end: int, number: int) -> Sample:
-    """The image in the Example from byte `start` to `end`; raises ValueError where it is none."""
+def _sample(data: mmap.mmap, start: int, end: int, number: int) -> tuple[Sample, bytes]:
+    """The image in the Example from byte `start` to `end`, and the feature with its label; ValueError where it is none."""
     features: dict[bytes, tuple[int, int]] = {}
     for _, first, last in _fields(data, start, end):
         for _, *entry in _fields(data, first, last):
@@ -89,15 +99,15 @@ def _sample(data: mmap.mmap, start: int, end: int, number: int) -> Sample:
     if _IMAGE not in features:
         raise ValueError(f"it has no {_IMAGE.decode()}")
     first, last = _first_bytes(data, *features[_IMAGE])
-    label = ""
+    label, feature = "", _SYNSET
     if _SYNSET in features:
         label = data[slice(*_first_bytes(data, *features[_SYNSET]))].decode("utf-8", "surrogateescape")
     # scripts that know no synset write an empty one
     if not label and _LABEL in features:
-        label = str(_first_int(data, *features[_LABEL]))
+        label, feature = str(_first_int(data, *features[_LABEL])), _LABEL
     if not label:
         raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}")
-    return Sample(f"record {number}", label, last - first, first)
+    return Sample(f"record {number}", label, last - first, first), feature
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
