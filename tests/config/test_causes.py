@@ -1,0 +1,33 @@
+"""Errors of others as one line: memory that runs out, and the cause below a library's heading."""
+
+import numpy as np
+import pytest
+import torch
+
+from scalekd_ds.errors import UserError, cause_of, explained
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: torch.empty(2**62, dtype=torch.uint8),
+        lambda: np.empty(2**62, dtype=np.uint8),
+        lambda: bytearray(2**62),
+        lambda: (_ for _ in ()).throw(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        ).__next__(),
+    ],
+)
+@pytest.mark.parametrize("rank", [{}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_memory_that_is_too_small_is_one_line(monkeypatch, work, rank):
+    """Whoever asks for it: a tensor of our own, NumPy, a GPU; alone and in a job."""
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"out of memory \(.*\): use a smaller --micro_batch_size.*scalekd plan"):
+        explained(work)
+
+
+def test_the_cause_of_a_pipelines_error_is_what_follows_its_heading():
+    error = RuntimeError("Critical error in pipeline:\nError in CPU operator `resize`:\nthe size is too large\nStack:")
+    assert cause_of(error) == "the size is too large"
+    assert cause_of(RuntimeError("only a heading:")) == "only a heading:"
