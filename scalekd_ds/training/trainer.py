@@ -171,6 +171,8 @@ def evaluation_is_due(run: Run) -> bool:
     if not run.cfg.run.eval_every:
         return False
     interval, batch = run.cfg.run.eval_every * run.steps_per_epoch, run.cfg.global_batch_size
+    if interval <= 1.0:
+        return True
     before, after = ((run.images - batch * back) / batch / interval for back in (1, 0))
     # a multiple that is reached but for rounding is reached
     return math.floor(after + 1e-9) > math.floor(before + 1e-9)
