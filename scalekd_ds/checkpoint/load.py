@@ -110,8 +110,8 @@ def leave_later(run_dir: Path, checkpoint: Path) -> str | None:
         path.rename(folder / names[-1])
     sync(folder)
     return (
-        f"the checkpoints after {checkpoint.name} are left behind as {', '.join(names)} in {escape(folder)}: delete them, or go "
-        "on from one of them in another --run.dir"
+        f"the checkpoints after {checkpoint.name} are left behind as {', '.join(names)} in {escape(folder)}: delete them, or "
+        "go on from one of them in another --run.dir"
     )
 
 

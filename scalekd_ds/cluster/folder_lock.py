@@ -180,7 +180,8 @@ class FolderLock:
                 if (other := self._taken_over_by()) is not None:
                     self._say(
                         f"was taken over by process {other.get('pid')} on {other.get('host')}, since this job gave no sign of "
-                        f"life for {STALE:.0f} s or its {NAME} was removed: it ends, and the other goes on from the last checkpoint"
+                        f"life for {STALE:.0f} s or its {NAME} was removed: it ends, and the other goes on from the last "
+                        "checkpoint"
                     )
                     # the main thread would write into the folder of the other job
                     os._exit(UserError.status)

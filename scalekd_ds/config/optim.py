@@ -41,7 +41,7 @@ class OptimConfig:
         require(self.base_batch is None or self.base_batch > 0, "optim.base_batch", self.base_batch, "at least 1")
         require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
         require(self.eps >= 0.0, "optim.eps", self.eps, "not negative")
-        require(0.0 <= min(self.betas) and max(self.betas) < 1.0, "optim.betas", self.betas, "two rates in [0, 1)")
+        require(min(self.betas) >= 0.0 and max(self.betas) < 1.0, "optim.betas", self.betas, "two rates in [0, 1)")
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
         require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
 

@@ -23,7 +23,8 @@ def make_run_dir(run_dir: Path) -> Path:
     """
     if run_dir.is_symlink() and not run_dir.exists():
         raise UserError(
-            f"run.dir is {str(run_dir)!r}, a link to {os.readlink(run_dir)!r}, which is not there: mount it, or correct the link."
+            f"run.dir is {str(run_dir)!r}, a link to {os.readlink(run_dir)!r}, which is not there: mount it, or correct "
+            "the link."
         )
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def test_a_run_and_its_newest_checkpoint_are_the_same(place, named, monkeypatch)
 )
 def test_what_is_no_checkpoint_is_refused(place, named, monkeypatch):
     monkeypatch.chdir(place)
-    with pytest.raises(UserError, match="does not exist: --run.resume is auto, never, or|holds no checkpoint: give"):
+    with pytest.raises(UserError, match=r"does not exist: --run.resume is auto, never, or|holds no checkpoint: give"):
         choose_checkpoint(place / "run", named)
 
 
