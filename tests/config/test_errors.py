@@ -96,6 +96,14 @@ def test_recipes_are_listed_and_help_is_given():
         ('{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}', "MiCS"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7"),
         ('{"zero_optimization": {"stagee": 1}}', "zero_optimization.stagee"),
+        ('{"zero_optimization.stage": 2}', """'zero_optimization.stage': write "zero_optimization": {"stage": ..."""),
+        (
+            '{"zero_optimization": {"offload_optimizer.device": "cpu"}}',
+            "'zero_optimization.offload_optimizer.device': write",
+        ),
+        ('{"bf16.enabled": true}', "does not know the key 'bf16.enabled': write"),
+        ('{"elasticity.enabled": true}', "does not know the key 'elasticity.enabled': write"),
+        ('{".": 1}', "does not know the key '.'"),
         ('{"zero_optimization": 1}', "zero_optimization is 1"),
         ('{"gradient_clipping": 1.0}', "sets 'gradient_clipping', which is the recipe's"),
         ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer', which is the recipe's"),
@@ -107,6 +115,13 @@ def test_a_bad_deepspeed_config_is_refused(tmp_path, config, words):
     with pytest.raises(UserError) as error:
         ds_config.read(str(path))
     assert words in str(error.value)
+
+
+def test_numbers_as_the_tutorials_write_them_are_whole(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "allgather_bucket_size": 5e8, "reduce_bucket_size": 5e8}}')
+    found = ds_config.read(str(path))["zero_optimization"]
+    assert all(type(value) is int for value in found.values()), found
 
 
 def test_shipped_deepspeed_configs_have_their_stage_bf16_and_the_runs_batches():
