@@ -70,7 +70,7 @@ def cause_of(error: BaseException) -> str:
     for cause in reversed(found):
         lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]
         # "Critical error in pipeline:" says nothing yet
-        lines = [line for line in lines if not line.endswith(":")] or lines
+        lines = [line for line in lines if not line.endswith((":", ","))] or lines
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             lines = [problem_of(cause)]
         if text := next(filter(None, lines), ""):
@@ -98,6 +98,7 @@ def explained(main: Callable[[], int | None]) -> int | None:
         UserError: As above.
     """
     try:
+        _check_folder()
         return main()
     except UserError:
         raise
@@ -109,8 +110,8 @@ def explained(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         if _is_out_of_memory(error):
             raise UserError(
-                f"out of memory ({cause_of(error)}): use a smaller --micro_batch_size, smaller images, a higher ZeRO stage, or "
-                "--run.teacher_placement sharded; `scalekd plan` says what fits."
+                f"out of memory ({cause_of(error)}): use smaller batches (--micro_batch_size) or images, a higher ZeRO "
+                "stage, or --run.teacher_placement sharded; `scalekd plan` says what fits."
             ) from error
         frames = traceback.extract_tb(error.__traceback__)
         if rank_and_host() or not frames or frames[-1].filename.startswith((_OWN_CODE, "<")):
@@ -118,6 +119,16 @@ def explained(main: Callable[[], int | None]) -> int | None:
         where = _kept_traceback(error)
         told = f"; the whole traceback is in {where}" if where else ""
         raise UserError(f"{_library_of(frames[-1].filename)} fails: {cause_of(error)}{told}.") from error
+
+
+def _check_folder() -> None:
+    """Raises UserError where the current folder has been deleted, in which MKL ends the process with another reason."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder cannot be used ({error.strerror}), since it was deleted or unmounted: cd to another."
+        ) from None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -31,6 +31,10 @@ def check_name(name: str) -> None:
     """
     if name.startswith(HUB_PREFIXES):
         architecture_and_kwargs(name)
+    elif not timm.is_model(name) and Path(name).is_dir():
+        raise UserError(
+            f"{name!r} is a folder: give a file of weights in it, such as {Path(name) / 'student.safetensors'}."
+        )
     elif name.endswith(TORCH_SUFFIXES) or (not timm.is_model(name) and Path(name).exists()):
         raise UserError(
             f"{name!r} is a file of weights, which does not say what model it is: give the model's timm name, and the "

@@ -30,7 +30,7 @@ from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.errors import say
-from scalekd_ds.models.preprocessing import normalisation_of
+from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
@@ -90,6 +90,7 @@ def build(cfg: RunConfig) -> Run:
             distiller.student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
+    say(cut_off_notice(distiller.student, cfg.data.image_size))
     say(micro_batch_notice(cfg, world_size, distiller))
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size

@@ -1,8 +1,12 @@
 """Errors of others as one line: memory that runs out, and the cause below a library's heading."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from launching import ROOT, environment
 
 from scalekd_ds.errors import UserError, cause_of, explained
 
@@ -23,11 +27,28 @@ def test_memory_that_is_too_small_is_one_line(monkeypatch, work, rank):
     """Whoever asks for it: a tensor of our own, NumPy, a GPU; alone and in a job."""
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"out of memory \(.*\): use a smaller --micro_batch_size.*scalekd plan"):
+    with pytest.raises(UserError, match=r"out of memory \(.*\): use smaller batches .--micro_batch_size.*scalekd plan"):
         explained(work)
 
 
 def test_the_cause_of_a_pipelines_error_is_what_follows_its_heading():
-    error = RuntimeError("Critical error in pipeline:\nError in CPU operator `resize`:\nthe size is too large\nStack:")
+    error = RuntimeError("Critical error in pipeline:\nError in CPU operator `resize`,\nthe size is too large\nStack:")
     assert cause_of(error) == "the size is too large"
     assert cause_of(RuntimeError("only a heading:")) == "only a heading:"
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_said(tmp_path):
+    gone = tmp_path / "gone"
+    for script in (ROOT / "launch" / "train.py", ROOT / "launch" / "evaluate.py"):
+        gone.mkdir()
+        done = subprocess.run(
+            ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, script, "--help"],
+            cwd=gone,
+            env=environment(PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: the current folder cannot be used (No such file"), (
+            done.stderr
+        )
