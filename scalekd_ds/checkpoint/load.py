@@ -20,7 +20,7 @@ from scalekd_ds.checkpoint.layout import (
     step_in_name,
 )
 from scalekd_ds.checkpoint.manifest import verify
-from scalekd_ds.checkpoint.shard_files import ENGINE, restore
+from scalekd_ds.checkpoint.shard_files import ENGINE, restore, shard_file
 from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.gather import overwrite
 from scalekd_ds.errors import UserError
@@ -52,7 +52,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if resume != "auto":
         chosen = _chosen(resume, run_dir, found)
         verify(chosen, rank, world_size)
-        _check_step(chosen)
+        _check_state(chosen)
         return chosen
     newest = read_latest(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
@@ -63,7 +63,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if not found:
         return None
     verify(found[-1], rank, world_size)
-    _check_step(found[-1])
+    _check_state(found[-1])
     return found[-1]
 
 
@@ -115,9 +115,27 @@ def leave_later(run_dir: Path, checkpoint: Path) -> str | None:
     )
 
 
-def _check_step(checkpoint: Path) -> None:
-    """Raises UserError where the folder of a checkpoint has the name of another step, by which checkpoints are ordered."""
-    step, named = read_state(checkpoint)["step"], step_in_name(checkpoint)
+def _check_state(checkpoint: Path) -> None:
+    """Checks what the manifest of a checkpoint cannot, which somebody may have written anew.
+
+    Raises:
+        UserError: `state.json` is damaged, a rank's file is missing, or the folder has the name of another step, by which
+            checkpoints are ordered.
+    """
+    try:
+        state = read_state(checkpoint)
+        step, ranks = int(state["step"]), int(state["world_size"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint / 'state.json'} is damaged ({type(error).__name__}: {error}): move {checkpoint} away to go on from "
+            "the one before it."
+        ) from None
+    for rank in range(ranks):
+        if not shard_file(checkpoint, rank).is_file() and (checkpoint / ENGINE).is_file():
+            raise UserError(f"{shard_file(checkpoint, rank)} is missing: {checkpoint} is of {ranks} ranks; restore it.")
+    named = step_in_name(checkpoint)
     if named not in (None, step):
         raise UserError(f"{checkpoint} is the checkpoint of step {step}: rename it to step{step:08d}, or move it away.")
 

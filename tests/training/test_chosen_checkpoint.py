@@ -12,6 +12,7 @@ from launching import ROOT
 
 from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later
+from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.errors import UserError
 from scalekd_ds.training.run_dir import make_run_dir
 
@@ -119,6 +120,43 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(place, number):
                 choose_checkpoint(place / "run", resume)
         elif resume == "auto":
             assert choose_checkpoint(place / "run", resume) == step(place, 4)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "5", '{"state": 5, "cards": {}}', '{"state": {}, "cards": []}', "[" * 100_000,
+                '{"state": {"step": 99}, "cards": {}}', '{"state": {"config": {}}, "cards": {}}',
+                '{"state": {"world_size": 7}, "cards": {}}', '{"state": {"accuracy": 7.5}, "cards": {}}',
+                '{"state": {"best": {"top1": "x"}}, "cards": {}}', '{"state": {"top1": [1]}, "cards": {}}']
+)  # fmt: skip
+def test_what_was_measured_cannot_change_what_a_checkpoint_is_of(place, content):
+    file = step(place, 4) / "evaluation.json"
+    assert choose_checkpoint(place / "run", "auto") == step(place, 4) and file.is_file()
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"evaluation.json is damaged \(.*\): remove it; it holds accuracies alone"):
+        choose_checkpoint(place / "run", "auto")
+    file.unlink()
+    assert choose_checkpoint(place / "run", "auto") == step(place, 4)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "5", "null", '{"step": 4}', '{"world_size": 1}', '{"step": "x", "world_size": 1}']
+)
+def test_a_state_that_somebody_has_written_is_said(place, content):
+    (step(place, 4) / "state.json").write_text(content)
+    (step(place, 4) / "evaluation.json").unlink()
+    (step(place, 4) / "manifest.json").unlink()
+    write_manifest(step(place, 4))
+    with pytest.raises(UserError, match=r"state.json is damaged .* move .*step00000004 away"):
+        choose_checkpoint(place / "run", "auto")
+
+
+def test_a_rank_whose_file_is_in_no_manifest_is_missed(place):
+    state = json.loads((step(place, 4) / "state.json").read_text()) | {"world_size": 2}
+    (step(place, 4) / "state.json").write_text(json.dumps(state))
+    (step(place, 4) / "manifest.json").unlink()
+    write_manifest(step(place, 4))
+    with pytest.raises(UserError, match=r"shards_rank1.safetensors is missing: .* is of 2 ranks"):
+        choose_checkpoint(place / "run", "auto")
 
 
 def test_a_folder_behind_a_link_that_leads_nowhere_is_named(tmp_path):
