@@ -34,6 +34,22 @@ def make_run_dir(run_dir: Path) -> Path:
     return run_dir
 
 
+def check_apart(cfg: RunConfig) -> None:
+    """Checks that the run's folders will not be taken for classes when it goes on.
+
+    Raises:
+        UserError: `run.dir` is the folder of the training or validation images, or lies where that has its classes.
+    """
+    run_dir = os.path.realpath(cfg.run.dir)
+    for key, name in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
+        images = os.path.realpath(os.path.join(cfg.data.root, name))
+        if os.path.isdir(images) and images in (run_dir, os.path.dirname(run_dir)):
+            raise UserError(
+                f"run.dir is {cfg.run.dir!r}, where {key} has its classes, for which the run's folders would be taken: choose "
+                "another."
+            )
+
+
 def write_config(run_dir: Path, cfg: RunConfig) -> None:
     """Writes the run's configuration into its folder, which is made where it does not exist.
 

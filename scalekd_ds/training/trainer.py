@@ -21,7 +21,7 @@ from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.process import signals
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import held_run_dir
+from scalekd_ds.training.run_dir import check_apart, held_run_dir
 from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
@@ -78,6 +78,7 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         claim_stdout()
     check_hostfile()
     join_ranks()
+    check_apart(cfg)
     with held_run_dir(Path(cfg.run.dir)):
         return _train(build(cfg))
 

@@ -13,8 +13,10 @@ from launching import ROOT
 from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later
 from scalekd_ds.checkpoint.manifest import write_manifest
+from scalekd_ds.config import DataConfig, RunConfig
+from scalekd_ds.config.run_dir import RunDirConfig
 from scalekd_ds.errors import UserError
-from scalekd_ds.training.run_dir import make_run_dir
+from scalekd_ds.training.run_dir import check_apart, make_run_dir
 
 TRAIN = ROOT / "launch" / "train.py"
 
@@ -166,6 +168,20 @@ def test_a_folder_behind_a_link_that_leads_nowhere_is_named(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "good").symlink_to("real")
     assert make_run_dir(tmp_path / "good").is_dir()
+
+
+@pytest.mark.parametrize("where", ["train", "val", "train/run", "val/run", "link", "train/../val/x"])
+def test_a_run_among_the_classes_is_refused(tmp_path, where, monkeypatch):
+    for split in ("train", "val"):
+        (tmp_path / split / "class_0" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("train")
+    monkeypatch.chdir(tmp_path)
+    for run_dir, root in ((where, "."), (str(tmp_path / where), str(tmp_path)), (where, str(tmp_path))):
+        with pytest.raises(UserError, match=r"run.dir is .*, where data.(train|val) has its classes"):
+            check_apart(RunConfig(data=DataConfig(root=root), run=RunDirConfig(dir=run_dir)))
+    for run_dir in (".", "run", "train/class_0/run", "nowhere/run"):
+        check_apart(RunConfig(data=DataConfig(root=str(tmp_path)), run=RunDirConfig(dir=run_dir)))
+    check_apart(RunConfig(data=DataConfig(train="hf:x", val="hf:y"), run=RunDirConfig(dir="run")))
 
 
 def test_what_a_run_began_with_is_not_needed_any_more(place):
