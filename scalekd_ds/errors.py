@@ -38,8 +38,10 @@ _CURES = {
     errno.ELOOP: "its links lead in a circle: check the path",
     errno.EMFILE: "raise `ulimit -n`",
     errno.ENFILE: "the machine has too many open files",
+    errno.ENOMEM: "free memory, or use a machine with more",
     errno.ESTALE: "its network disk is gone: mount it again",
 }
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc")
 # other processes and connections, whose loss is no mistake of the user's
 _NO_FILE = (ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, InterruptedError, BlockingIOError)
 
@@ -67,6 +69,8 @@ def cause_of(error: BaseException) -> str:
         found.append(deeper)
     for cause in reversed(found):
         lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]
+        # "Critical error in pipeline:" says nothing yet
+        lines = [line for line in lines if not line.endswith((":", ","))] or lines
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
             lines = [problem_of(cause)]
         if text := next(filter(None, lines), ""):
@@ -94,6 +98,7 @@ def explained(main: Callable[[], int | None]) -> int | None:
         UserError: As above.
     """
     try:
+        _check_folder()
         return main()
     except UserError:
         raise
@@ -103,12 +108,36 @@ def explained(main: Callable[[], int | None]) -> int | None:
         cure = _CURES.get(error.errno, "check the path and its disk")
         raise UserError(f"{problem_of(error)}: {cure}.") from error
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise UserError(
+                f"out of memory ({cause_of(error)}): use smaller batches (--micro_batch_size) or images, a higher ZeRO "
+                "stage, or --run.teacher_placement sharded; `scalekd plan` says what fits."
+            ) from error
         frames = traceback.extract_tb(error.__traceback__)
         if rank_and_host() or not frames or frames[-1].filename.startswith((_OWN_CODE, "<")):
             raise
         where = _kept_traceback(error)
         told = f"; the whole traceback is in {where}" if where else ""
         raise UserError(f"{_library_of(frames[-1].filename)} fails: {cause_of(error)}{told}.") from error
+
+
+def _check_folder() -> None:
+    """Raises UserError where the current folder has been deleted, in which MKL ends the process with another reason."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder cannot be used ({error.strerror}), since it was deleted or unmounted: cd to another."
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's or the machine's memory was too small, which each library says in its own way."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY))
+    )
 
 
 def _library_of(file: str) -> str:

@@ -50,6 +50,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text()) | read_evaluation(checkpoint).get("state", {})
 
 
+def step_in_name(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None where somebody has given it another name."""
+    found = _STEP.fullmatch(checkpoint.name)
+    return int(found[1]) if found else None
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """The folder of a checkpoint: `path` itself, or the newest in `path`, a run's folder or its checkpoints/.
 
@@ -73,6 +79,9 @@ def read_latest(latest: Path) -> str | None:
     if not latest.exists():
         return None
     try:
-        return json.loads(latest.read_text())["checkpoint"]
+        name = json.loads(latest.read_text())["checkpoint"]
+        if not isinstance(name, str) or not _STEP.fullmatch(name):
+            raise ValueError(f"it names {json.dumps(name):.60}, which is no checkpoint")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{latest} is damaged ({error}): give the checkpoint as --run.resume PATH.") from None
+    return name

@@ -10,12 +10,21 @@ import torch
 from deepspeed import comm as dist
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint.layout import BUFFERS, LATEST, checkpoints_of, read_latest, read_state
+from scalekd_ds.checkpoint.layout import (
+    BUFFERS,
+    LATEST,
+    checkpoints_of,
+    read_latest,
+    read_state,
+    resolve_checkpoint,
+    step_in_name,
+)
 from scalekd_ds.checkpoint.manifest import verify
-from scalekd_ds.checkpoint.shard_files import ENGINE, restore
+from scalekd_ds.checkpoint.shard_files import ENGINE, restore, shard_file
+from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.gather import overwrite
 from scalekd_ds.errors import UserError
-from scalekd_ds.names import utf8_path
+from scalekd_ds.names import escape, utf8_path
 from scalekd_ds.rng import set_rng_state
 
 
@@ -24,10 +33,11 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
     Args:
         run_dir: The run's folder.
-        resume: `run.resume`: `auto`, `never`, or the folder of a checkpoint.
+        resume: `run.resume`: `auto`, `never`, or the folder of a checkpoint or of another run.
 
     Raises:
-        UserError: The checkpoint is missing or damaged, or `resume` is `never` and the run has checkpoints already.
+        UserError: The checkpoint is missing or damaged, `resume` is `never` and the run has checkpoints already, or it names
+            a checkpoint and the run has others already.
     """
     found = checkpoints_of(run_dir)
     if resume == "never":
@@ -40,8 +50,10 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     # from the environment, because the process group does not exist yet
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if resume != "auto":
-        verify(Path(resume), rank, world_size)
-        return Path(resume)
+        chosen = _chosen(resume, run_dir, found)
+        verify(chosen, rank, world_size)
+        _check_state(chosen)
+        return chosen
     newest = read_latest(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
         raise UserError(
@@ -51,7 +63,81 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if not found:
         return None
     verify(found[-1], rank, world_size)
+    _check_state(found[-1])
     return found[-1]
+
+
+def _chosen(resume: str, run_dir: Path, found: list[Path]) -> Path:
+    """The checkpoint that `run.resume` names, or the newest of a run that it names.
+
+    Raises:
+        UserError: There is none, or `run_dir` has checkpoints (`found`) of another run than that one.
+    """
+    # unlike Path.is_dir(), it takes a name that is too long for one that is missing
+    if not os.path.isdir(resume):
+        raise UserError(
+            f"checkpoint {resume!r} does not exist: --run.resume is auto, never, or the folder of a checkpoint, such as "
+            f"{run_dir / 'checkpoints' / 'stepNNNNNNNN'}."
+        )
+    chosen = resolve_checkpoint(Path(resume))
+    if found and chosen.resolve().parent != (run_dir / "checkpoints").resolve():
+        raise UserError(
+            f"--run.resume is {resume}, and {run_dir} holds checkpoints of its own, the last {found[-1].name}: choose another "
+            "--run.dir, move them away, or go on from the last with --run.resume auto."
+        )
+    return chosen
+
+
+def leave_later(run_dir: Path, checkpoint: Path) -> str | None:
+    """Renames the later checkpoints of a run that goes on from an earlier one, and returns a line about it, or None.
+
+    `auto` would go on from them otherwise, and not from what is trained from here on. None of them is deleted.
+
+    Raises:
+        OSError: One of them cannot be renamed; what has been renamed can still be resumed under its new name.
+    """
+    folder = run_dir / "checkpoints"
+    if checkpoint.resolve().parent != folder.resolve():
+        return None
+    later = [path for path in checkpoints_of(run_dir) if path.name > checkpoint.name]
+    if not later:
+        return None
+    write_json(run_dir / LATEST, {"checkpoint": checkpoint.name})
+    names = []
+    for path in later:
+        taken = len(list(folder.glob(f"left-{path.name}*")))
+        names.append(f"left-{path.name}" + (f"-{taken + 1}" if taken else ""))
+        path.rename(folder / names[-1])
+    sync(folder)
+    return (
+        f"the checkpoints after {checkpoint.name} are left behind as {', '.join(names)} in {escape(folder)}: delete them, or "
+        "go on from one of them in another --run.dir"
+    )
+
+
+def _check_state(checkpoint: Path) -> None:
+    """Checks what the manifest of a checkpoint cannot, which somebody may have written anew.
+
+    Raises:
+        UserError: `state.json` is damaged, a rank's file is missing, or the folder has the name of another step, by which
+            checkpoints are ordered.
+    """
+    try:
+        state = read_state(checkpoint)
+        step, ranks = int(state["step"]), int(state["world_size"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{checkpoint / 'state.json'} is damaged ({type(error).__name__}: {error}): move {checkpoint} away to go on from "
+            "the one before it."
+        ) from None
+    for rank in range(ranks):
+        if not shard_file(checkpoint, rank).is_file() and (checkpoint / ENGINE).is_file():
+            raise UserError(f"{shard_file(checkpoint, rank)} is missing: {checkpoint} is of {ranks} ranks; restore it.")
+    named = step_in_name(checkpoint)
+    if named not in (None, step):
+        raise UserError(f"{checkpoint} is the checkpoint of step {step}: rename it to step{step:08d}, or move it away.")
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:

@@ -43,7 +43,19 @@ def _boot() -> str:
     return socket.gethostname()
 
 
-def _start_of(pid: int) -> str | None:
+def _numbering() -> str:
+    """What tells the numbers of this process's neighbours from those of another container on the same machine."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _is_neighbour(owner: dict[str, Any]) -> bool:
+    """Whether an owner runs where its process can be seen from here."""
+    return owner.get("boot", _boot()) == _boot() and owner.get("numbering", _numbering()) == _numbering()
+
+
+def _start_of(pid: Any) -> str | None:
     """When a process of this machine started, in the kernel's ticks; None where there is none."""
     try:
         # the name before the last parenthesis may hold anything
@@ -65,6 +77,8 @@ class FolderLock:
         self._file: int | None = None
         self._count = 0
         self._since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._self = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+        self._self |= {"boot": _boot(), "numbering": _numbering()}
         self._released = threading.Event()
         self._counting: threading.Thread | None = None
         # the last count of an owner on another machine, and when it was first seen
@@ -88,7 +102,7 @@ class FolderLock:
                 ) from None
             if owner is None:
                 break
-            here = owner.get("boot", _boot()) == _boot()
+            here = _is_neighbour(owner)
             limit = GRACE if here else STALE
             who = "another process"
             if owner:
@@ -135,8 +149,10 @@ class FolderLock:
 
     def _is_dead(self, owner: dict[str, Any], locked: bool | None) -> bool:
         """Whether the owner that wrote the file is known to have ended; `locked`: flock gave it, None without flock."""
-        if owner.get("boot") == _boot():
-            return bool(locked) or _start_of(int(owner.get("pid", 0))) != owner.get("start")
+        if owner.get("boot") == _boot() and locked:
+            return True
+        if "boot" in owner and _is_neighbour(owner):
+            return _start_of(owner.get("pid")) != owner.get("start")
         if self._seen is None or self._seen[0] != owner.get("count"):
             self._seen = owner.get("count"), time.monotonic()
         dead = time.monotonic() - self._seen[1] > STALE
@@ -153,8 +169,7 @@ class FolderLock:
     def _write(self, file: int) -> None:
         """Writes this process as the owner, with the next count."""
         self._count += 1
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": self._since, "boot": _boot()}
-        owner |= {"start": _start_of(os.getpid()), "count": self._count}
+        owner = self._self | {"since": self._since, "count": self._count}
         os.pwrite(file, json.dumps(owner).ljust(_LENGTH).encode()[:_LENGTH], 0)
         os.fsync(file)
 
@@ -162,7 +177,25 @@ class FolderLock:
         while not self._released.wait(BEAT):
             # a disk that fails costs checkpoints, about which others complain
             with contextlib.suppress(OSError):
+                if (other := self._taken_over_by()) is not None:
+                    self._say(
+                        f"was taken over by process {other.get('pid')} on {other.get('host')}, since this job gave no sign of "
+                        f"life for {STALE:.0f} s or its {NAME} was removed: it ends, and the other goes on from the last "
+                        "checkpoint"
+                    )
+                    # the main thread would write into the folder of the other job
+                    os._exit(UserError.status)
                 self._write(self._file)
+
+    def _taken_over_by(self) -> dict[str, Any] | None:
+        """The owner that has taken over while this process was stopped; None where there is none."""
+        # opened anew, since a network's file system may show an open file as it was
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            owner = _read(file)
+        finally:
+            os.close(file)
+        return owner if owner and any(owner.get(key) != value for key, value in self._self.items()) else None
 
     def release(self) -> None:
         """Gives the folder back."""

@@ -26,6 +26,8 @@ from scalekd_ds.names import escape, one_line
 EXIT_LOST = 70
 # seconds between two heartbeats
 _INTERVAL_S = 1.0
+# seconds by which a thread that waits is late only where its process was stopped
+_STOPPED_S = 3.0
 _HINT = "The last checkpoint is intact: start again with --run.resume auto."
 
 
@@ -182,7 +184,10 @@ class Heartbeat:
 
     def _monitor(self) -> None:
         """Body of the thread that ends this process when another rank is lost or all ranks hang."""
+        looked_at = time.monotonic()
         while not self._stopped.wait(_INTERVAL_S):
+            self._excuse(time.monotonic() - looked_at - _INTERVAL_S)
+            looked_at = time.monotonic()
             if self._store is not None and (found := self._find_lost(self.rank_timeout, include_failed=False)):
                 self._exit(f"{'; '.join(found)}: no word for {self.rank_timeout:.0f} s.")
             progress = (self._progress, sum(beat.progress for beat, _ in self._received.values()))
@@ -194,6 +199,15 @@ class Heartbeat:
                 self._exit(
                     f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {escape(self._dump_stacks())}."
                 )
+
+    def _excuse(self, seconds: float) -> None:
+        """Does not count the time for which this process was stopped: a scheduler that suspends a job stops all ranks."""
+        if seconds < _STOPPED_S:
+            return
+        self._store_answered_at += seconds
+        self._progress_at += seconds
+        for rank, (beat, received_at) in list(self._received.items()):
+            self._received[rank] = (beat, received_at + seconds)
 
     def _dump_stacks(self) -> str:
         """Writes the stacks of this rank's threads, and returns where they are."""

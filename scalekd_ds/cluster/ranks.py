@@ -27,13 +27,49 @@ class _Tasks(NamedTuple):
     identity: str
 
 
+class _Names(NamedTuple):
+    """The variables in which a launcher of MPI's kind tells its tasks who they are; `local_size` may be empty."""
+
+    starter: str
+    rank: str
+    local_rank: str
+    size: str
+    local_size: str
+
+
+# Spectrum MPI's jsrun sets Open MPI's, and Cray's PALS has its own beside those of PMI
+_MPI = (
+    _Names("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))),
+    _Names("mpirun", *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))),
+    _Names("mpirun", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    _Names("mpiexec", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE", "PMI_LOCAL_SIZE"),
+    _Names("mpiexec", "PALS_RANKID", "PALS_LOCAL_RANKID", "PMI_SIZE", "PALS_LOCAL_SIZE"),
+    _Names("jsrun", *(f"JSM_NAMESPACE_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))),
+    _Names("flux run", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE", ""),
+)
+# what is the same for all tasks of a job, and another for another job
+_MPI_JOBS = (
+    "PMIX_NAMESPACE",
+    "OMPI_MCA_ess_base_jobid",
+    "PALS_APID",
+    "FLUX_JOB_ID",
+    "PMI_JOBID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+)
+
+
 def join_ranks() -> None:
     """Sets the variables of this process's rank, as `torchrun` does, for a job of any launcher or a process alone.
 
     Raises:
         UserError: The variables contradict each other, some are missing, or one of them is left over from another job.
     """
-    os.environ.update(rank_variables(os.environ))
+    found = rank_variables(os.environ)
+    if not os.environ.get("RANK") or os.environ.get("MASTER_PORT") != found["MASTER_PORT"]:
+        # left over of a torchrun, whose agent has opened its own port, and nobody opens this job's
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(False)
+    os.environ.update(found)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -131,15 +167,18 @@ def started_together(environment: Mapping[str, str]) -> _Tasks | None:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
         numbers = (_number(environment, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS"))
         return _Tasks("srun", *numbers, first_node(nodes), step)
-    if _count(environment, "OMPI_COMM_WORLD_SIZE") > 1:
-        numbers = [_number(environment, f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "LOCAL_RANK", "SIZE")]
-        here = _count(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") == numbers[2]
-        job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
-        return _Tasks("mpirun", *numbers, "127.0.0.1" if here else None, job)
-    if _count(environment, "PMI_SIZE") > 1 and "MPI_LOCALRANKID" in environment:
-        numbers = [_number(environment, name) for name in ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE")]
-        here = _count(environment, "MPI_LOCALNRANKS") == numbers[2]
-        return _Tasks("mpirun", *numbers, "127.0.0.1" if here else None, str(os.getppid()))
+    for names in _MPI:
+        if _count(environment, names.size) > 1 and names.local_rank in environment:
+            numbers = [_number(environment, name) for name in (names.rank, names.local_rank, names.size)]
+            here = _count(environment, names.local_size) == numbers[2]
+            job = next((environment[name] for name in _MPI_JOBS if environment.get(name)), str(os.getppid()))
+            return _Tasks(names.starter, *numbers, "127.0.0.1" if here else None, job)
+    for names in _MPI:
+        if _count(environment, names.size) > 1 and names.rank in environment:
+            raise UserError(
+                f"{names.size} is {environment[names.size]} and {names.local_rank} is not set: unset {names.size}, which "
+                f"another job has left over, or {_COMMANDS}."
+            )
     return None
 
 
@@ -147,6 +186,13 @@ def first_node(nodes: str) -> str | None:
     """The first name of a list as SLURM writes it: `gpu07` of `gpu[07-12,20],login1`; None of an empty list."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else None
+
+
+def ranks_on_this_node(environment: Mapping[str, str]) -> int:
+    """LOCAL_WORLD_SIZE where it can be that of this job, which another one may have left over; else WORLD_SIZE."""
+    world_size, text = int(environment["WORLD_SIZE"]), environment.get("LOCAL_WORLD_SIZE", "")
+    here = int(text) if re.fullmatch(r"\d{1,9}", text.strip()) else 0
+    return here if 0 < here <= world_size else world_size
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

@@ -101,6 +101,15 @@ def meeting() -> Iterator[None]:
         text = first_line(error)
         if "EADDRINUSE" in text:
             raise UserError(_taken(int(os.environ["MASTER_PORT"]), "EADDRINUSE")) from error
+        if "EMFILE" in text or "oo many open files" in text:
+            raise UserError(
+                f"too many files are open to meet the other ranks ({text[:200]}): raise `ulimit -n`."
+            ) from error
+        if "Unable to find address for" in text:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME is {os.environ.get('GLOO_SOCKET_IFNAME')!r}, an interface that this machine does not have "
+                "or that has no address: unset it, or take one that `ip address` lists."
+            ) from error
         raise UserError(_not_met(text[:200])) from error
     finally:
         over.set()

@@ -112,6 +112,10 @@ class DataConfig:
         for name in ("eval_batch_size", "repeats", "threads", "prefetch"):
             value = getattr(self, name)
             require(value > 0, f"data.{name}", value, "at least 1")
+        for name, most in (("threads", 1024), ("prefetch", 100)):
+            value = getattr(self, name)
+            # each is a thread of the system or a batch in memory, which run out without an error that says so
+            require(value <= most, f"data.{name}", value, f"at most {most}")
         require(self.keep_mb >= 0, "data.keep_mb", self.keep_mb, "not negative (0 keeps nothing)")
         for name in ("hw_decoder_load", "max_bad_share"):
             value = getattr(self, name)

@@ -40,6 +40,9 @@ class OptimConfig:
         require(self.lr > 0.0, "optim.lr", self.lr, "positive")
         require(self.base_batch is None or self.base_batch > 0, "optim.base_batch", self.base_batch, "at least 1")
         require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "not negative")
+        require(self.eps >= 0.0, "optim.eps", self.eps, "not negative")
+        require(min(self.betas) >= 0.0 and max(self.betas) < 1.0, "optim.betas", self.betas, "two rates in [0, 1)")
+        require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
         require(self.clip >= 0.0, "optim.clip", self.clip, "not negative (0 is off)")
 
 
@@ -91,4 +94,6 @@ class ScheduleConfig:
         self.milestones = tuple(float(m) for m in self.milestones)
         require(self.epochs > 0.0, "schedule.epochs", self.epochs, "positive")
         require(0.0 <= self.warmup_epochs < self.epochs, "schedule.warmup_epochs", self.warmup_epochs, "in [0, epochs)")
+        require(self.min_lr >= 0.0, "schedule.min_lr", self.min_lr, "not negative")
+        require(self.gamma > 0.0, "schedule.gamma", self.gamma, "positive")
         require(0.0 <= self.warmup_factor <= 1.0, "schedule.warmup_factor", self.warmup_factor, "0 to 1")

@@ -69,6 +69,9 @@ def describe_error(error: ArgumentError, parser: ArgumentParser) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     expected = re.findall(r"Expected an? (.*?)(?:\. |$)", message, re.M)
+    if key and value and (nested := re.search(r"NestedArg\(key='([^']*)'", value[1])):
+        flag = f"--{key[1]}.{nested[1]}"
+        return f"unknown argument {flag!r}.{suggest(flag, _long_flags(parser))} --help lists them all."
     if key and value:
         kinds = (re.sub(r"<class '(\w+)'>", r"\1", e).replace("typing.Literal", "one of ") for e in expected)
         wants = " or ".join(dict.fromkeys(kinds)) or "of its type"

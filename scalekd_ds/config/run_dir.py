@@ -74,5 +74,6 @@ class RunDirConfig:
         require(self.max_skipped > 0, "run.max_skipped", self.max_skipped, "at least 1")
         require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
         require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
+        require(self.stop_after is None or self.stop_after > 0, "run.stop_after", self.stop_after, "at least 1")
         require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
         require(self.peak_tflops is None or self.peak_tflops > 0.0, "run.peak_tflops", self.peak_tflops, "positive")

@@ -73,6 +73,10 @@ def _leaves(config: dict[str, Any], path: Path, prefix: str = "") -> Iterator[tu
     """(dotted key, value) of each key that has a rule; refuses the others."""
     for name, value in config.items():
         key = prefix + name
+        if "." in name:
+            # as the keys are named here, and which DeepSpeed would skip
+            inside = ": {".join(json.dumps(part) for part in name.split("."))
+            raise UserError(f"{path}: DeepSpeed does not know the key {key!r}: write {inside}: ...")
         if key in REFUSED:
             raise UserError(f"{path}: {key} has no place in a run: {REFUSED[key]}. Remove it.")
         if key in SWITCHED_OFF:
@@ -127,7 +131,7 @@ def _without_auto(section: dict[str, Any], prefix: str) -> dict[str, Any]:
         if isinstance(value, dict):
             found[name] = _without_auto(value, f"{prefix}{name}.")
         elif value != "auto":
-            whole = isinstance(value, float) and "whole number" in KEYS[prefix + name].expected
+            whole = isinstance(value, float) and "number from" in KEYS[prefix + name].expected
             found[name] = int(value) if whole else value
     return found
 

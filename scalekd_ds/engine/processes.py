@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from scalekd_ds.cluster.ranks import join_ranks
+from scalekd_ds.cluster.ranks import join_ranks, ranks_on_this_node
 from scalekd_ds.cluster.rendezvous import check_meeting_place, meeting
 from scalekd_ds.engine.host_memory import keep_freed_memory
 
@@ -33,8 +33,7 @@ def start_processes() -> torch.device:
     join_ranks()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node(os.environ)))
     if not torch.distributed.is_initialized():
         check_meeting_place()
     with meeting():

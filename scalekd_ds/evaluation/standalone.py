@@ -20,7 +20,7 @@ from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes
-from scalekd_ds.models.preprocessing import Preprocessing, normalisation_of
+from scalekd_ds.models.preprocessing import Preprocessing, cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 
 
@@ -67,6 +67,7 @@ def evaluate_model(
     if not allow_missing_classes:
         check_all_present(source, "--data", "--allow-missing-classes")
     size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
+    say(cut_off_notice(model, size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     cfg = DataConfig(

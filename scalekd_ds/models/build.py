@@ -31,7 +31,7 @@ def check_name(name: str) -> None:
     """
     if name.startswith(HUB_PREFIXES):
         architecture_and_kwargs(name)
-    elif os.path.isdir(name):
+    elif not timm.is_model(name) and os.path.isdir(name):
         files = sorted(path.name for path in Path(name).glob("*.safetensors"))
         found = f"give a file in it ({files[0]})" if files else "give a .safetensors with its card, as a run writes"
         raise UserError(f"{name!r} is a folder, and no model: {found}.")

@@ -11,6 +11,7 @@ from scalekd_ds.errors import UserError, first_line
 
 # beside a checkpoint's weights: what was measured after they were saved
 EVALUATION = "evaluation.json"
+_ACCURACIES = ("accuracy", "ema_accuracy", "teacher_accuracy", "best")
 
 
 def card_path(weights: str | Path) -> Path:
@@ -29,12 +30,23 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text())
-        return {
-            "state": dict(found["state"]),
-            "cards": {str(name): dict(card) for name, card in found["cards"].items()},
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state, cards = dict(found["state"]), {str(name): dict(card) for name, card in found["cards"].items()}
+        for key, value in state.items():
+            # it is in no manifest, and must not change what the checkpoint is of
+            fits = (value is None or _is_accuracy(value)) if key in _ACCURACIES else _is_number(value)
+            if not fits or key in ("step", "samples", "world_size", "zero_stage"):
+                raise ValueError(f"{key} is {json.dumps(value):.60}")
+        return {"state": state, "cards": cards}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}): remove it; it holds accuracies alone.") from None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_accuracy(value: Any) -> bool:
+    return isinstance(value, dict) and "top1" in value and all(map(_is_number, value.values()))
 
 
 def read_card(weights: str | Path) -> dict[str, Any]:

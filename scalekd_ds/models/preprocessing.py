@@ -36,3 +36,18 @@ def normalisation_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, 
     """(mean, std) that a model's images are normalised with, for pixels from 0 to 1; by default ImageNet's."""
     own = Preprocessing.of(model)
     return own.mean or IMAGENET_DEFAULT_MEAN, own.std or IMAGENET_DEFAULT_STD
+
+
+def cut_off_notice(model: nn.Module, image_size: int) -> str | None:
+    """One line where a model's patches do not divide its images, whose right and lower border it then does not see."""
+    embed = getattr(model, "patch_embed", None)
+    # PVT-v2's patches overlap, have no grid and take any size; some models fill the last patches up
+    if not hasattr(embed, "grid_size") or getattr(embed, "dynamic_img_pad", False):
+        return None
+    patch = max(getattr(embed, "patch_size", None) or (1, 1))
+    if image_size % patch == 0:
+        return None
+    return (
+        f"the patches of {type(model).__name__} are {patch} pixels and its images {image_size}: it does not see the last "
+        f"{image_size % patch} at the right and lower border; a multiple of {patch} loses none"
+    )

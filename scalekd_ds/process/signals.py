@@ -17,8 +17,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-# Ctrl-C, what schedulers and `kill` send, a terminal that is lost, and SLURM's warning before the time is up
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Ctrl-C, what `kill` sends, a terminal that is lost, and the warnings of schedulers before the time is up: SIGUSR1 of SLURM,
+# SIGUSR2 of Grid Engine and LSF, SIGALRM of Flux, SIGXCPU where the processor's time is limited
+SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+    *(signal.SIGALRM, signal.SIGXCPU),
+)
 # seconds for the main thread to notice a signal, and to clean up after it
 _NOTICE_S, _CLEAN_UP_S = 3.0, 15.0
 

@@ -88,7 +88,7 @@ def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: st
     old, new = flat_fields(before), flat_fields(after)
     changed = [name for name in new if name in old and old[name] != new[name]]
     for name in changed:
-        if name in REFUSED:
+        if name in REFUSED and not (name == "student" and _are_files(old[name], new[name])):
             raise UserError(
                 f"--{name} is {_shown(new[name])}, and was {_shown(old[name])} when {checkpoint} was written: "
                 f"{REFUSED[name]}. Go on with the old value, or start a new run with --student_weights "
@@ -105,6 +105,11 @@ def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: st
         if name not in SILENT and name not in WITHOUT_EFFECT
     ]
     return lines + [f"{name} has no effect: {WITHOUT_EFFECT[name]}" for name in changed if name in WITHOUT_EFFECT]
+
+
+def _are_files(*students: str) -> bool:
+    """Whether all are files of weights, which may move: the card says what model they hold, whose layers are compared."""
+    return all(name.endswith(".safetensors") for name in students)
 
 
 def _shown(value: Any) -> str:

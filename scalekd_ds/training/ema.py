@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,14 @@ def slow_average_notice(decay: float, steps: int) -> str | None:
     # a single step's average is its weights
     if decay == 0.0 or steps == 1 or left <= 0.05:
         return None
-    # the average then spans the last tenth of the run
-    faster = max(0.5, 1.0 - 10.0 / steps)
+    # the average then spans the last tenth of the run; one of a few steps follows the weights more closely still
+    faster = min(max(0.5, 1.0 - 10.0 / steps), 0.05 ** (1.0 / (steps - 1)))
+    # rounded down, so that a run with it has nothing to say
+    faster = math.floor(faster * 1e6) / 1e6
+    reach = "spans the last tenth of such a run" if steps > 20 else "leaves them behind"
     return (
         f"ema.decay is {decay:g} and the run has {steps} steps: {left:.0%} of the average will still be the first step's "
-        f"weights. --ema.decay {faster:.4g} spans the last tenth of such a run."
+        f"weights. --ema.decay {faster:g} {reach}."
     )
 
 

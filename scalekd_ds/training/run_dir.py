@@ -21,12 +21,33 @@ def make_run_dir(run_dir: Path) -> Path:
     Raises:
         UserError: The folder cannot be made.
     """
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise UserError(
+            f"run.dir is {str(run_dir)!r}, a link to {os.readlink(run_dir)!r}, which is not there: mount it, or correct "
+            "the link."
+        )
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         run_dir.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir is {str(run_dir)!r}, which cannot be made: {error}.") from None
     return run_dir
+
+
+def check_apart(cfg: RunConfig) -> None:
+    """Checks that the run's folders will not be taken for classes when it goes on.
+
+    Raises:
+        UserError: `run.dir` is the folder of the training or validation images, or lies where that has its classes.
+    """
+    run_dir = os.path.realpath(cfg.run.dir)
+    for key, name in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
+        images = os.path.realpath(os.path.join(cfg.data.root, name))
+        if os.path.isdir(images) and images in (run_dir, os.path.dirname(run_dir)):
+            raise UserError(
+                f"run.dir is {cfg.run.dir!r}, where {key} has its classes, for which the run's folders would be taken: choose "
+                "another."
+            )
 
 
 def write_config(run_dir: Path, cfg: RunConfig) -> None:

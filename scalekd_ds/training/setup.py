@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from deepspeed import comm as dist
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.checkpoint.layout import read_state
-from scalekd_ds.checkpoint.load import choose_checkpoint, load_checkpoint
+from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later, load_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.cluster.heartbeat import Heartbeat
 from scalekd_ds.cluster.launcher import check_hostfile
@@ -29,7 +30,7 @@ from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.errors import say
-from scalekd_ds.models.preprocessing import normalisation_of
+from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
@@ -77,7 +78,9 @@ def build(cfg: RunConfig) -> Run:
     ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
     if device.type == "cpu" and rank == 0:
         say(slow_precision_notice(ds_config.autocast_dtype(ds_merged), cfg.run.ds_config))
-    distiller = build_distiller(cfg, len(train.classes), verbose=rank == 0, classes=train.classes)
+    # the student's weights are those of the checkpoint, wherever the file is that it once began with
+    begun = dataclasses.replace(cfg, student_weights="none") if resume_from else cfg
+    distiller = build_distiller(begun, len(train.classes), verbose=rank == 0, classes=train.classes)
     record = _record(cfg, distiller, ds_merged, train, val, state)
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
@@ -87,6 +90,7 @@ def build(cfg: RunConfig) -> Run:
             distiller.student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
+    say(cut_off_notice(distiller.student, cfg.data.image_size))
     say(micro_batch_notice(cfg, world_size, distiller))
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
@@ -104,6 +108,8 @@ def build(cfg: RunConfig) -> Run:
     if rank == 0:
         say(slow_average_notice(cfg.ema.decay, total_steps))
         write_config(run_dir, cfg)
+        if resume_from:
+            say(leave_later(run_dir, resume_from))
         if resume_from and state["world_size"] != world_size:
             print(f"{resume_from.name} is of {state['world_size']} ranks, this run has {world_size}", flush=True)
         if resume_from:

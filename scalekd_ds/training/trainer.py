@@ -21,7 +21,7 @@ from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.process import signals
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import held_run_dir
+from scalekd_ds.training.run_dir import check_apart, held_run_dir
 from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
@@ -78,6 +78,7 @@ def train(cfg: RunConfig) -> dict[str, Any]:
         claim_stdout()
     check_hostfile()
     join_ranks()
+    check_apart(cfg)
     with held_run_dir(Path(cfg.run.dir)):
         return _train(build(cfg))
 
@@ -171,6 +172,8 @@ def evaluation_is_due(run: Run) -> bool:
     if not run.cfg.run.eval_every:
         return False
     interval, batch = run.cfg.run.eval_every * run.steps_per_epoch, run.cfg.global_batch_size
+    if interval <= 1.0:
+        return True
     before, after = ((run.images - batch * back) / batch / interval for back in (1, 0))
     # a multiple that is reached but for rounding is reached
     return math.floor(after + 1e-9) > math.floor(before + 1e-9)

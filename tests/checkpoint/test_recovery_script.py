@@ -56,6 +56,14 @@ def test_the_command_that_it_names_gives_the_student(trained, tmp_path, monkeypa
     )
 
 
+def test_it_can_be_started_by_its_name(trained):
+    """As DeepSpeed's, which is a program."""
+    done = subprocess.run(
+        ["./zero_to_fp32.py", ".", "out"], cwd=checkpoints_of(trained)[0], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "scalekd consolidate" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_it_names_the_folder_to_which_a_checkpoint_was_moved(trained, tmp_path):
     moved = tmp_path / "elsewhere; true"
     shutil.copytree(checkpoints_of(trained)[0], moved)

@@ -107,7 +107,7 @@ def test_an_owner_on_another_machine_that_died_is_recognised(tmp_path, capsys):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("content", ["", "junk", "[]", "{}", " " * 512, "\0" * 512, '{"pid": 1'])
+@pytest.mark.parametrize("content", ["", "\xff" * 9, "junk", "[]", "{}", " " * 512, "\0" * 512, '{"pid": 1'])
 def test_what_is_no_owner_does_not_stand_in_the_way(tmp_path, content):
     (tmp_path / NAME).write_text(content)
     with held(tmp_path, "run.dir"):
@@ -129,6 +129,65 @@ def test_without_the_kernels_locks_the_process_is_looked_for(tmp_path, monkeypat
         (tmp_path / NAME).write_text(json.dumps(json.loads(left) | change).ljust(512))
         with held(tmp_path, "run.dir"):
             pass
+
+
+def test_a_process_in_another_container_of_this_machine_cannot_be_looked_for(tmp_path, monkeypatch, capsys):
+    """Two pods on one node have processes of the same numbers; their boot is one, and some file systems have no flock."""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    here = FolderLock(tmp_path, "run.dir")._self | {"since": "yesterday", "count": 1, "numbering": "pid:[77]"}
+
+    def live():
+        for count in range(2, 200):
+            owner_elsewhere(tmp_path, **here | {"pid": 2**22 + 1, "count": count})
+            time.sleep(0.05)
+
+    owner_elsewhere(tmp_path, **here | {"pid": 2**22 + 1})
+    other = _FORKS.Process(target=live)
+    other.start()
+    try:
+        with pytest.raises(UserError, match="in which process 4194305 on"):
+            FolderLock(tmp_path, "run.dir").acquire()
+    finally:
+        other.kill()
+        other.join()
+    with held(tmp_path, "run.dir"):
+        assert "no sign of life" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"boot": "another", "host": "node7"}, {"numbering": "pid:[77]"}, {"pid": 77}])
+def test_a_job_that_was_suspended_and_lost_its_folder_ends(tmp_path, change, capfd):
+    """A scheduler stops a job for a while; another one takes what looks dead, and two must not write into one folder."""
+    ready = _FORKS.Event()
+    job = _FORKS.Process(target=hold, args=(tmp_path, ready))
+    job.start()
+    assert ready.wait(30)
+    os.kill(job.pid, signal.SIGSTOP)
+    owner_elsewhere(tmp_path, **json.loads((tmp_path / NAME).read_text()) | change)
+    os.kill(job.pid, signal.SIGCONT)
+    job.join(30)
+    assert job.exitcode == 2
+    assert "was taken over by process" in capfd.readouterr().err
+    # the file is the other's
+    assert json.loads((tmp_path / NAME).read_text())[next(iter(change))] == next(iter(change.values()))
+
+
+def test_a_job_that_was_suspended_and_kept_its_folder_goes_on(tmp_path):
+    ready = _FORKS.Event()
+    job = _FORKS.Process(target=hold, args=(tmp_path, ready))
+    job.start()
+    assert ready.wait(30)
+    os.kill(job.pid, signal.SIGSTOP)
+    before = json.loads((tmp_path / NAME).read_text())["count"]
+    time.sleep(0.5)
+    os.kill(job.pid, signal.SIGCONT)
+    time.sleep(0.5)
+    assert job.is_alive() and json.loads((tmp_path / NAME).read_text())["count"] > before
+    job.kill()
+    job.join()
 
 
 def test_a_folder_that_cannot_be_written_is_named():

@@ -163,3 +163,21 @@ def test_a_privileged_port_is_named():
         "os.setuid(65534)\nrun_cli(rendezvous.check_meeting_place)"
     )
     one_line(run([sys.executable, "-c", code], LIMIT, environment(**rank(0, 80))), "MASTER_PORT is 80", "only root")
+
+
+def test_what_keeps_ranks_from_meeting_here_is_named(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "1")
+    for text, says in (
+        (
+            "[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: eth77",
+            "GLOO_SOCKET_IFNAME is 'eth77'",
+        ),
+        (
+            "The server socket has failed to bind. code: -24, name: EMFILE, message: too many open files",
+            "raise `ulimit -n`",
+        ),
+    ):
+        with pytest.raises(UserError, match=says), rendezvous.meeting():
+            raise RuntimeError(text)

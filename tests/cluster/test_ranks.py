@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import tiny_run
 from forking import forked_with
 from launching import LIMIT, ROOT, environment, free_port
 
-from scalekd_ds.cluster.ranks import first_node, rank_variables
+from scalekd_ds.cluster.ranks import first_node, join_ranks, rank_variables, ranks_on_this_node
 from scalekd_ds.commands.train import launcher_command
 from scalekd_ds.errors import UserError
 
@@ -34,6 +35,11 @@ OPEN_MPI = {
     "PMIX_NAMESPACE": "prterun-node-77@1",
 }
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+MVAPICH = {f"MV2_COMM_WORLD_{name}": number for name, number in zip(("RANK", "LOCAL_RANK", "SIZE"), "112", strict=True)}
+CRAY = {"PMI_RANK": "1", "PMI_LOCAL_RANK": "1", "PMI_SIZE": "2", "PMI_LOCAL_SIZE": "2"}
+PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_SIZE": "4", "PALS_LOCAL_SIZE": "2", "PALS_APID": "7"}
+JSRUN = {f"JSM_NAMESPACE_{name}": number for name, number in zip(("RANK", "LOCAL_RANK", "SIZE"), "314", strict=True)}
+FLUX = {"FLUX_TASK_RANK": "3", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_SIZE": "4", "FLUX_JOB_ID": "f7"}
 ACROSS = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
@@ -58,6 +64,13 @@ TAKEN = {
         {"RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a"},
     ),
     "MPICH": (HYDRA, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+    "MVAPICH": (MVAPICH | {"MV2_COMM_WORLD_LOCAL_SIZE": "2"}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}),
+    "Cray": (CRAY, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+    "PALS": (PALS | {"MASTER_ADDR": "x1"}, {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x1"}),
+    "jsrun": (JSRUN | {"MASTER_ADDR": "x1"}, {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}),
+    "flux": (FLUX | {"MASTER_ADDR": "x1"}, {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}),
+    "flux of one": ({"FLUX_TASK_RANK": "0", "FLUX_TASK_LOCAL_ID": "0", "FLUX_JOB_SIZE": "1"}, ALONE),
+    "PMI of a shell": ({"PMI_SIZE": "2"}, ALONE),
     "mpirun of one": ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ALONE),
 }
 # name -> (environment, words of the line)
@@ -71,6 +84,12 @@ REFUSED = {
     "no local rank": ({k: v for k, v in TORCH.items() if k != "LOCAL_RANK"}, "LOCAL_RANK is not set"),
     "no address": ({k: v for k, v in TORCH.items() if k != "MASTER_ADDR"}, "MASTER_ADDR is not set"),
     "no port": ({k: v for k, v in TORCH.items() if k != "MASTER_PORT"}, "MASTER_PORT is not set"),
+    "half of PMI": ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE is 2 and MPI_LOCALRANKID is not set: unset PMI_SIZE"),
+    "half of Open MPI": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+        "OMPI_COMM_WORLD_LOCAL_RANK is not set: unset OMPI_COMM_WORLD_SIZE, which another job has left over, or start",
+    ),
+    "PALS over nodes": (PALS, "MASTER_ADDR is not set"),
     "mpirun over nodes": (OPEN_MPI | ACROSS, "mpirun -x MASTER_ADDR=NODE"),
     "words": (TORCH | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four': it must be a whole number"),
     "negative": (TORCH | {"RANK": "-1"}, "RANK is '-1'"),
@@ -99,7 +118,7 @@ def test_a_contradiction_is_one_line(name):
 
 def test_every_part_of_a_launchers_variables_is_a_job_or_a_line():
     """Each subset of the five, alone and with SLURM's or MPI's: never another error, never a rank outside its job."""
-    for others in ({}, SLURM, OPEN_MPI, OPEN_MPI | ACROSS, HYDRA):
+    for others in ({}, SLURM, OPEN_MPI, OPEN_MPI | ACROSS, HYDRA, MVAPICH, CRAY, PALS, JSRUN, FLUX):
         for size in range(6):
             for names in itertools.combinations(TORCH, size):
                 try:
@@ -168,3 +187,25 @@ def test_a_size_left_over_in_the_shell_is_named_at_once(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: WORLD_SIZE is 4 and RANK is not set") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"), [(None, 4), ("2", 2), ("4", 4), ("8", 4), ("0", 4), ("-1", 4), ("abc", 4), ("", 4)]
+)
+def test_threads_are_shared_by_the_ranks_that_are_here(text, ranks):
+    assert ranks_on_this_node({"WORLD_SIZE": "4"} | ({} if text is None else {"LOCAL_WORLD_SIZE": text})) == ranks
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"MASTER_ADDR": "a", "MASTER_PORT": "7"}, HYDRA, TORCH]
+)
+def test_a_port_of_our_own_is_opened_in_a_shell_under_torchrun(monkeypatch, given):
+    """torchrun's ranks wait for its agent to open the port, and so would a run in a shell that has its variables."""
+    for name in (*TORCH, "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in (given | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        join_ranks()
+        assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == str(given is TORCH)

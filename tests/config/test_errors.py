@@ -46,6 +46,15 @@ def error_of(*args: str) -> str:
         (("--distill.kd_weight", "1.5"), "distill.kd_weight is 1.5: it must be 0 to 1"),
         (("--global_batch_size", "0"), "global_batch_size is 0"),
         (("--data.crop_scale", "[0.5, 0.1]"), "data.crop_scale is (0.5, 0.1)"),
+        (("--run.stop_after", "0"), "run.stop_after is 0: it must be at least 1"),
+        (("--optim.betas", "[1.5, 0.9]"), "optim.betas is (1.5, 0.9): it must be two rates in [0, 1)"),
+        (("--optim.eps", "-1"), "optim.eps is -1.0"),
+        (("--optim.momentum", "1"), "optim.momentum is 1.0"),
+        (("--schedule.min_lr", "-1"), "schedule.min_lr is -1.0"),
+        (("--schedule.gamma", "0"), "schedule.gamma is 0.0"),
+        (("--data.threads", "100000"), "data.threads is 100000: it must be at most 1024"),
+        (("--data.prefetch", "100000"), "data.prefetch is 100000: it must be at most 100"),
+        (("--label_smoothing.x", "1"), "unknown argument '--label_smoothing.x'. Did you mean '--label_smoothing'"),
         (("--config", "/nowhere.json"), "config file '/nowhere.json' does not exist"),
     ],
 )
@@ -87,6 +96,14 @@ def test_recipes_are_listed_and_help_is_given():
         ('{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}', "MiCS"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7"),
         ('{"zero_optimization": {"stagee": 1}}', "zero_optimization.stagee"),
+        ('{"zero_optimization.stage": 2}', """'zero_optimization.stage': write "zero_optimization": {"stage": ..."""),
+        (
+            '{"zero_optimization": {"offload_optimizer.device": "cpu"}}',
+            "'zero_optimization.offload_optimizer.device': write",
+        ),
+        ('{"bf16.enabled": true}', "does not know the key 'bf16.enabled': write"),
+        ('{"elasticity.enabled": true}', "does not know the key 'elasticity.enabled': write"),
+        ('{".": 1}', "does not know the key '.'"),
         ('{"zero_optimization": 1}', "zero_optimization is 1"),
         ('{"gradient_clipping": 1.0}', "sets 'gradient_clipping', which is the recipe's"),
         ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer', which is the recipe's"),
@@ -98,6 +115,13 @@ def test_a_bad_deepspeed_config_is_refused(tmp_path, config, words):
     with pytest.raises(UserError) as error:
         ds_config.read(str(path))
     assert words in str(error.value)
+
+
+def test_numbers_as_the_tutorials_write_them_are_whole(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "allgather_bucket_size": 5e8, "reduce_bucket_size": 5e8}}')
+    found = ds_config.read(str(path))["zero_optimization"]
+    assert all(type(value) is int for value in found.values()), found
 
 
 def test_shipped_deepspeed_configs_have_their_stage_bf16_and_the_runs_batches():

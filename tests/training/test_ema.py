@@ -1,6 +1,7 @@
 """The student's moving average: on two real ranks at every ZeRO stage, through checkpoints, runs and exports."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -142,7 +143,7 @@ def test_a_decay_of_one_or_more_and_averages_that_are_not_there_are_refused(runs
     [
         (0.9999, 500, "95% of the average will still be the first step's weights. --ema.decay 0.98 spans"),
         (0.999, 1000, "37% of the average"),
-        (0.9, 4, "73% of the average will still be the first step's weights. --ema.decay 0.5 spans"),
+        (0.9, 4, "73% of the average will still be the first step's weights. --ema.decay 0.368403 leaves them"),
         (0.9999, 375_000, None),
         (0.99, 1000, None),
         (0.0, 10, None),
@@ -152,3 +153,10 @@ def test_a_decay_of_one_or_more_and_averages_that_are_not_there_are_refused(runs
 def test_an_average_that_cannot_catch_up_is_said(decay, steps, words):
     notice = slow_average_notice(decay, steps)
     assert notice is None if words is None else words in notice
+
+
+@pytest.mark.parametrize("steps", [*range(2, 40), 100, 1001, 40_000, 1_000_000, 10**8])
+def test_the_decay_that_is_advised_catches_up(steps):
+    notice = slow_average_notice(0.05 ** (0.9 / (steps - 1)), steps)
+    advised = float(re.search(r"--ema.decay (\S+)", notice)[1])
+    assert 0.0 < advised < 1.0 and slow_average_notice(advised, steps) is None

@@ -40,6 +40,8 @@ def test_what_is_no_interval_of_steps_is_not_rounded_away():
     assert len(evaluated(26, 10, 1, 100)) == 100
     assert evaluated(40, 8, 1, 3) == [5, 10, 15]
     assert evaluated(40, 8, 0.01, 1) == [1, 2, 3, 4, 5]
-    assert evaluated(40, 8, 0, 3) == []
+    for every in (1e-9, 1e-300, 1e-320, 5e-324):
+        assert evaluated(40, 8, every, 1) == [1, 2, 3, 4, 5]
+    assert evaluated(40, 8, 0, 3) == evaluated(40, 8, 1e300, 3) == []
     # a run that goes on at another batch, 3 images into its second epoch
     assert evaluated(40, 10, 1, 3, images_before=43) == [4, 8, 12]

@@ -236,7 +236,9 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
         folders[relative] = [stat.st_mtime_ns, _names_digest(entry.name for entry in found)]
         waiting += reversed(inside)
     if not files:
-        raise UserError(f"{key}: the class folder {str(folder / name)!r} has no images ({', '.join(EXTENSIONS)}).")
+        raise UserError(
+            f"{key}: the class folder {str(folder / name)!r} has no images ({', '.join(EXTENSIONS)}): add some, or remove it."
+        )
     return _Listed(files, folders, dict(left_out))
 
 
