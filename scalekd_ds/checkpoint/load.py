@@ -21,9 +21,9 @@ from scalekd_ds.checkpoint.layout import (
 )
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.checkpoint.shard_files import ENGINE, restore, shard_file
-from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.gather import overwrite
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import sync, write_json
 from scalekd_ds.names import escape, utf8_path
 from scalekd_ds.rng import set_rng_state
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path, PurePosixPath
 
 from scalekd_ds.checkpoint import recovery_script
-from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import sync, write_json
 
 MANIFEST = "manifest.json"
 

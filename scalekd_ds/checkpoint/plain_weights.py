@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve_checkpoint
 from scalekd_ds.checkpoint.manifest import verify
-from scalekd_ds.durable_files import save_tensors, write_json, written_aside
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import save_tensors, write_json, written_aside
 from scalekd_ds.names import utf8_path
 
 

@@ -15,8 +15,8 @@ from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.recovery_script import write_recovery_script
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
-from scalekd_ds.durable_files import save_tensors, sync, write_json
 from scalekd_ds.engine.gather import gather_to_cpu, student_state, synchronise_buffers
+from scalekd_ds.files.durable import save_tensors, sync, write_json
 from scalekd_ds.rng import rng_state
 
 

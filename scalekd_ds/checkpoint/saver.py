@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 
 from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
-from scalekd_ds.durable_files import sync, write_json
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.files.durable import sync, write_json
 from scalekd_ds.models.card import EVALUATION
 from scalekd_ds.names import escape, one_line
 

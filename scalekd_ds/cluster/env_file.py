@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from scalekd_ds.durable_files import sync
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import sync
 
 # prefixes of the variables that DeepSpeed's launcher exports by itself, with those of its CUDA accelerator
 EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     # rich takes 80 columns for a file, where the table would wrap
     print_report(Console(width=None if sys.stdout.isatty() else 200), report)
     if arguments.json:
-        from scalekd_ds.durable_files import write_json
+        from scalekd_ds.files.durable import write_json
 
         write_json(Path(arguments.json), report.as_dict())
     return 1 if report.problems else 0

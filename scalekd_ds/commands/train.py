@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return None
     cfg, dump = parsed
     if dump is not None:
-        from scalekd_ds.durable_files import write_json
+        from scalekd_ds.files.durable import write_json
 
         write_json(dump, cfg.as_dict())
         print(f"wrote {escape(dump)}: start it with --config {shell_word(dump)}")

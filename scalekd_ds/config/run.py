@@ -69,6 +69,8 @@ class RunConfig:
     run: RunDirConfig = field(default_factory=RunDirConfig)
 
     def __post_init__(self) -> None:
+        # each rank adds its number to it
+        require(abs(self.seed) < 2**62, "seed", self.seed, "of less than 62 bits")
         require(self.global_batch_size > 0, "global_batch_size", self.global_batch_size, "at least 1")
         require(self.micro_batch_size > 0, "micro_batch_size", self.micro_batch_size, "at least 1")
         require(0.0 <= self.label_smoothing < 1.0, "label_smoothing", self.label_smoothing, "0 to 1")

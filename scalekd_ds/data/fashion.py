@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import write_json
 
 # Debian's package dataset-fashion-mnist
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -13,10 +13,10 @@ from scalekd_ds.data import EvalLoader
 from scalekd_ds.data.sources.open import open_source
 from scalekd_ds.data.sources.source import Source, check_all_present, with_classes
 from scalekd_ds.data.verify import without_quarantined
-from scalekd_ds.durable_files import save_tensors, written_aside
 from scalekd_ds.errors import UserError, problem_of, say
 from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.evaluation.left_out import check_left_out
+from scalekd_ds.files.durable import save_tensors, written_aside
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes

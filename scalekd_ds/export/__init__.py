@@ -116,9 +116,9 @@ def export(
     """
     out = Path(out)
     check_request(format, out, with_preprocessing, overwrite)
-    from scalekd_ds.durable_files import sync, write_json
     from scalekd_ds.export.readme import readme
     from scalekd_ds.export.student import load_student
+    from scalekd_ds.files.durable import sync, write_json
 
     student = load_student(source, weights, with_preprocessing)
     writer = import_module(f"scalekd_ds.export.{FORMATS[format].module}")

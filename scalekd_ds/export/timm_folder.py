@@ -10,9 +10,9 @@ import timm
 import torch
 
 from scalekd_ds.config import DataConfig
-from scalekd_ds.durable_files import save_tensors, write_json
 from scalekd_ds.errors import UserError
 from scalekd_ds.export.student import LoadedStudent
+from scalekd_ds.files.durable import save_tensors, write_json
 
 # keys of a pretrained_cfg that describe timm's own weights, and not those of the student
 _KEYS_OF_TIMMS_WEIGHTS = (

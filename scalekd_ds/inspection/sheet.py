@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from scalekd_ds.durable_files import written_aside
 from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.files.durable import written_aside
 from scalekd_ds.names import one_line
 
 _RIGHT, _WRONG, _UNKNOWN = "#bfe3c4", "#f3c3bd", "#d5dceb"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scalekd_ds.errors import UserError, first_line
-from scalekd_ds.mistaken_files import HEAD, mistaken
+from scalekd_ds.files.mistaken import HEAD, mistaken
 from scalekd_ds.models.models_in_file import Candidate, models_in
 from scalekd_ds.names import utf8_path
 

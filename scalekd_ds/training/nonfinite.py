@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.durable import write_json
 
 
 def skip_nonfinite(engine: Any) -> None:

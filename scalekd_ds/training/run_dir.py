@@ -9,8 +9,8 @@ from pathlib import Path
 
 from scalekd_ds.cluster.folder_lock import held
 from scalekd_ds.config import RunConfig
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.files.durable import write_json
 
 
 def make_run_dir(run_dir: Path) -> Path:

@@ -11,9 +11,9 @@ from deepspeed import comm as dist
 
 from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.save import save_checkpoint
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine.gather import student_state
 from scalekd_ds.errors import problem_of
+from scalekd_ds.files.durable import write_json
 from scalekd_ds.models.card import card_path
 from scalekd_ds.training.run import Run
 from scalekd_ds.training.student_card import student_card

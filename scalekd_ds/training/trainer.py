@@ -15,9 +15,9 @@ from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.errors import UserError
 from scalekd_ds.evaluation.left_out import LeftOutError
+from scalekd_ds.files.durable import write_json
 from scalekd_ds.process import signals
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run

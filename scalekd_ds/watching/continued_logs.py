@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from scalekd_ds.durable_files import write_json, written_aside
+from scalekd_ds.files.durable import write_json, written_aside
 
 
 def continue_tensorboard(writer: Any, step: int) -> None:

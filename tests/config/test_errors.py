@@ -46,6 +46,7 @@ def error_of(*args: str) -> str:
         (("--distill.kd_weight", "1.5"), "distill.kd_weight is 1.5: it must be 0 to 1"),
         (("--global_batch_size", "0"), "global_batch_size is 0"),
         (("--data.crop_scale", "[0.5, 0.1]"), "data.crop_scale is (0.5, 0.1)"),
+        (("--seed", str(2**70)), f"seed is {2**70}: it must be of less than 62 bits"),
         (("--run.stop_after", "0"), "run.stop_after is 0: it must be at least 1"),
         (("--optim.betas", "[1.5, 0.9]"), "optim.betas is (1.5, 0.9): it must be two rates in [0, 1)"),
         (("--optim.eps", "-1"), "optim.eps is -1.0"),

@@ -3,8 +3,6 @@
 import pytest
 import timm
 
-from scalekd_ds.errors import UserError
-from scalekd_ds.models.build import check_name
 from scalekd_ds.models.preprocessing import cut_off_notice
 
 SMALL = {"vit_tiny_patch16_224": {"patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}}
@@ -28,11 +26,3 @@ def test_models_that_see_all_of_any_image_have_nothing_to_say():
         "vit_tiny_patch16_224", img_size=36, dynamic_img_pad=True, **SMALL["vit_tiny_patch16_224"]
     )
     assert cut_off_notice(padded, 36) is None
-
-
-@pytest.mark.parametrize("inside", [[], ["student.safetensors"], ["checkpoints"]])
-def test_a_folder_is_no_model(tmp_path, inside):
-    for name in inside:
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"is a folder: give a file of weights in it, such as .*student.safetensors"):
-        check_name(str(tmp_path))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, restore, shard_file, snapshot
 from scalekd_ds.config import OptimConfig
-from scalekd_ds.durable_files import write_json
 from scalekd_ds.engine.host_copies import HostCopies
+from scalekd_ds.files.durable import write_json
 from scalekd_ds.optim import lamb
 from scalekd_ds.optim.optimizers import build_optimizer
 

@@ -15,7 +15,7 @@ from scalekd_ds.data.sources.image_folder import ImageFolder
 from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, reason
 from scalekd_ds.data.sources.labels import encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
-from scalekd_ds.mistaken_files import HEAD, mistaken
+from scalekd_ds.files.mistaken import HEAD, mistaken
 from scalekd_ds.names import escape, is_unicode, path_of
 
 TABLES = (".csv", ".tsv", ".parquet")

@@ -24,7 +24,7 @@ from scalekd_ds.data.sources.what_counts import (
     other_kind,
 )
 from scalekd_ds.errors import UserError
-from scalekd_ds.mistaken_files import HEAD, mistaken
+from scalekd_ds.files.mistaken import HEAD, mistaken
 
 # members that may hold the label of a sample, the preferred one first
 _LABELS = (".cls", ".json")

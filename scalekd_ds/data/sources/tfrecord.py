@@ -17,7 +17,7 @@ from scalekd_ds.data.sources.index import reason
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import is_left_by_systems
 from scalekd_ds.errors import UserError
-from scalekd_ds.mistaken_files import HEAD, mistaken
+from scalekd_ds.files.mistaken import HEAD, mistaken
 
 _FILE_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
 # bytes before and after the Example of a record
