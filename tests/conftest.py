@@ -1,6 +1,7 @@
 """Fixtures and environment that every test shares."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 import pytest
 import torch
+
+# under `nohup`, or behind a script's `&`, the processes that tests start and signal would ignore these two; a handler is
+# not inherited
+for _number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # minutes each: begun first, so that no worker is left alone with one of them at the end
 LONGEST = [

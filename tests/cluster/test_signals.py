@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from forking import forked, forked_ranks
 from launching import ROOT, WORKERS, environment, in_background, run
-from signalling import FOREGROUND, arguments
+from signalling import arguments
 
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.checkpoint.load import choose_checkpoint
@@ -61,9 +61,7 @@ def command(tmp_path, work: str, **more):
     script = tmp_path / "command.py"
     script.write_text(COMMAND.format(work=work))
     env = environment(PYTHONPATH=str(ROOT))
-    return subprocess.run(
-        [*FOREGROUND, sys.executable, script], env=env, capture_output=True, text=True, timeout=60, **more
-    )
+    return subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60, **more)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -143,9 +141,7 @@ def test_a_verb_leaves_nothing_half_written(data, tmp_path, verb, name, seconds)
     hosts.write_text("localhost slots=2\n")
     words = [w.replace("DATA", str(data)).replace("OUT", str(out)).replace("HOSTS", str(hosts)) for w in verb]
     log = tmp_path / "log"
-    with in_background(
-        [*FOREGROUND, sys.executable, "-m", "scalekd_ds", *words], log, environment(PYTHONPATH=str(ROOT))
-    ) as process:
+    with in_background([sys.executable, "-m", "scalekd_ds", *words], log, environment(PYTHONPATH=str(ROOT))) as process:
         time.sleep(seconds)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.Signals[name])

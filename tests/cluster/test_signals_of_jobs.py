@@ -10,7 +10,7 @@ import psutil
 import pytest
 import tiny_run
 from launching import LIMIT, ROOT, environment, free_port, wait_until
-from signalling import FOREGROUND, arguments
+from signalling import arguments
 
 from scalekd_ds.checkpoint.load import choose_checkpoint
 
@@ -61,7 +61,7 @@ def signalled(tmp_path, data, how: str, name: str, whom: str, presses: int = 1):
     job = arguments(data, run_dir, "--schedule.epochs", 4000, "--run.eval_every", 0, "--run.progress", "plain")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*FOREGROUND, *map(str, start(how, tmp_path, job))],
+            [*map(str, start(how, tmp_path, job))],
             cwd=ROOT,
             env=environment(PYTHONPATH=str(ROOT)),
             stdin=subprocess.DEVNULL,
@@ -146,7 +146,7 @@ def test_a_signal_while_a_job_starts_leaves_no_process(data, tmp_path, how, name
     job = arguments(data, run_dir, "--schedule.epochs", 4000, "--run.eval_every", 0)
     env = environment(PYTHONPATH=str(ROOT))
     with log.open("w") as output:
-        command = [*FOREGROUND, *map(str, start(how, tmp_path, job))]
+        command = [*map(str, start(how, tmp_path, job))]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
         time.sleep(seconds)

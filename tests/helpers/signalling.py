@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import tiny_run
-
-# a shell starts what runs in the background with SIGINT ignored, which a terminal does not
-FOREGROUND = [
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(2, signal.default_int_handler); os.execvp(sys.argv[1], sys.argv[1:])",
-]
 
 
 def arguments(data, run_dir, *more):
