@@ -6,8 +6,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-# before torch is imported: two cores, which pytest's workers share
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# before torch is imported: two cores, which pytest's workers share. A worker has its parent's setting, and more threads than
+# cores wait for each other: the suite would take half as long again
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 # as an activated environment has it: `python`, `deepspeed` and the `ninja` that DeepSpeed looks for
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
