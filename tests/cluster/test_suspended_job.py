@@ -48,7 +48,7 @@ def job(tmp_path):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("seconds", [1.5, 4.0])
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(4.0, marks=pytest.mark.slow)])
 def test_all_ranks_may_be_stopped_for_longer_than_the_timeouts(job, order, seconds):
     for process in job:
         os.kill(process.pid, signal.SIGSTOP)

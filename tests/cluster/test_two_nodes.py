@@ -82,6 +82,7 @@ def write_job(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_ranks_on_two_nodes_reduce_together(cluster, tmp_path):
     output = launch(cluster, tmp_path, WORKERS / "hello_nodes.py", timeout=LIMIT)
     # pdsh puts `node: ` before every line

@@ -9,7 +9,7 @@ from launching import WORKERS
 
 from scalekd_ds.checkpoint.load import choose_checkpoint
 
-NAMES = ["SIGUSR2", "SIGALRM", "SIGXCPU"]
+NAMES = ["SIGUSR2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGALRM", "SIGXCPU"))]
 
 
 @pytest.fixture(scope="module")
