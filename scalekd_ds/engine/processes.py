@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from scalekd_ds.cluster.ranks import join_ranks, ranks_on_this_node
 from scalekd_ds.cluster.rendezvous import check_meeting_place, meeting
+from scalekd_ds.engine.build_locks import clear_build_locks
 from scalekd_ds.engine.host_memory import keep_freed_memory
 
 # every rank begins the same runs in the same order
@@ -36,6 +37,8 @@ def start_processes() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node(os.environ)))
     if not torch.distributed.is_initialized():
         check_meeting_place()
+    if os.environ["LOCAL_RANK"] == "0":
+        clear_build_locks()
     with meeting():
         deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -1,0 +1,53 @@
+"""Locks that a process left which was ended while torch compiled one of DeepSpeed's operators: all later ones wait for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from torch.utils.cpp_extension import get_default_build_root
+
+from scalekd_ds.errors import say
+from scalekd_ds.names import escape
+
+# seconds without a change in a folder after which nobody compiles in it, on this machine or another one that shares the disk
+_ABANDONED = 600.0
+
+
+def clear_build_locks() -> None:
+    """Removes locks that nobody has taken for ten minutes, and names younger ones whose owner is gone; says each."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with suppress(OSError):
+        for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+            # gone meanwhile, or in a folder of somebody else
+            with suppress(OSError):
+                say(_clear(lock))
+
+
+def _clear(lock: Path) -> str | None:
+    """Removes one lock if nobody has it, and returns what there is to say about it."""
+    if _is_held(lock):
+        return None
+    idle = time.time() - max(path.stat().st_mtime for path in (lock.parent, *lock.parent.iterdir()))
+    if idle > _ABANDONED:
+        lock.unlink()
+        return f"{escape(lock)} is removed: whoever compiled {escape(lock.parent.name)} was ended {idle / 60:.0f} minutes ago"
+    return (
+        f"warning: {escape(lock)} is the lock of a process that no longer compiles on this machine, and DeepSpeed waits for "
+        "it: remove the file, unless another machine compiles there now"
+    )
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process of this machine has the lock: torch keeps it open while it compiles."""
+    wanted = os.path.realpath(lock)
+    for process in Path("/proc").glob("[0-9]*/fd"):
+        # processes end meanwhile, and those of other users show nothing
+        with suppress(OSError):
+            for number in os.listdir(process):
+                with suppress(OSError):
+                    if os.readlink(process / number) == wanted:
+                        return True
+    return False

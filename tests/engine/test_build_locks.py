@@ -1,0 +1,74 @@
+"""A lock that a killed compilation has left lets nobody wait for ever without a word."""
+
+import os
+import time
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from scalekd_ds.engine.build_locks import clear_build_locks
+
+
+@pytest.fixture(params=["TORCH_EXTENSIONS_DIR", "cache"])
+def folder(request, tmp_path, monkeypatch):
+    """Where torch compiles an operator."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if request.param == "cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        place = tmp_path / "torch_extensions" / "py311_cpu" / "deepspeed_shm_comm"
+    else:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        place = tmp_path / "deepspeed_shm_comm"
+    place.mkdir(parents=True)
+    return place
+
+
+def age(folder, seconds):
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_an_old_lock_is_removed_with_a_line(folder, capsys):
+    # torch's own, as a process leaves it that is killed
+    baton = FileBaton(str(folder / "lock"))
+    assert baton.try_acquire()
+    os.close(baton.fd)
+    (folder / "shm.o").touch()
+    age(folder, 1000)
+    clear_build_locks()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert not (folder / "lock").exists() and (folder / "shm.o").exists()
+    assert line.startswith(
+        f"{folder / 'lock'} is removed: whoever compiled deepspeed_shm_comm was ended 17 minutes ago"
+    )
+    clear_build_locks()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lock_that_somebody_holds_stays(folder, capsys):
+    baton = FileBaton(str(folder / "lock"))
+    assert baton.try_acquire()
+    age(folder, 100_000)
+    clear_build_locks()
+    assert (folder / "lock").exists() and capsys.readouterr().out == ""
+    baton.release()
+
+
+@pytest.mark.parametrize("changed", ["lock", "shm.o"])
+def test_a_young_lock_is_named_since_another_machine_may_have_it(folder, capsys, changed):
+    for name in ("lock", "shm.o"):
+        (folder / name).touch()
+    age(folder, 1000)
+    (folder / changed).touch()
+    clear_build_locks()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (folder / "lock").exists() and f"warning: {folder / 'lock'} is the lock of a process that no longer" in line
+    assert "remove the file, unless another machine compiles there now" in line
+
+
+def test_a_folder_that_is_missing_or_forbidden_stops_nothing(tmp_path, monkeypatch, capsys):
+    for place in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place))
+        clear_build_locks()
+    assert capsys.readouterr().out == ""
