@@ -24,7 +24,7 @@ def run(data, run_dir, moment, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("moment", "step"), [("step@3", 3), pytest.param("evaluating", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("moment", "step"), [("step@3", 3), pytest.param("evaluating", 10, marks=pytest.mark.slow)])
 def test_a_run_saves(data, tmp_path, moment, step, name):
     done = run(data, tmp_path / "run", moment, name)
     assert done.returncode == 0, done.stderr
