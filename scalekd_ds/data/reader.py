@@ -104,8 +104,6 @@ class Reader:
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
         """(height, width) of one image in pixels, from the header in `encoded`, the bytes that were read of it.
 
-        The size that the index has may be that of another file: one that was there before.
-
         Raises:
             BadImageError: The header is not that of an image.
         """

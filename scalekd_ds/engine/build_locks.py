@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
 
-from scalekd_ds.errors import say
-from scalekd_ds.names import escape
+from scalekd_ds.names import escape, one_line
 
 # seconds without a change in a folder after which nobody compiles in it, on this machine or another one that shares the disk
 _ABANDONED = 600.0
@@ -23,7 +23,9 @@ def clear_build_locks() -> None:
         for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
             # gone meanwhile, or in a folder of somebody else
             with suppress(OSError):
-                say(_clear(lock))
+                if notice := _clear(lock):
+                    # of each node, whose disk may be its own
+                    print(one_line(notice), file=sys.stderr, flush=True)
 
 
 def _clear(lock: Path) -> str | None:

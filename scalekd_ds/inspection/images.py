@@ -82,7 +82,7 @@ def _images_of_source(where: str) -> list[SourceImage] | None:
 
     def numbers_or_names(names: list[str]) -> list[str]:
         # labels that are numbers are positions in the student's classes, of which some may not occur; dates are none
-        numbers = all(is_number(name) and int(name) < _MOST_CLASSES for name in names)
+        numbers = all(is_number(name) and "." not in name and int(name) < _MOST_CLASSES for name in names)
         return [str(i) for i in range(max(1, *map(int, names)) + 1)] if numbers else names
 
     source = open_source(where, "IMAGES", numbers_or_names)

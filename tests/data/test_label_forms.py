@@ -291,3 +291,9 @@ def _folder(place):
         (place / "folder" / "train" / name).mkdir(parents=True)
         (place / "folder" / "train" / name / "0.jpg").write_bytes(JPEGS[0])
     return place / "folder"
+
+
+def test_folders_of_a_tar_that_are_named_like_fractions_are_names(tmp_path):
+    tar = write_tar(tmp_path / "t.tar", [("1.0/0.jpg", JPEGS[0]), ("2.0/1.jpg", JPEGS[1])])
+    assert meaning(open_source(tar, "data.train")) == ["1.0", "2.0"]
+    assert len(find_images([str(tar)])) == 2

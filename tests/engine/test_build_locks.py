@@ -36,13 +36,13 @@ def test_an_old_lock_is_removed_with_a_line(folder, capsys):
     (folder / "shm.o").touch()
     age(folder, 1000)
     clear_build_locks()
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert not (folder / "lock").exists() and (folder / "shm.o").exists()
     assert line.startswith(
         f"{folder / 'lock'} is removed: whoever compiled deepspeed_shm_comm was ended 17 minutes ago"
     )
     clear_build_locks()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_a_lock_that_somebody_holds_stays(folder, capsys):
@@ -50,7 +50,7 @@ def test_a_lock_that_somebody_holds_stays(folder, capsys):
     assert baton.try_acquire()
     age(folder, 100_000)
     clear_build_locks()
-    assert (folder / "lock").exists() and capsys.readouterr().out == ""
+    assert (folder / "lock").exists() and capsys.readouterr().err == ""
     baton.release()
 
 
@@ -61,7 +61,7 @@ def test_a_young_lock_is_named_since_another_machine_may_have_it(folder, capsys,
     age(folder, 1000)
     (folder / changed).touch()
     clear_build_locks()
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert (folder / "lock").exists() and f"warning: {folder / 'lock'} is the lock of a process that no longer" in line
     assert "remove the file, unless another machine compiles there now" in line
 
@@ -71,4 +71,4 @@ def test_a_folder_that_is_missing_or_forbidden_stops_nothing(tmp_path, monkeypat
         (tmp_path / "file").touch()
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place))
         clear_build_locks()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""

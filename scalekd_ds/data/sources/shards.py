@@ -20,6 +20,8 @@ from scalekd_ds.names import escape
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
+# what is read beside shards
+_OF_OURS = ("classes.txt", "quarantine.tsv")
 # blocks of a shard that are compared, and their bytes
 _BLOCKS, _BLOCK = 16, 4096
 # bytes of all shards together up to which they are compared as a whole, a tenth of a second of reading
@@ -165,7 +167,7 @@ def _beside_shards(folder: Path, files: Sequence[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     shards = set(map(os.path.basename, files))
     for name in os.listdir(folder):
-        if name not in shards and name != "classes.txt" and not is_left_by_systems(name) and not name.endswith(".idx"):
+        if name not in shards and name not in _OF_OURS and not is_left_by_systems(name) and not name.endswith(".idx"):
             counts[NO_SHARDS] += 1
     return dict(counts)
 

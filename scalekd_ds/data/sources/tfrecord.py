@@ -52,7 +52,7 @@ def _scan(path: str, key: str, ways: dict[bytes, str]) -> list[Sample]:
     """All images of one file."""
     samples: list[Sample] = []
     try:
-        # mapped into memory, so that only the pages with the header of an image are read
+        # mapped into memory, so that the pages with pixels are not read
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for start, end in _records(data):
                 sample, feature = _sample(data, start, end, len(samples))
