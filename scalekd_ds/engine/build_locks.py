@@ -14,6 +14,8 @@ from scalekd_ds.names import escape, one_line
 
 # seconds without a change in a folder after which nobody compiles in it, on this machine or another one that shares the disk
 _ABANDONED = 600.0
+# seconds within which a process that has closed its lock has also removed it
+_MOMENT = 1.0
 
 
 def clear_build_locks() -> None:
@@ -30,7 +32,7 @@ def clear_build_locks() -> None:
 
 def _clear(lock: Path) -> str | None:
     """Removes one lock if nobody has it, and returns what there is to say about it."""
-    if _is_held(lock):
+    if not _is_left_over(lock):
         return None
     idle = time.time() - max(path.stat().st_mtime for path in (lock.parent, *lock.parent.iterdir()))
     if idle > _ABANDONED:
@@ -40,6 +42,24 @@ def _clear(lock: Path) -> str | None:
         f"warning: {escape(lock)} is the lock of a process that no longer compiles on this machine, and DeepSpeed waits for "
         "it: remove the file, unless another machine compiles there now"
     )
+
+
+def _is_left_over(lock: Path) -> bool:
+    """Whether the same lock is there, and no process of this machine has it, twice within a while.
+
+    Every process that loads an operator takes the lock for a moment, also where nothing is to be compiled, and torch closes
+    the file before it removes it: whoever looks once meets locks in their last moment.
+    """
+    seen = lock.stat()
+    for look in range(2):
+        if look:
+            time.sleep(_MOMENT)
+        if _is_held(lock):
+            return False
+        now = lock.stat()
+        if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            return False
+    return True
 
 
 def _is_held(lock: Path) -> bool:

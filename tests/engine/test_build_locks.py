@@ -1,6 +1,7 @@
 """A lock that a killed compilation has left lets nobody wait for ever without a word."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -52,6 +53,29 @@ def test_a_lock_that_somebody_holds_stays(folder, capsys):
     clear_build_locks()
     assert (folder / "lock").exists() and capsys.readouterr().err == ""
     baton.release()
+
+
+def test_locks_in_their_last_moment_are_nobodys_fault(folder, capsys):
+    """Each start takes the lock for a moment, and closes it before it removes it."""
+    ended = threading.Event()
+
+    def load_the_operator_again_and_again():
+        while not ended.is_set():
+            baton = FileBaton(str(folder / "lock"))
+            assert baton.try_acquire()
+            time.sleep(0.01)
+            os.close(baton.fd)
+            # the moment in between, made long
+            time.sleep(0.05)
+            os.remove(baton.lock_file_path)
+
+    other = threading.Thread(target=load_the_operator_again_and_again)
+    other.start()
+    for _ in range(6):
+        clear_build_locks()
+    ended.set()
+    other.join()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("changed", ["lock", "shm.o"])
