@@ -1,4 +1,8 @@
-"""Locks that a process left which was ended while torch compiled one of DeepSpeed's operators: all later ones wait for them."""
+"""Locks that a process left which was ended while torch compiled one of DeepSpeed's operators: all later ones wait for them.
+
+Only where the lock is a file that must not be there, as in torch up to 2.13. Later ones lock the file, which stays, by the
+operating system, and that forgets the locks of processes that have ended.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from scalekd_ds.names import escape, one_line
 
@@ -20,7 +24,9 @@ _MOMENT = 1.0
 
 def clear_build_locks() -> None:
     """Removes locks that nobody has taken for ten minutes, and names younger ones whose owner is gone; says each."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not hasattr(cpp_extension, "FileBaton"):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     with suppress(OSError):
         for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
             # gone meanwhile, or in a folder of somebody else
