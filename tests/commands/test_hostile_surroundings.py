@@ -208,8 +208,8 @@ SLOW = ("doctor --hostfile", "plan --config", "plan --run.ds_config")
 
 
 def slots(names) -> list:
-    """(slot, which situations: each fifth, or each, which takes minutes)."""
-    few = [pytest.param(name, 5, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+    """(slot, which situations: each eighth, or each, which takes minutes)."""
+    few = [pytest.param(name, 8, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
     return [*few, *(pytest.param(name, 1, marks=pytest.mark.slow) for name in names)]
 
 

@@ -119,11 +119,17 @@ def types_of(kernel, dtype):
     }
 
 
+CASES = [(*s, "bf16") for s in SHAPES] + [(*s, "fp32") for s in SHAPES if s[:2] in ((49, None), (256, None), (49, 4))]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "rank", "stages", "dtype"),
-    [(*s, "bf16") for s in SHAPES] + [(*s, "fp32") for s in SHAPES if s[:2] in ((49, None), (256, None), (49, 4))],
+    ("tokens", "rank", "stages", "dtype", "architectures"),
+    [
+        *((*case, ARCHITECTURES if case[0] == 49 and case[3] == "bf16" else (90,)) for case in CASES),
+        *(pytest.param(*case, ARCHITECTURES, marks=pytest.mark.slow) for case in CASES),
+    ],
 )
-def test_compiles_without_spills(tokens, rank, stages, dtype):
+def test_compiles_without_spills(tokens, rank, stages, dtype, architectures):
     kind, tile = ops.kind_of(tokens, rank), ops.tile_of(tokens, rank, 2 if dtype == "bf16" else 4)
     assert tile.stages == stages
     width = {triton_kernels.MEAN: 1, triton_kernels.DENSE: tokens}.get(kind, rank)
@@ -134,7 +140,7 @@ def test_compiles_without_spills(tokens, rank, stages, dtype):
         (triton_kernels.dual_view_sums_kernel, {"K": 4}),
         (triton_kernels.dual_view_backward_kernel, {}),
     ):
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             resources = aot(kernel, types_of(kernel, dtype), constants | more, tile.warps, arch, num_stages=1)
             assert_sound(resources, arch, has_dot)
 

@@ -128,7 +128,7 @@ def start_alone(args):
 
 def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
     more = ("--run.save_every", 4, "--run.ds_config", "zero3", "--student_kwargs.drop_path_rate", 0.2)
-    more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 4)
+    more += ("--data.random_crop", "true", "--data.hflip", 0.5, "--run.resume", "auto", "--schedule.epochs", 3)
     more += ("--data.auto_augment", "rand-m9-n2-mstd0.5-inc1", "--data.random_erasing", 0.25)
     more += ("--data.mixup", 0.8, "--data.cutmix", 1.0, "--ema.decay", 0.9)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -142,16 +142,16 @@ def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     saved = [p.name for p in checkpoints_of(cut)]
-    assert saved and saved[-1] < "step00000020", "the run was over before it was killed"
+    assert saved and saved[-1] < "step00000015", "the run was over before it was killed"
     assert start(data, cut, *more).wait(timeout=LIMIT) == 0
 
     ours, theirs = scalars(cut), scalars(whole)
     for name in ("loss/total", "optim/grad_norm", "optim/lr", *(f"loss/{t}" for t in TERMS)):
         assert ours[name] == theirs[name], name
-    assert sorted(theirs["loss/total"]) == list(range(1, 21))
+    assert sorted(theirs["loss/total"]) == list(range(1, 16))
     a, b = (load_file(d / "student.safetensors") for d in (cut, whole))
     assert all(torch.equal(a[k], b[k]) for k in b)
-    assert [p.name for p in checkpoints_of(cut)] == ["step00000016", "step00000020"]
+    assert [p.name for p in checkpoints_of(cut)] == ["step00000012", "step00000015"]
     assert not list((cut / "checkpoints").glob(".partial-*"))
 
 
