@@ -135,7 +135,7 @@ def match_classes(
             if known.guessed_for_file:
                 notice = f"{model_is} has no class names: its {outputs} outputs are taken for ImageNet's in their usual order"
             return Matched(positions, notice, True)
-    if not known.certain and any(_is_almost(data, scheme) for scheme in known.schemes):
+    if not known.certain and any(is_almost(data, scheme) for scheme in known.schemes):
         return Matched(np.arange(len(data)), None, True)
     # a guess that shares no name with the data is of other names for the same classes, or of other classes
     schemes = [s for s in known.schemes if known.certain or (positions_in(data, s) >= 0).any()]
@@ -155,7 +155,7 @@ def match_classes(
     raise UserError(f"{data_is} and {model_is} have different classes: {'; '.join(parts)}.")
 
 
-def _is_almost(data: Sequence[str], scheme: Sequence[str]) -> bool:
+def is_almost(data: Sequence[str], scheme: Sequence[str]) -> bool:
     """Whether nearly all names are those at the same positions: ImageNet's words have several spellings."""
     return len(data) == len(scheme) and sum(map(str.__eq__, data, scheme)) > 0.9 * len(data)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import timm
 from timm.models import load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path
+from timm.models._hub import download_from_hf, load_cfg_from_json, load_model_config_from_path
 from torch import nn
 
 import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models with timm
 from scalekd_ds.errors import UserError, cause_of, say, suggest
 from scalekd_ds.models.card import card_path, read_card
-from scalekd_ds.models.known_classes import name_classes
+from scalekd_ds.models.known_classes import name_classes_of_hub
 from scalekd_ds.models.load_weights import load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
 from scalekd_ds.names import utf8_path
@@ -29,11 +29,17 @@ def check_name(name: str) -> None:
     Raises:
         UserError: It has not; the message names the most similar ones.
     """
+    if not name:
+        raise UserError("the name of a model is empty: give a timm name, or the path of a .safetensors with its card.")
     if name.startswith(HUB_PREFIXES):
         architecture_and_kwargs(name)
     elif not timm.is_model(name) and os.path.isdir(name):
-        files = sorted(path.name for path in Path(name).glob("*.safetensors"))
+        files = sorted(Path(name).glob("*.safetensors"))
+        # without its card, a file in it would be refused in turn
+        files = [path.name for path in files if card_path(path).is_file()] or [path.name for path in files]
         found = f"give a file in it ({files[0]})" if files else "give a .safetensors with its card, as a run writes"
+        if _is_of_hub(Path(name)):
+            found = f"give local-dir:{name}"
         raise UserError(f"{name!r} is a folder, and no model: {found}.")
     elif name.endswith(TORCH_SUFFIXES) or (not timm.is_model(name) and Path(name).exists()):
         raise UserError(
@@ -43,6 +49,16 @@ def check_name(name: str) -> None:
     elif not timm.is_model(name):
         architecture = name.split(".", 1)[0]
         raise UserError(f"unknown timm model {name!r}.{suggest(architecture, timm.list_models())}")
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether timm has written a folder, for whose file there is no card of ours."""
+    if (folder / "model.json").is_file():
+        return False
+    try:
+        return "architecture" in load_cfg_from_json(folder / "config.json")
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
@@ -67,13 +83,24 @@ def architecture_and_kwargs(name: str) -> tuple[str, dict[str, Any]]:
     read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
     try:
         _, architecture, arguments = read(where)
-        return architecture, dict(arguments or {})
+        architecture, arguments = str(architecture), dict(arguments or {})
     # the hub raises its own, requests' and the system's errors
     except Exception as error:
         raise UserError(
             f"{name} has no model of timm's that can be read ({cause_of(error)}): it needs config.json and weights, "
             "as timm's push_to_hf_hub and save_for_hf write them."
         ) from None
+    if not timm.is_model(architecture):
+        raise UserError(f"{name} is of {architecture!r}, which timm lacks.{suggest(architecture, timm.list_models())}")
+    return architecture, arguments
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """The config.json of a hub's model, which `architecture_and_kwargs` has read before."""
+    source, _, where = name.partition(":")
+    return load_cfg_from_json(
+        Path(where, "config.json") if source == "local-dir" else download_from_hf(where, "config.json")
+    )
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
@@ -141,6 +168,8 @@ def build_model(
         architecture, own = architecture_and_kwargs(name)
         card = read_card(name)
         own["num_classes"] = card["num_classes"]
+        if lacking := [key for key in ("image_size", "mean", "std") if key not in card]:
+            raise UserError(f"{card_path(name)} has no {lacking[0]!r}: consolidate the checkpoint again.")
         if num_classes is not None and image_size is not None:
             # with classes given, it is a student, which is built for its new images; a teacher keeps the card's size
             own.pop("img_size", None)
@@ -158,21 +187,23 @@ def build_model(
         kwargs["num_classes"] = num_classes
     if weights == "pretrained":
         try:
-            return _create(name, pretrained=True, **kwargs)
+            model = _create(name, pretrained=True, **kwargs)
         except UserError:
             raise
         # the hub raises its own, requests' and the system's errors; what a user can do is the same for all of them
         except Exception as error:
-            raise UserError(
-                f"pretrained weights of {name} could not be loaded ({cause_of(error)}): check the network, or give a "
-                ".safetensors or .pth file with --teacher_weights or --student_weights."
-            ) from None
+            cure = "check the network, or give a .safetensors or .pth file with --teacher_weights or --student_weights"
+            if name.startswith("local-dir:"):
+                cure = "give the file in it as --teacher_weights or --student_weights, with the model's timm name"
+            raise UserError(f"pretrained weights of {name} could not be loaded ({cause_of(error)}): {cure}.") from None
+        if name.startswith(HUB_PREFIXES):
+            name_classes_of_hub(model, _config_of(name))
+        return model
     model = _create(name, pretrained=False, **kwargs)
     if weights != "none":
         head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
         notes = load_weights(model, weights, head)
         say(f"{weights}: {'; '.join(notes)}" if notes else None)
-        name_classes(model, weights)
     return model
 
 

@@ -64,7 +64,7 @@ def read_card(weights: str | Path) -> dict[str, Any]:
             f"another origin give the model's timm name, and the file as --teacher_weights {weights}."
         )
     try:
-        found = json.loads(card.read_text(encoding="utf-8"))
+        found = json.loads(card.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{card} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

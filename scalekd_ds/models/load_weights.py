@@ -19,9 +19,10 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.models import mmpretrain
+from scalekd_ds.models.known_classes import name_classes
 from scalekd_ds.models.mismatch import Mismatch, likely_cause
 from scalekd_ds.models.models_in_file import PREFIXES, choose_model
-from scalekd_ds.models.weights_file import read_models
+from scalekd_ds.models.weights_file import models_of, read_content
 
 # buffers that follow from a model's shape or that evaluation does not read; older releases and averages saved them
 _DERIVED_BUFFERS = (
@@ -33,6 +34,12 @@ _DERIVED_BUFFERS = (
 )
 
 _POSITION_TABLES = ("pos_embed", "relative_position_bias_table")
+
+# what MAE, SimMIM, BEiT, DINO, iBOT, SwAV, SimSiam and MoCo train beside the encoder that they are for
+_TRAINING_PARTS = (
+    *("decoder.", "decoder_", "mask_token", "dino_head.", "ibot_head.", "projection_head.", "prototypes."),
+    *("predictor.", "projector.", "queue", "lm_head.", "AuxLogits."),
+)
 
 State = dict[str, torch.Tensor]
 Head = Literal["exact", "file", "new"]
@@ -53,16 +60,20 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
         anew.
 
     Raises:
-        UserError: The file cannot be read (see `read_models`), or does not fit; the message has the first five names
+        UserError: The file cannot be read (see `read_content`), or does not fit; the message has the first five names
             of each kind of difference, and what they suggest.
     """
-    state, notes = choose_model(read_models(path), model.state_dict(), path)
+    content = read_content(path)
+    classifiers = tuple(f"{name}." for name in classifier_names(model)) if head != "exact" else ()
+    state, notes = choose_model(models_of(content, path), model.state_dict(), path, classifiers)
     _check_values(state, path)
     # so that the position tables of half-precision files can be resized like any others
     state = {k: v.float() if v.is_floating_point() and v.itemsize < 4 else v for k, v in state.items()}
     state = strip_prefixes(state, model.state_dict(), path)
     state = _drop_derived_buffers(mmpretrain.to_timm(state, model.state_dict()), model)
-    state = _fit_head(model, _apply_timm_filter(model, state, notes), head, notes)
+    state = _without_training_parts(_apply_timm_filter(model, state, notes), model, notes)
+    outputs = _outputs(model, state)
+    state = _fit_head(model, state, head, notes)
     mismatch = Mismatch.between(state, model.state_dict())
     # files older than BatchNorm's count of batches lack it, and evaluation does not read it
     mismatch = mismatch.without_missing("num_batches_tracked")
@@ -71,6 +82,8 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
         raise UserError(f"{path} does not fit {type(model).__name__}: {mismatch}. {cause}")
     _check_kinds(state, model, path)
     model.load_state_dict(state, strict=False)
+    if line := name_classes(model, path, content, outputs):
+        notes.append(line)
     return notes
 
 
@@ -192,13 +205,41 @@ def classifier_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
+def _outputs(model: nn.Module, state: State) -> int:
+    """The number of classes of a file's classifier; 0 where it has none."""
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    own = model.state_dict()
+    for name in classifier_names(model):
+        # a classifier may have several parts, such as a norm before it or one for each branch
+        inner = [
+            n for n, value in own.items() if n.startswith(f"{name}.") and value.dim() > 1 and len(value) == classes
+        ]
+        weight = next((state[n] for n in (*inner, f"{name}.weight") if n in state), None)
+        if weight is not None and weight.dim():
+            return weight.shape[0]
+    return 0
+
+
+def _without_training_parts(state: State, model: nn.Module, notes: list[str]) -> State:
+    """`state` without what self-supervised training has beside its encoder; a note says what that was."""
+    model_state = model.state_dict()
+    own = {name.split(".")[0] for name in model_state}
+    extra = [name for name in state if name.startswith(_TRAINING_PARTS) and name.split(".")[0] not in own]
+    if not extra:
+        return state
+    parts = dict.fromkeys(name.split(".")[0] for name in extra)
+    notes.append(
+        f"left out, as parts of its training alone: {', '.join(list(parts)[:5])}{', ...' if len(parts) > 5 else ''}"
+    )
+    return {name: value for name, value in state.items() if name not in extra}
+
+
 def _fit_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> State:
     """Makes the classifiers of model and `state` agree where `head` allows it, and notes how."""
     names = classifier_names(model)
     if not names:
         return state
-    weight = state.get(f"{names[0]}.weight")
-    file_classes = 0 if weight is None else weight.shape[0]
+    file_classes = _outputs(model, state)
     model_classes = int(getattr(model, "num_classes", 0) or 0)
     if file_classes == model_classes:
         return state
@@ -211,7 +252,17 @@ def _fit_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> S
         state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
         notes.append(f"its classifier of {file_classes} classes is left out, as num_classes is 0")
     elif head == "new":
-        state = {**state, **{k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}}
+        # auxiliary classifiers, such as VOLO's, are no part of what the model counts as its own
+        others = {
+            name
+            for name, ours in model.state_dict().items()
+            if name in state
+            and state[name].shape[:1] == (file_classes,)
+            and len(ours) == model_classes
+            and "head" in name
+        }
+        fresh = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes) or k in others}
+        state = {**state, **fresh}
         notes.append(
             f"it has {file_classes or 'no'} classes: the classifier ({names[0]}) of {model_classes} starts fresh"
         )

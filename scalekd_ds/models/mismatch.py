@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,11 @@ State = Mapping[str, torch.Tensor]
 
 # how the names of classifiers begin in timm's models
 _CLASSIFIERS = ("head", "fc.", "classifier")
+
+# what a model has for each position of an image's grid, or for each distance in it
+_POSITIONS = re.compile(
+    r"pos_embed|rel_pos|relative_position|attention_biases|(height|width)_rel$|(mlp|linear)_tokens\.|_pos$"
+)
 
 # names of each kind of difference that a message lists
 MAX_NAMES = 5
@@ -66,9 +72,53 @@ class Mismatch:
 def likely_cause(mismatch: Mismatch, state: State, model_state: State) -> str:
     """One sentence for the user: what most likely happened, and what to do."""
     shared = len(model_state) - len(mismatch.missing)
-    cause = _other_layout(state, model_state) if shared * 2 < len(model_state) else None
-    cause = cause or _patch_size(mismatch) or _depth(state, model_state) or _width(mismatch) or _classes(mismatch)
-    return cause or "Is it another architecture, or a variant with other parts?"
+    cause = _not_whole(mismatch, state, model_state)
+    cause = cause or (_other_layout(state, model_state) if shared * 2 < len(model_state) else None)
+    cause = (
+        cause
+        or _grid(mismatch)
+        or _patch_size(mismatch)
+        or _depth(state, model_state)
+        or _width(mismatch)
+        or _classes(mismatch)
+    )
+    return cause or _other_parts(mismatch) or "Is it another architecture, or a variant with other parts?"
+
+
+def _not_whole(mismatch: Mismatch, state: State, model_state: State) -> str | None:
+    """What was done to the weights before they were saved, of whatever model they are."""
+    if any(".lora_" in name for name in state):
+        return "It has LoRA adapters: merge them into the model (peft's merge_and_unload) and save its state_dict()."
+    if any(".parametrizations." in name or name.endswith((".weight_g", ".weight_orig")) for name in state):
+        return (
+            "Some weights are parametrized or pruned: take that away (remove_parametrizations, prune.remove) and save."
+        )
+    loaded = [shape for _, shape, _ in mismatch.shapes]
+    if loaded and 2 * sum(math.prod(shape) == 0 for shape in loaded) > len(model_state):
+        return "Its tensors are empty, as ZeRO-3 leaves them in the file of a rank: run the zero_to_fp32.py beside it."
+    linear = [(theirs, ours) for name, theirs, ours in mismatch.shapes if not name.startswith(_CLASSIFIERS)]
+    if len(linear) > 1 and all(theirs == ours[::-1] for theirs, ours in linear):
+        return "Its linear layers are transposed, as JAX and TensorFlow have them: transpose them, or take timm's own copy."
+    return None
+
+
+def _other_parts(mismatch: Mismatch) -> str | None:
+    """What a few other names at the end of a model say."""
+    missing, unexpected = set(mismatch.missing), set(mismatch.unexpected)
+    for ours, theirs, value in (("fc_norm.weight", "norm.weight", "token"), ("norm.weight", "fc_norm.weight", "avg")):
+        if ours in missing and theirs in unexpected:
+            return (
+                f'It pools in another way: add {{"global_pool": "{value}"}} to the model\'s kwargs (--teacher_kwargs).'
+            )
+    if {"classifier.0.weight", "classifier.3.weight"} & unexpected and any("fc1" in name for name in missing):
+        return "The names of its classifier are torchvision's: take timm's weights of this model."
+    heads = [name for name in unexpected if re.match(r"(head|fc|classifier)\.(\d+|\w+\.\d+|mlp|last_layer)\b", name)]
+    if heads and not missing and len(heads) == len(unexpected):
+        return (
+            f"Its classifier has other parts than the model's ({min(heads)}): save it with a single linear layer under the "
+            "model's name, or the encoder alone."
+        )
+    return None
 
 
 def _other_layout(state: State, model_state: State) -> str:
@@ -79,12 +129,19 @@ def _other_layout(state: State, model_state: State) -> str:
         # more than half of the names, because a few agree by chance: patch_embed.norm.weight ends in norm.weight
         if sum(n.removeprefix(wrapper) in model_state for n in names if n.startswith(wrapper)) * 2 > len(model_state):
             return f"Its names start with {wrapper!r}, a wrapper's (an average, or another trainer): save them without."
-    if any(n.startswith(("embeddings.", "encoder.layer.", "swin.", "vit.", "beit.", "dinov2.")) for n in names):
+    if any(
+        re.match(r"([a-z]\w*\.)?(embeddings|embedder|encoder\.layers?|vision_model)\.(?!encoder_layer_)", n)
+        for n in names
+    ):
         return "The names are Hugging Face transformers': take timm's copy (hf-hub:timm/NAME), which has timm's names."
     if any("last_layer.weight_" in n or n.startswith(("dino_head.", "head.mlp.", "teacher.")) for n in names):
         return "It looks like a DINO training checkpoint: take the released backbone, which timm has as vit_*_dinov2."
     if any(
-        re.match(r"features\.\d+\.|encoder\.layers\.encoder_layer_\d+\.|conv_proj\.|class_token$", n) for n in names
+        re.match(
+            r"features\.\d+\.|encoder\.layers\.encoder_layer_\d+\.|conv_proj\.|class_token$|trunk_output\.|layers\.8\.0\.layers\.",
+            n,
+        )
+        for n in names
     ):
         return "The names are torchvision's, which of its models the ResNets share with timm: take timm's weights of this one."
     if mmpretrain_like(names):
@@ -115,6 +172,16 @@ def _block_counts(names: Iterable[str]) -> dict[str, int]:
             group = name[: m.start()]
             groups[group] = max(groups.get(group, 0), int(m[1]) + 1)
     return groups
+
+
+def _grid(mismatch: Mismatch) -> str | None:
+    names = [name for name, *_ in mismatch.shapes]
+    if not names or mismatch.missing or mismatch.unexpected or not all(map(_POSITIONS.search, names)):
+        return None
+    return (
+        "Its positions are those of another image size, to which timm does not resize this model's: take the size that it "
+        "was trained with (--data.image_size, or --teacher_image_size for a teacher)."
+    )
 
 
 def _patch_size(mismatch: Mismatch) -> str | None:

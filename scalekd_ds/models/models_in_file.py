@@ -51,8 +51,7 @@ class Candidate(NamedTuple):
 
     @property
     def is_average(self) -> bool:
-        words = [word.lower() for word in (*self.keys, *self.prefix.strip(".").split("."))]
-        return any(word.startswith(_AVERAGES) or word.endswith(_AVERAGES) for word in words)
+        return any(map(_names_average, (*self.keys, *self.prefix.strip(".").split("."))))
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -62,7 +61,13 @@ class Candidate(NamedTuple):
             return _KEYS.index(word) if word in _KEYS else len(_KEYS)
 
         prefix = self.prefix.strip(".").split(".")
-        return not self.is_average, min(map(place, self.keys), default=len(_KEYS)), *map(place, prefix)
+        # within an average's wrapper, `ema_model` comes before `online_model`
+        last = not _names_average(prefix[-1]) if self.is_average and len(prefix) > 1 else 0
+        return not self.is_average, min(map(place, self.keys), default=len(_KEYS)), *map(place, prefix), last
+
+
+def _names_average(word: str) -> bool:
+    return word.lower().startswith(_AVERAGES) or word.lower().endswith(_AVERAGES)
 
 
 def models_in(content: Mapping[Any, Any]) -> list[Candidate]:
@@ -85,13 +90,17 @@ def models_in(content: Mapping[Any, Any]) -> list[Candidate]:
     return found
 
 
-def choose_model(models: list[Candidate], model_names: Collection[str], path: str | Path) -> tuple[State, list[str]]:
+def choose_model(
+    models: list[Candidate], model_names: Collection[str], path: str | Path, classifiers: tuple[str, ...] = ()
+) -> tuple[State, list[str]]:
     """The tensors of the one model in a file that is meant: of those whose names fit best, averaged weights come first.
 
     Args:
         models: What `models_in` found, at least one.
         model_names: Names of the parameters and buffers of the model that is loaded into.
         path: The file, for the message.
+        classifiers: How the names of the model's classifiers begin. Where no model in the file has them, as a self-supervised
+            encoder has none, the rest decides.
 
     Returns:
         The tensors by name; and one line if they are averaged weights, a part of the names, or one model of several.
@@ -101,8 +110,12 @@ def choose_model(models: list[Candidate], model_names: Collection[str], path: st
     """
     models = [model._replace(state=_without_wrapped_parts(model.state, model_names)) for model in models]
     needed = {name for name in model_names if not name.endswith("num_batches_tracked")}
-    candidates = [part for model in models for part in _parts(model, needed) or [model]]
-    fits = {id(c): len(needed & {*c.state, *map(_bare, c.state)}) / max(1, len(needed)) for c in candidates}
+    candidates, fits = _candidates(models, needed)
+    if classifiers and max(fits.values()) < 1.0:
+        without = {name for name in needed if not name.startswith(classifiers)}
+        others, fits_of_others = _candidates(models, without)
+        if without and max(fits_of_others.values()) == 1.0:
+            candidates, fits = others, fits_of_others
     best = [c for c in candidates if fits[id(c)] >= 0.9 * max(fits.values())]
     best.sort(key=lambda c: (*c.rank, -len(c.state)))
     chosen = best[0]
@@ -121,6 +134,12 @@ def choose_model(models: list[Candidate], model_names: Collection[str], path: st
     return chosen.state, [f"took {chosen}{average}{others}"]
 
 
+def _candidates(models: list[Candidate], needed: set[str]) -> tuple[list[Candidate], dict[int, float]]:
+    """Models and parts of them, and the share of the names that each has, by its id."""
+    found = [part for model in models for part in _parts(model, needed) or [model]]
+    return found, {id(c): len(needed & {*c.state, *map(_bare, c.state)}) / max(1, len(needed)) for c in found}
+
+
 def _parts(model: Candidate, needed: set[str]) -> list[Candidate]:
     """Each first part of the names under which the whole model stands; none where all names belong to one model.
 
@@ -133,14 +152,19 @@ def _parts(model: Candidate, needed: set[str]) -> list[Candidate]:
         first, dot, rest = name.partition(".")
         groups.setdefault(first + dot, {})[rest] = tensor
     whole = {prefix: group for prefix, group in groups.items() if needed <= set(map(_bare, group))}
-    if len(groups) == 1 and (first := next(iter(groups))) in PREFIXES:
-        # behind DistributedDataParallel's name may be several models, such as a student and its teacher
-        inner = _parts(Candidate(model.keys, "", groups[first]), needed)
-        return [part._replace(prefix=first + part.prefix) for part in inner]
-    return [
-        Candidate(model.keys, prefix, group, tuple(repr(other) for other in groups if other != prefix))
-        for prefix, group in whole.items()
-    ]
+    if not whole or (len(groups) == 1 and next(iter(groups)) in PREFIXES):
+        # behind DistributedDataParallel's name, or a trainer's, may be several models, such as a student and its teacher
+        return [
+            part._replace(prefix=first + part.prefix, beside=(*part.beside, *_besides(groups, first)))
+            for first, group in groups.items()
+            if len(group) >= len(needed)
+            for part in _parts(Candidate(model.keys, "", group), needed)
+        ]
+    return [Candidate(model.keys, prefix, group, _besides(groups, prefix)) for prefix, group in whole.items()]
+
+
+def _besides(groups: Mapping[str, State], taken: str) -> tuple[str, ...]:
+    return tuple(repr(other) for other in groups if other != taken)
 
 
 def _without_wrapped_parts(state: State, model_names: Collection[str]) -> State:

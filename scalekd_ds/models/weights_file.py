@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from scalekd_ds.errors import UserError, first_line
+from scalekd_ds.errors import UserError, first_line, suggest
 from scalekd_ds.files.mistaken import HEAD, mistaken
 from scalekd_ds.models.models_in_file import Candidate, models_in
 from scalekd_ds.names import utf8_path
@@ -24,7 +24,17 @@ from scalekd_ds.names import utf8_path
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 # how files of other frameworks begin
-_FORMATS = {b"\x93NUMPY": "one NumPy array", b"\x89HDF": "an HDF5 file, as Keras has", b"GGUF": "a GGUF file"}
+_FORMATS = {
+    b"\x93NUMPY": "one NumPy array",
+    b"\x89HDF": "an HDF5 file, as Keras has",
+    b"GGUF": "a GGUF file",
+    b"\x08": "a protocol buffer, as ONNX has",
+}
+# of those whose beginning differs from file to file
+_SUFFIXES = {".msgpack": "a file of Flax", ".onnx": "an ONNX file", ".tflite": "a file of TensorFlow Lite"}
+# transformers' index of several files; a variant's name may stand in it
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+_DCP = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} OUT.pth makes one file of it"
 # torch.serialization.MAGIC_NUMBER in a pickle
 _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
@@ -67,13 +77,10 @@ def _read_torch(path: Path) -> Any:
 def _read_any(path: Path, shard: bool = False) -> Any:
     """The content of a weights file, whatever its format: tensors by name, or what was pickled."""
     if path.is_dir():
-        files = [p.name for p in sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))]
-        raise UserError(
-            f"weights file {str(path)!r} is a folder: give a file in it{f' ({files[0]})' if files else ''}; "
-            "launch/consolidate.py makes one from a checkpoint."
-        )
+        raise UserError(f"weights file {str(path)!r} is a folder: {_advice_for_folder(path)}.")
     if not path.is_file():
-        raise UserError(f"weights file {str(path)!r} does not exist.")
+        near = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        raise UserError(f"weights file {str(path)!r} does not exist.{suggest(path.name, near)}")
     try:
         with path.open("rb") as file:
             start = file.read(HEAD)
@@ -82,11 +89,16 @@ def _read_any(path: Path, shard: bool = False) -> Any:
     # a .safetensors begins with the length of its header, whose bytes may be any
     if start[8:9] != b"{" and (other := mistaken(start, "weights")):
         raise UserError(f"{path} {other}.")
-    if path.name.endswith(".index.json"):
+    if _INDEX.search(path.name):
         return _read_shards(path)
     if (number := re.search(r"-(\d+)-of-(\d+)\.(safetensors|bin)$", path.name)) and int(number[2]) > 1 and not shard:
-        index = f"{path.name[: number.start()]}.{number[3]}.index.json"
-        raise UserError(f"{path} is one of {int(number[2])} files with parts of a model: give their index, {index}.")
+        # transformers writes a variant's name, such as fp16, into that of the shards and behind that of their index
+        stem, _, variant = path.name[: number.start()].partition(".")
+        index = ".".join(filter(None, (stem, number[3], "index", variant, "json")))
+        lost = "" if path.with_name(index).is_file() else ", which has to be fetched too"
+        raise UserError(
+            f"{path} is one of {int(number[2])} files with parts of a model: give their index, {index}{lost}."
+        )
     # told by content, because either format is found under the other's suffix
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         try:
@@ -107,9 +119,20 @@ def _read_any(path: Path, shard: bool = False) -> Any:
     )
 
 
+def _advice_for_folder(folder: Path) -> str:
+    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+        return f"torch.distributed.checkpoint wrote it; {_DCP.format(shlex.quote(str(folder)))}"
+    indices = sorted(p for p in folder.iterdir() if _INDEX.search(p.name))
+    files = indices or sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES))
+    file = f" ({files[0].name})" if files else ""
+    return f"give a file in it{file}; launch/consolidate.py makes one from a checkpoint"
+
+
 def _of_another_framework(path: Path, start: bytes) -> str | None:
     """What a file of tensors is that torch cannot load, and what to do; None for all others."""
     convert = "write its arrays as .safetensors, or take timm's own conversion from the hub"
+    if path.suffix == ".distcp":
+        return f"is a part of what torch.distributed.checkpoint wrote; {_DCP.format(shlex.quote(str(path.parent)))}"
     if start.startswith(b"PK\x03\x04"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -128,10 +151,8 @@ def _of_another_framework(path: Path, start: bytes) -> str | None:
     # torch begins its older format with a number of its own, pickled in one of two protocols
     if start.startswith(b"\x80") and _MAGIC not in start[:32]:
         return f"is a pickle that torch.save did not write, and is not run: {convert}"
-    for magic, name in _FORMATS.items():
-        if start.startswith(magic):
-            return f"is {name}: {convert}"
-    return None
+    name = next((name for magic, name in _FORMATS.items() if start.startswith(magic)), _SUFFIXES.get(path.suffix))
+    return f"is {name}: {convert}" if name and not start.startswith((b"PK\x03\x04", b"\x80")) else None
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
@@ -147,6 +168,10 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     for name in names:
         if "/" in name or "\\" in name:
             raise UserError(f"{index} names {name!r}: the files of an index lie beside it.")
+        if not index.with_name(name).exists():
+            raise UserError(
+                f"weights file {str(index.with_name(name))!r} does not exist, and {index.name} lists it: fetch it too."
+            )
         content = _read_any(index.with_name(name), shard=True)
         if not isinstance(content, Mapping):
             raise UserError(f"{index.with_name(name)} holds a {type(content).__name__}, not weights by name.")
@@ -158,19 +183,48 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_models(path: str | Path) -> list[Candidate]:
-    """Reads the tensors of a weights file. Pickles are read by torch's restricted unpickler.
+def check_is_path(text: str | Path) -> None:
+    """Raises UserError for what stands for weights elsewhere, and names no file here."""
+    text = str(text)
+    if text.strip() and Path(text).exists():
+        return
+    if not text.strip():
+        cure = "give pretrained, none or a file of weights"
+    elif text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        cure = f"give {text} as the model itself, whose weights are then `pretrained`"
+    elif "://" in text:
+        cure = "give its path alone" if text.startswith("file:") else "download it, and give the file's path"
+    elif text.startswith("~"):
+        cure = "a shell puts your home for ~ where a word begins with it; write the whole path"
+    elif "/" not in text and not Path(text).suffix:
+        cure = "give pretrained, none or a file of weights"
+    else:
+        return
+    raise UserError(f"weights file {text!r} does not exist: {cure}.")
+
+
+def read_content(path: str | Path) -> Mapping[Any, Any]:
+    """Reads a weights file. Pickles are read by torch's restricted unpickler.
 
     Returns:
-        Each dict of tensors in it that may be a model's, on the CPU.
+        What it holds: tensors by name, on the CPU, or dicts of them and of what a trainer keeps beside them.
 
     Raises:
         UserError: There is no such file, or it is a folder, is damaged, needs code, or holds no weights.
     """
-    path = Path(path)
-    content = _read_any(path)
+    check_is_path(path)
+    content = _read_any(Path(path))
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name: save a state_dict().")
+    return content
+
+
+def models_of(content: Mapping[Any, Any], path: str | Path) -> list[Candidate]:
+    """Each dict of tensors in the content of a file that may be a model's.
+
+    Raises:
+        UserError: There is none.
+    """
     models = models_in(content)
     if not models:
         found = f" (its keys: {', '.join(map(str, list(content)[:5]))})" if content else ""

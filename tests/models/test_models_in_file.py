@@ -91,7 +91,7 @@ HOLDS = {
     "DeepSpeed's mp_rank": (lambda s, o: {"module": s, "optimizer": None, "ds_config": {}, "param_shapes": [{}]}, None),
     "open_clip's": (
         lambda s, o: put("visual.trunk.", s) | {"logit_scale": LOSS, "transformer.ln_1.weight": LOSS},
-        None,
+        "took the names that start with 'visual.trunk.'; left out: 'logit_scale', 'transformer.'",
     ),
     "parameters": (lambda s, o: {name: torch.nn.Parameter(value) for name, value in s.items()}, None),
     "float64": (lambda s, o: {name: value.double() for name, value in s.items()}, None),
@@ -121,6 +121,14 @@ HOLDS = {
         lambda s, o: {"model": {k: v.to(HALF) for k, v in o.items()}, "ema_state_dict": s},
         "took 'ema_state_dict', of averaged weights; left out: 'model'",
     ),
+    "ema_pytorch's in a trainer": (
+        lambda s, o: put("ema.online_model.", o) | put("ema.ema_model.", s) | {"ema.initted": LOSS},
+        "took the names that start with 'ema.ema_model.', of averaged weights; left out: 'online_model.', 'initted'",
+    ),
+    "transformers' wrapper of timm": (
+        lambda s, o: put("timm_model.", s),
+        "took the names that start with 'timm_model.'",
+    ),
     "ema_pytorch's": (
         lambda s, o: put("online_model.", o) | put("ema_model.", s) | {"initted": LOSS, "step": LOSS},
         "took the names that start with 'ema_model.', of averaged weights; left out: 'online_model.', 'initted', 'step'",
@@ -136,6 +144,31 @@ def test_the_model_that_is_meant_is_found_and_the_rest_is_said(tmp_path, name):
     notes = load_weights(ours, path)
     assert notes == [] if note is None else notes[0].startswith(note), notes
     same_outputs(ours, theirs)
+
+
+# what self-supervised training saves of an encoder, whose classifier nobody has trained
+ENCODERS = {
+    "MAE's": lambda s: {"model": s | {"mask_token": LOSS, "decoder_blocks.0.norm1.weight": LOSS}},
+    "SimMIM's": lambda s: {"model": put("encoder.", s) | {"encoder.mask_token": LOSS, "decoder.0.weight": LOSS}},
+    "DINO's": lambda s: {
+        "student": put("module.backbone.", s) | {"module.head.mlp.0.weight": torch.ones(4, 4)},
+        "teacher": put("backbone.", {key: value + 1 for key, value in s.items()})
+        | {"head.mlp.0.weight": torch.ones(4, 4)},
+    },
+    "DINOv2's": lambda s: {"teacher": put("backbone.", s) | {"dino_head.last_layer.weight_g": LOSS}},
+    "SwAV's": lambda s: put("module.", s) | {"module.projection_head.0.weight": LOSS, "module.prototypes.weight": LOSS},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_self_supervised_encoder_is_found_and_the_rest_is_said(tmp_path, name):
+    theirs, ours = shaken(vit()), vit()
+    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("head.")}
+    path = written(ENCODERS[name](state), tmp_path / "w.pth")
+    notes = load_weights(ours, path, "new")
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in state.items())
+    assert "left out" in notes[0] and notes[-1] == "it has no classes: the classifier (head) of 5 starts fresh"
+    assert load_weights(vit(), path, "file")[-1] == "it has no classifier: features only"
 
 
 @pytest.mark.parametrize("make", [AveragedModel, lambda m: AveragedModel(m, use_buffers=True), ModelEmaV3])
@@ -192,6 +225,20 @@ def test_shards_are_read_by_their_index_and_not_one_by_one(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors' does not exist"):
         load_weights(vit(), index)
+
+
+def test_shards_of_a_variant_are_read_by_its_index(tmp_path):
+    theirs, ours = shaken(vit()), vit()
+    text = shards(tmp_path, theirs).read_text()
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        (tmp_path / name).rename(tmp_path / name.replace("model-", "model.fp16-"))
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(text.replace("model-", "model.fp16-"))
+    load_weights(ours, index)
+    same_outputs(ours, theirs)
+    with pytest.raises(UserError, match=r"give their index, model.safetensors.index.fp16.json\."):
+        load_weights(vit(), tmp_path / "model.fp16-00001-of-00002.safetensors")
 
 
 def test_shards_that_lack_a_tensor_of_their_index_are_named(tmp_path):

@@ -208,6 +208,26 @@ def test_a_student_of_other_classes_starts_its_classifier_fresh(tmp_path, capsys
     assert capsys.readouterr().out == ""
 
 
+# classifiers that are no single layer of the model's: two branches, a norm before it, another one beside it
+@pytest.mark.parametrize("name", ["crossvit_9_240", "levit_128s", "sequencer2d_s", "volo_d1_224"])
+def test_a_classifier_of_several_parts_is_kept(tmp_path, name, capsys):
+    theirs = timm.create_model(name, num_classes=3)
+    path = written(theirs.state_dict(), tmp_path / "w.safetensors")
+    for classes in (None, 3):
+        ours = build_model(name, classes, None, str(path)).state_dict()
+        assert all(torch.equal(value, ours[key]) for key, value in theirs.state_dict().items())
+    assert capsys.readouterr().out == ""
+    assert build_model(name, 5, None, str(path)).num_classes == 5
+    assert "it has 3 classes: the classifier (head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "size"), [("cait_xxs24_224", 160), ("mixer_s32_224", 160), ("levit_128s", 160)])
+def test_positions_that_timm_does_not_resize_are_named(tmp_path, name, size):
+    path = written(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="Its positions are those of another image size"):
+        build_model(name, 3, None, str(path), size)
+
+
 # -- names that are folders or files
 
 
@@ -247,6 +267,10 @@ def test_a_folder_is_no_model(tmp_path):
         UserError, match=r"is a folder, and no model: give a .safetensors with its card, as a run writes"
     ):
         build_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(UserError, match=rf"is a folder, and no model: give local-dir:{tmp_path}\."):
+        build_model(str(tmp_path))
+    (tmp_path / "config.json").unlink()
     (tmp_path / "student.safetensors").touch()
     with pytest.raises(UserError, match=r"is a folder, and no model: give a file in it \(student.safetensors\)"):
         build_model(str(tmp_path))
@@ -256,6 +280,21 @@ def test_a_safetensors_without_card_says_how_to_name_its_model(tmp_path):
     path = written(vit().state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=rf"has no card: .* timm name, and the file as --teacher_weights {path}"):
         Teacher(str(path))
+
+
+def test_a_card_that_lacks_a_field_is_named(tmp_path):
+    path = written(vit().state_dict(), tmp_path / "w.safetensors")
+    card = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_kwargs": VIT}
+    # as an editor of another system saves it
+    path.with_suffix(".json").write_text(json.dumps(card), encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"w.json has no 'image_size': consolidate"):
+        build_model(str(path))
+
+
+def test_a_folder_of_an_architecture_that_timm_lacks_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet181", "pretrained_cfg": {}}')
+    with pytest.raises(UserError, match=r"is of 'resnet181', which timm lacks\. Did you mean 'resnet18'"):
+        build_model(f"local-dir:{tmp_path}")
 
 
 # -- files that do not fit
@@ -283,6 +322,20 @@ MISFITS = {
     "mmpretrain": (
         renamed(r"^blocks\.(\d)", r"stages.\1.depthwise_conv.bn"),
         r"mmpretrain's: .*Swin, ViT, BEiT/EVA and ResNet",
+    ),
+    "resnet of transformers": (renamed(r"^blocks\.", "resnet.embedder.embedder."), r"Hugging Face transformers'"),
+    "regnet of torchvision": (renamed(r"^blocks\.", "trunk_output.block1."), r"torchvision's"),
+    "LoRA": (renamed(r"qkv\.weight$", "qkv.lora_A.default.weight"), r"LoRA adapters: merge them"),
+    "weight norm": (renamed(r"head\.weight$", "head.parametrizations.weight.original0"), r"are parametrized or pruned"),
+    "ZeRO-3": (lambda: {k: torch.empty(0) for k in vit().state_dict()}, r"Its tensors are empty, as ZeRO-3"),
+    "JAX": (
+        lambda: {k: v.T.contiguous() if v.dim() == 2 and "head" not in k else v for k, v in vit().state_dict().items()},
+        r"linear layers are transposed",
+    ),
+    "pooled": (renamed(r"^norm\.", "fc_norm."), r'add \{"global_pool": "avg"\} to'),
+    "sequential head": (
+        lambda: vit().state_dict() | {"head.1.weight": torch.ones(5, 24)},
+        r"classifier has other parts than the model's \(head.1.weight\)",
     ),
     "other": (lambda: microsoft_swin(small_swin()), r"Hardly a name is the same: is it another architecture\?"),
 }

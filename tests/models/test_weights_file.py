@@ -119,6 +119,11 @@ BAD = {
     "list.pth": (lambda p: torch.save([1, 2], p), "holds a list, not weights by name"),
     "script.pt": (scripted, "is a TorchScript program"),
     "jax.npz": (lambda p: np.savez(p, a=np.ones(2)), "is a NumPy archive of a JAX model"),
+    "w.onnx": (lambda p: p.write_bytes(b"\x08\x08\x12\x07pytorch" + bytes(90)), "is a protocol buffer, as ONNX has"),
+    "w.msgpack": (lambda p: p.write_bytes(b"\x84\xa6params" + bytes(90)), "is a file of Flax"),
+    "dcp": (lambda p: (p.mkdir(), (p / ".metadata").touch()), "is a folder: torch.distributed.checkpoint wrote it"),
+    "__0_0.distcp": (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(90)), "is a part of what torch.distributed.check"),
+    "bin": (lambda p: (p.mkdir(), (p / "pytorch_model.bin").touch()), r"give a file in it \(pytorch_model.bin\)"),
     "nothing.safetensors": (lambda p: save_file({}, p), "holds no weights"),
 }
 
@@ -131,6 +136,23 @@ def test_a_file_that_is_no_weights_is_named(tmp_path, name):
     with pytest.raises(UserError, match=words) as error:
         load_weights(vit(), tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        ("file:///data/w.pth", "give its path alone"),
+        ("https://host/w.pth", "download it, and give the file's path"),
+        ("hf-hub:timm/resnet18", "give hf-hub:timm/resnet18 as the model itself"),
+        ("~/w.pth", "write the whole path"),
+        ("pretraind", "give pretrained, none or a file of weights"),
+        ("", "give pretrained, none or a file of weights"),
+    ],
+)
+def test_what_is_no_path_is_shown_as_it_was_given(given, cure):
+    with pytest.raises(UserError) as error:
+        load_weights(vit(), given)
+    assert str(error.value).startswith(f"weights file {given!r} does not exist: ") and cure in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "legacy.pth"])
