@@ -12,7 +12,7 @@ from scalekd_ds.names import escape
 def parser() -> Parser:
     """The verb's options."""
     options = Parser("evaluate", "Top-1 and top-5 of a consolidated file or any timm model.")
-    options.add_argument("model", help="a consolidated .safetensors with its card beside it, or a timm model's name")
+    options.add_argument("model", help="a run's folder, a checkpoint's, a .safetensors with its card, or a timm name")
     options.add_argument("--data", required=True, help="validation images in any form that training takes: class folders, "
                         "tars, TFRecords, a table, hf:NAME:SPLIT; or the folder that holds them as val/")  # fmt: skip
     options.add_argument("--allow-missing-classes", action="store_true", help="the images may lack some classes")
@@ -28,6 +28,18 @@ def parser() -> Parser:
     return options
 
 
+def _file_of_run(model: str) -> str:
+    """The plain weights of a run's or a checkpoint's folder, which the other verbs take too; any other name as it is."""
+    from scalekd_ds.checkpoint.layout import checkpoints_of, resolve_checkpoint
+    from scalekd_ds.checkpoint.manifest import MANIFEST
+    from scalekd_ds.checkpoint.plain_weights import weights_file
+
+    folder = Path(model)
+    if not model or not folder.is_dir() or not ((folder / MANIFEST).is_file() or checkpoints_of(folder)):
+        return model
+    return str(weights_file(resolve_checkpoint(folder)))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.threads < 1:
@@ -41,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from scalekd_ds.evaluation.standalone import evaluate_model
 
     result = evaluate_model(
-        args.model,
+        _file_of_run(args.model),
         args.data,
         args.weights,
         args.image_size,

@@ -124,6 +124,10 @@ def test_the_commands_that_a_run_prints_next_work(tmp_path, data, write, capsys,
     where = val if val.startswith("hf:") else str(place / val)
     evaluate.main([str(tmp_path / "run" / "student.safetensors"), "--data", where])
     assert f"top-1 {top1:.2f}%" in capsys.readouterr().out
+    # and so are a run and its checkpoint, wherever a model is
+    for model in (tmp_path / "run", next((tmp_path / "run" / "checkpoints").glob("step*"))):
+        evaluate.main([f"{model}/", "--data", where])
+        assert f"top-1 {top1:.2f}%" in capsys.readouterr().out
     inspect.main([str(tmp_path / "run"), where, "--out", str(tmp_path / "sheet.png"), "--images", "3"])
     text = capsys.readouterr().out
     assert "wrote" in text and "3 of 9 images" in text and "of 3 shown right" in text
