@@ -89,6 +89,11 @@ def _images_of_source(where: str) -> list[SourceImage] | None:
     return [SourceImage(source, i) for i in range(len(source))]
 
 
+def _images_below(folder: Path) -> list[Path]:
+    below = (p for p in folder.rglob("*") if is_image_name(p.name) and p.is_file())
+    return sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
+
+
 def find_images(given: Sequence[str]) -> list[AnyImage]:
     """The images that folders, files, globs and sources of training name, each once.
 
@@ -105,14 +110,15 @@ def find_images(given: Sequence[str]) -> list[AnyImage]:
             found.update(dict.fromkeys(images))
             continue
         if path.is_dir():
-            below = (p for p in folder.rglob("*") if is_image_name(p.name) and p.is_file())
-            files = sorted(p for p in below if not hidden_part(p.relative_to(folder).as_posix()))
+            files = _images_below(folder)
         elif path.is_file():
             files = [path]
         else:
-            found_files = (p for p in map(Path, glob.glob(name, recursive=True)) if is_image_name(p.name))
+            matches = sorted(map(Path, glob.glob(name, recursive=True)))
             # a pipe would be waited for without end
-            files = sorted(p for p in found_files if p.is_file())
+            files = [p for p in matches if is_image_name(p.name) and p.is_file()]
+            # as a shell would give them one by one
+            files = files or [image for p in matches if p.is_dir() for image in _images_below(p)]
         if not files:
             raise UserError(
                 f"no images found at {name!r}: give a folder, files or a quoted glob of {', '.join(EXTENSIONS)}, or a "

@@ -18,6 +18,7 @@ from source_fixtures import example, needs_datasets, write_records
 
 from scalekd_ds.commands import evaluate, inspect, prepare_data
 from scalekd_ds.commands.doctor import required_paths
+from scalekd_ds.inspection.images import find_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,3 +148,9 @@ def test_the_doctor_looks_for_the_first_and_the_last_shard(tmp_path):
         "data.train (last)": f"{tmp_path}/t-012.tar",
         "data.val": f"{tmp_path}/val",
     }
+
+
+def test_a_quoted_glob_of_class_folders_is_what_a_shell_makes_of_it(data):
+    folders = sorted((data / "val").iterdir())
+    assert find_images([f"{data}/val/*"]) == find_images(list(map(str, folders)))
+    assert len(find_images([f"{data}/val/class_[01]"])) == 6
