@@ -221,6 +221,8 @@ def test_shards_in_capitals_and_with_kaggles_ending_are_shards(tmp_path):
     packed = tmp_path / "t.tar.gz"
     packed.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     assert "t.tar.gz' is compressed (gzip): unpack it" in message(packed)
+    (tmp_path / "train.zip").write_bytes(b"PK\3\4" + bytes(30))
+    assert "train.zip' is compressed (zip): unpack it" in message(tmp_path / "train.zip")
     records = [example(image__encoded=JPEGS[i], image__class__label=i) for i in (0, 1)]
     for name in ("a.tfrec", "b.TFRECORD"):
         assert len(open_source(write_records(tmp_path / name, records), "data.train")) == 2

@@ -20,6 +20,7 @@ from scalekd_ds.inspection.images import find_images
 FOLDERS = (
     *(".ipynb_checkpoints", ".git", ".cache", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle"),
     *("System Volume Information", ".snapshot", ".Trash-1000", "@Recycle", "__pycache__", "PaxHeaders"),
+    *("Network Trash Folder", "Temporary Items", "TheVolumeSettingsFolder", "RECYCLER", "@tmp"),
 )
 HIDDEN = ("._000.jpg", ".hidden.png", ".000.jpg.Xy12ab", ".DS_Store")
 OTHERS = {
@@ -92,6 +93,7 @@ def test_all_that_is_left_out_is_counted(place, capsys):
         (place / "a" / name).write_bytes(b"x")
     (place / "stray.jpg").write_bytes(JPEGS[0])
     (place / "notes.txt").write_text("beside the classes: nobody takes it for an image")
+    (place / "eel.zip").write_bytes(b"PK, a class that nobody has unpacked")
     os.symlink(place, place / "a" / "loop")
     os.mkfifo(place / "a" / "pipe.jpg")
     source, said = opened(place, capsys)
@@ -99,7 +101,7 @@ def test_all_that_is_left_out_is_counted(place, capsys):
     for part in (
         "2 hidden folders",
         "4 hidden files",
-        "14 files of other kinds (",
+        "15 files of other kinds (",
         ", ...)",
         "1 image outside of the class folders",
         "1 link back to a folder above it",

@@ -120,7 +120,8 @@ def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSourc
     label = next((column for column in _LABEL_COLUMNS if column in features), None)
     if label is None:
         raise UserError(
-            f"{key}: {where!r} has no column of labels ({', '.join(_LABEL_COLUMNS)}): it has {_columns(features)}."
+            f"{key}: {where!r} has no column of labels ({', '.join(_LABEL_COLUMNS)}): it has {_columns(features)}. "
+            "Rename the one that is meant to 'label'."
         )
     if others := [column for column in _LABEL_COLUMNS if column in features and column != label]:
         say(f"{key}: the labels of {where!r} are those of its column {label!r}, not of {', '.join(map(repr, others))}")

@@ -31,6 +31,8 @@ from scalekd_ds.data.sources.what_counts import (
 from scalekd_ds.errors import UserError, say, suggest
 from scalekd_ds.names import escape, path_of, text_of
 
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -186,6 +188,9 @@ def _beside_classes(folder: Path) -> dict[str, int]:
                 counts[LOOPS] += 1
             elif is_image_name(entry.name) and not _is_folder(entry):
                 counts[OUTSIDE] += 1
+            # a class that nobody has unpacked
+            elif entry.name.lower().endswith(_ARCHIVES):
+                counts[other_kind(entry.name)] += not _is_folder(entry)
     return dict(counts)
 
 

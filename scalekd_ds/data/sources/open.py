@@ -77,8 +77,10 @@ def _open(text: str, key: str, classes: Classes, root: Path | None) -> Source:
         return open_kind(path, key, classes)
     if path.is_file():
         with open(path, "rb") as file:
-            if other := mistaken(file.read(HEAD), "images"):
-                raise UserError(f"{key}: {text!r} {other}.")
+            head = file.read(HEAD)
+        # weights are in such archives, and images in none
+        if other := "is compressed (zip): unpack it" if head.startswith(b"PK\3\4") else mistaken(head, "images"):
+            raise UserError(f"{key}: {text!r} {other}.")
         raise UserError(
             f"{key}: {text!r} is a file of no known kind: give a folder, a .tar, a .tfrecord, {', '.join(TABLES)}, "
             "or hf:NAME."
