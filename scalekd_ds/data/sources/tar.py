@@ -170,8 +170,8 @@ def _names_of_folders(images: list[tarfile.TarInfo], tar: str, key: str) -> list
         other = of_class.setdefault(os.path.basename(folder), folder)
         if other != folder:
             raise UserError(
-                f"{key}: {tar!r} has images of the class {os.path.basename(folder)!r} in {other!r} and in {folder!r}: pack "
-                "training and validation images into tars of their own, or put a .cls beside each image."
+                f"{key}: {tar!r} has images of the class {os.path.basename(folder)!r} in {other!r} and in {folder!r}: give "
+                "each class one folder, and training and validation images tars of their own, or put a .cls beside each image."
             )
     for folder in sorted(distinct):
         above = folder
