@@ -11,6 +11,7 @@ from nvidia.dali import fn, types
 from PIL import Image
 
 from scalekd_ds.config import DataConfig
+from scalekd_ds.data.centre_crop import View, centre_view
 from scalekd_ds.data.pipeline import FILTERS, Loader
 from scalekd_ds.data.reader import BadImageError, StorageGoneError
 from scalekd_ds.data.sampler import eval_shard
@@ -25,15 +26,6 @@ def _black_square(side: int) -> np.ndarray:
     data = io.BytesIO()
     Image.new("RGB", (side, side)).save(data, "JPEG")
     return np.frombuffer(data.getvalue(), dtype=np.uint8)
-
-
-def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size after Resize(shorter) and the corner of CenterCrop(side), both (y, x), rounded as torchvision does."""
-    if height <= width:
-        size = shorter, int(shorter * width / height)
-    else:
-        size = int(shorter * height / width), shorter
-    return size, (round((size[0] - side) / 2.0), round((size[1] - side) / 2.0))
 
 
 class EvalLoader(Loader):
@@ -75,7 +67,7 @@ class EvalLoader(Loader):
         std: Sequence[float],
     ) -> None:
         super().__init__(source, cfg, batch_size, device, mean, std)
-        self._inputs = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 1), (types.INT32, 1)]
+        self._inputs = [(types.UINT8, 1), (types.INT64, 0), *[(types.FLOAT, 1)] * 3, (types.INT32, 1)]
         self.shard = eval_shard(len(source), rank, world_size, batch_size)
         self.left_out: dict[int, str] = {}
         self.storage_gone: str | None = None
@@ -87,10 +79,12 @@ class EvalLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(0, len(self.shard))
 
-    def _graph(self, encoded, labels, sizes, anchors):
+    def _graph(self, encoded, labels, starts, ends, sizes, anchors):
         side = self.cfg.image_size
         images = fn.resize(
             fn.decoders.image(encoded, **self._decoder()),
+            roi_start=starts,
+            roi_end=ends,
             size=sizes,
             interp_type=FILTERS[self.cfg.interpolation],
             antialias=True,
@@ -99,21 +93,22 @@ class EvalLoader(Loader):
         return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
 
     def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
-        side, labels, encoded, sizes, anchors = self.cfg.image_size, [], [], [], []
+        side, labels, encoded, views = self.cfg.image_size, [], [], []
         for index in self.shard[number].tolist():
             image = self._read(index)
             if image is None:
                 labels.append(np.int64(FILLER if index < 0 else LEFT_OUT))
-                image = self._black, ((side, side), (0, 0))
+                image = self._black, centre_view(side, side, side, side)
             else:
                 labels.append(self.source.labels[index])
             encoded.append(image[0])
-            sizes.append(np.array(image[1][0], dtype=np.float32))
-            anchors.append(np.array(image[1][1], dtype=np.int32))
-        return self.shard[number], [encoded, labels, sizes, anchors], None
+            views.append(image[1])
+        starts, ends, sizes, anchors = (list(map(np.array, each)) for each in zip(*views, strict=True))
+        floats = [[each.astype(np.float32) for each in listed] for listed in (starts, ends, sizes)]
+        return self.shard[number], [encoded, labels, *floats, [each.astype(np.int32) for each in anchors]], None
 
-    def _read(self, index: int) -> tuple[np.ndarray, tuple[tuple[int, int], tuple[int, int]]] | None:
-        """The encoded bytes of an image, and its size and corner of `_centre_crop`; None for filler and without an image.
+    def _read(self, index: int) -> tuple[np.ndarray, View] | None:
+        """The encoded bytes of an image, and what is seen of it; None for filler and without an image.
 
         An error of one rank must not end its evaluation, since the others wait for it in the next collective.
         """
@@ -121,7 +116,7 @@ class EvalLoader(Loader):
             return None
         try:
             data = self._reader.encoded(index)
-            return data, _centre_crop(*self._reader.size(index, data), self.cfg.eval_shorter_side, self.cfg.image_size)
+            return data, centre_view(*self._reader.size(index, data), self.cfg.eval_shorter_side, self.cfg.image_size)
         except BadImageError as error:
             self.left_out[index] = error.reason
         except StorageGoneError as error:

@@ -232,16 +232,15 @@ class Loader:
         raise NotImplementedError
 
     def _find_undecodable(self, indices: Sequence[int], error: RuntimeError) -> dict[int, str]:
-        """Index -> reason of the undecodable images among `indices`.
+        """Index -> reason of the undecodable images among `indices`; what DALI alone refuses is read by Pillow from here on.
 
-        Where all of them can be decoded, a file was being written while it was read, and they are read again. `error` is
+        Where both decode all of them, a file was being written while it was read, and they are read again. `error` is
         raised where that leads to no batch either.
         """
         bad = find_undecodable(self.source, indices)
-        if not bad and self._gpu:
-            # a GPU's decoder may refuse what the CPU's takes
-            bad = find_undecodable(self.source, indices, self._decoder(), self.device.index or 0)
-        if not bad:
+        good = [index for index in indices if index not in bad]
+        device_id = (self.device.index or 0) if self._gpu else None
+        if not self._reader.take_refused(good, self._decoder(), device_id) and not bad:
             if self._read_again:
                 raise error
             self._read_again = True

@@ -12,20 +12,11 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, UnidentifiedImageError
 
-from scalekd_ds.data.headers import encoded_size
+from scalekd_ds.data.headers import encoded_size, frame_of_jpeg
 from scalekd_ds.data.sources.source import Source
-from scalekd_ds.data.undecodable import flaw_by_structure
+from scalekd_ds.data.undecodable import flaw_by_structure, what_is_no_image
 from scalekd_ds.errors import UserError, first_line
 
-# how files begin whose formats DALI decodes: JPEG, PNG, BMP, PNM, JPEG 2000; and WebP
-_OF_DALI = (
-    b"\xff\xd8\xff",
-    b"\x89PNG",
-    b"BM",
-    *(b"P%d" % kind for kind in range(1, 7)),
-    b"\x00\x00\x00\x0cjP  ",
-    b"\xff\x4f\xff\x51",
-)
 # files whose sizes the estimate of a data set's size is taken from
 _SIZE_SAMPLES = 64
 
@@ -56,6 +47,8 @@ class Reader:
     def __init__(self, source: Source, keep_bytes: int) -> None:
         self.source = source
         self._cache: dict[int, np.ndarray] | None = {} if _estimated_bytes(source) <= keep_bytes else None
+        # images that DALI refuses and Pillow reads
+        self._by_pillow: set[int] = set()
         # bytes of each image when its structure was checked
         self._checked = np.zeros(len(source), dtype=np.int64)
         # Hugging Face's sets have a name instead
@@ -83,13 +76,17 @@ class Reader:
         # microseconds at each read, because DALI may crash at what was written there since; but for the checksums of a PNG
         if self._checked[index] != len(data) or data[:4].tobytes() != b"\x89PNG":
             # whole files may look cut off, as photos with a film behind them do: the decoders decide
-            if flaw_by_structure(memoryview(data)) and (flaw := flaw_of(data)):
-                raise BadImageError(self.source.name(index), flaw)
+            if flaw_by_structure(memoryview(data)):
+                if flaw := flaw_of(data):
+                    raise BadImageError(self.source.name(index), flaw)
+                if _is_dalis(data) and not _count_decoded([data]):
+                    self._by_pillow.add(index)
             self._checked[index] = len(data)
         try:
-            data = _as_pillow_reads(data)
+            if index in self._by_pillow or not _is_dalis(data):
+                data = _as_png(data)
         except Exception as error:
-            raise BadImageError(self.source.name(index), _reason(error)) from None
+            raise BadImageError(self.source.name(index), _reason(error, data)) from None
         if self._cache is not None:
             self._cache[index] = data
         return data
@@ -101,6 +98,25 @@ class Reader:
             if self._cache is not None:
                 self._cache.pop(index, None)
 
+    def take_refused(self, indices: Sequence[int], decoder: dict, device_id: int | None) -> bool:
+        """Has Pillow read those of the images that Pillow decodes and DALI refuses; whether there is a new one.
+
+        Args:
+            indices: Images that Pillow decodes.
+            decoder: Arguments of DALI's decoder.
+            device_id: Number of the GPU that this decoder is on, or None.
+        """
+        asked = [index for index in indices if index not in self._by_pillow]
+        refused = []
+        while asked:
+            # a pipeline cannot run after an error: the next one takes the files after the refused one
+            count = _count_decoded([self.encoded(index) for index in asked], decoder, device_id)
+            refused += asked[count : count + 1]
+            asked = asked[count + 1 :]
+        self._by_pillow.update(refused)
+        self.forget(refused)
+        return bool(refused)
+
     def size(self, index: int, encoded: np.ndarray) -> tuple[int, int]:
         """(height, width) of one image in pixels, from the header in `encoded`, the bytes that were read of it.
 
@@ -111,7 +127,7 @@ class Reader:
             return encoded_size(memoryview(encoded))
         # Pillow raises errors of many kinds on damaged headers
         except Exception as error:
-            raise BadImageError(self.source.name(index), _reason(error)) from None
+            raise BadImageError(self.source.name(index), _reason(error, encoded)) from None
 
 
 def _check_storage(root: Path) -> None:
@@ -130,24 +146,32 @@ def _check_storage(root: Path) -> None:
         )
 
 
-def _as_pillow_reads(data: np.ndarray) -> np.ndarray:
-    """An 8-bit PNG of an image that DALI does not read as Pillow does, and any other file as it is.
+def _is_dalis(data: np.ndarray) -> bool:
+    """Whether DALI reads images of this kind as Pillow does, which timm's and torchvision's loaders use.
 
-    Pillow converts 16-bit PNGs and PNMs by saturation, as in timm's and torchvision's loaders, where DALI would keep the high
-    byte, and stretches PNMs whose largest value is below 255. Of TIFFs DALI does not read all that Pillow does, and of GIFs,
-    AVIFs and others, which come under the names of JPEGs, none.
+    Those are JPEGs, PNGs of 8 bits, WebP and the plain kinds of PNM. DALI keeps the high byte of 16 bits, where Pillow
+    saturates; it inverts every CMYK, and not those of Adobe alone; it refuses or misreads kinds of BMP, JPEG 2000, TIFF and
+    PNM, and knows no GIF and no AVIF, which come under the names of JPEGs.
     """
     head = data[:64].tobytes()
-    png_of_16_bits = head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) > 24 and head[24] == 16
+    if head.startswith(b"\xff\xd8\xff"):
+        frame = frame_of_jpeg(memoryview(data))
+        return frame is None or frame.colours != 4
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return len(head) > 24 and head[24] != 16
     # the header of a PNM is text: kind, width, height, largest value, with comments anywhere
     start = re.sub(rb"#[^\r\n]*", b"", data[:1024].tobytes()) if head[:1] == b"P" else b""
-    pnm = re.match(rb"P[2356]\s+\d+\s+\d+\s+(\d+)\s", start)
-    is_dalis = head.startswith(_OF_DALI) or head[8:12] == b"WEBP"
-    if is_dalis and not png_of_16_bits and not (pnm and int(pnm[1]) != 255):
-        return data
+    return head[8:12] == b"WEBP" or re.match(rb"P[56]\s+\d+\s+\d+\s+255\s", start) is not None
+
+
+def _as_png(data: np.ndarray) -> np.ndarray:
+    """An 8-bit PNG of an image as Pillow reads it."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
-        image.convert("RGB").save(out, "PNG", compress_level=0)
+        pixels = image.convert("RGB")
+    # a transparent grey value has no place among the colours that it was converted to
+    pixels.info = {}
+    pixels.save(out, "PNG", compress_level=0)
     return np.frombuffer(out.getvalue(), dtype=np.uint8)
 
 
@@ -164,25 +188,21 @@ def _estimated_bytes(source: Source) -> float:
 
 
 def flaw_of(data: np.ndarray) -> str | None:
-    """Why a file cannot be decoded to RGB, by decoding it with Pillow; None where it can.
-
-    Where the structure is suspect and Pillow decodes it nevertheless, DALI has to decode it as well.
-    """
-    flaw = flaw_by_structure(memoryview(data))
+    """Why a file cannot be decoded to RGB, by decoding it with Pillow; None where it can."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
     # Pillow raises errors of many kinds on damaged files
     except Exception as error:
-        return flaw or _reason(error)
-    return flaw if flaw and not _count_decoded([_as_pillow_reads(data)]) else None
+        return flaw_by_structure(memoryview(data)) or _reason(error, data)
+    return None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: np.ndarray) -> str:
     """Completes the sentence "FILE ..." for an error of Pillow's."""
     if isinstance(error, UnidentifiedImageError):
         # Pillow's message is only the address of the buffer
-        return "is no image"
+        return what_is_no_image(memoryview(data))
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
         size = f"{int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "its pixels"
@@ -191,22 +211,17 @@ def _reason(error: Exception) -> str:
     return f"is damaged: {first_line(error)}"
 
 
-def find_undecodable(
-    source: Source, indices: Sequence[int], decoder: dict | None = None, device_id: int | None = None
-) -> dict[int, str]:
-    """Decodes samples one by one with Pillow and with DALI, whose own error need not name the file.
+def find_undecodable(source: Source, indices: Sequence[int]) -> dict[int, str]:
+    """Decodes samples one by one with Pillow, which decides: what it decodes and DALI does not is read by it.
 
     Args:
         source: The images.
         indices: The samples to decode.
-        decoder: Arguments of DALI's decoder; None decodes on the CPU.
-        device_id: Number of the GPU that this decoder is on, or None.
 
     Returns:
         Index -> reason of those that cannot be decoded; a reason completes the sentence "FILE ...".
     """
     found: dict[int, str] = {}
-    decodable: list[tuple[int, np.ndarray]] = []
     for index in indices:
         try:
             data = source.read(index)
@@ -216,19 +231,11 @@ def find_undecodable(
             continue
         if flaw := flaw_of(data):
             found[index] = flaw
-        else:
-            decodable.append((index, _as_pillow_reads(data)))
-    while decodable:
-        # a pipeline cannot run after an error: the next one takes the files after the refused one
-        count = _count_decoded([data for _, data in decodable], decoder, device_id)
-        if count < len(decodable):
-            found[decodable[count][0]] = "is refused by DALI's decoder"
-        decodable = decodable[count + 1 :]
     return found
 
 
 def _count_decoded(files: Sequence[np.ndarray], decoder: dict | None = None, device_id: int | None = None) -> int:
-    """How many files DALI decodes before it refuses one; the arguments are those of `find_undecodable`."""
+    """How many files DALI decodes before it refuses one, on the CPU without a `decoder`."""
     decoder = decoder or {"device": "cpu", "output_type": types.RGB}
     remaining = iter(files)
 

@@ -8,9 +8,22 @@ from __future__ import annotations
 
 import zlib
 
+from scalekd_ds.data.headers import frame_of_jpeg
+from scalekd_ds.files.mistaken import HEAD, mistaken
+
 # trailing bytes in which the end marker of a JPEG is searched: some writers append metadata
 _TAIL = 1 << 16
 _PNG = b"\x89PNG\r\n\x1a\n"
+_KINDS = {
+    b"\xff\xd8\xff": "JPEG",
+    _PNG: "PNG",
+    b"GIF8": "GIF",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+    b"BM": "BMP",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+}
 
 
 def flaw_by_structure(data: memoryview) -> str | None:
@@ -43,6 +56,19 @@ def flaw_by_structure(data: memoryview) -> str | None:
     # PNM; Pillow and DALI look at the rest
     if len(head) > 3 and head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
         return None
+    return what_is_no_image(data)
+
+
+def what_is_no_image(data: memoryview) -> str:
+    """What a file is in which Pillow finds no image; completes the sentence "FILE ..."."""
+    start = bytes(data[:HEAD])
+    if other := mistaken(start, "images"):
+        return other
+    frame = frame_of_jpeg(data)
+    if frame is not None and frame.bits != 8:
+        return f"is a JPEG of {frame.bits} bits a colour, for which there is no decoder here: save it with 8"
+    if kind := next((name for magic, name in _KINDS.items() if start.startswith(magic)), None):
+        return f"is damaged: it begins as a {kind}, and has no image of one that can be read"
     return "is no image"
 
 

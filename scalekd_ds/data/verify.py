@@ -25,7 +25,7 @@ _CHUNK = 64
 
 
 def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
-    """Decodes every image with Pillow and DALI, with a progress bar on a terminal.
+    """Decodes every image with Pillow, with a progress bar on a terminal.
 
     Args:
         source: The images.
@@ -34,7 +34,7 @@ def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
     Returns:
         Name -> reason of every image that cannot be decoded.
     """
-    # DALI is slow to import, and only this function needs it
+    # it imports DALI, which is slow, and only this function needs it
     from scalekd_ds.data.reader import find_undecodable
 
     chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]

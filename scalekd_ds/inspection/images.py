@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from scalekd_ds.class_names import are_numbers, positions_in
+from scalekd_ds.data.centre_crop import centre_view
 from scalekd_ds.data.sources.labels import is_number
 from scalekd_ds.data.sources.open import is_packed, open_source
 from scalekd_ds.data.sources.source import Source
@@ -160,10 +161,10 @@ def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
     # Pillow raises errors of many kinds on damaged files
     except Exception as error:
         raise OSError(cause_of(error)) from None
-    scale = crop.shorter / min(image.size)
-    w, h = (max(crop.side, round(length * scale)) for length in image.size)
-    left, top = (w - crop.side) // 2, (h - crop.side) // 2
-    image = image.resize((w, h), _FILTERS.get(crop.filter, Image.Resampling.BICUBIC))
+    view = centre_view(image.height, image.width, max(crop.shorter, crop.side), crop.side)
+    (top, left), (height, width) = view.anchor, view.size
+    seen = (*view.start[::-1], *view.end[::-1])
+    image = image.resize((width, height), _FILTERS.get(crop.filter, Image.Resampling.BICUBIC), seen)
     square = np.asarray(image.crop((left, top, left + crop.side, top + crop.side)))
     return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255
 

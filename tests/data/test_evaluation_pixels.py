@@ -1,6 +1,7 @@
 """What evaluation decodes, resizes and crops: the pixels of torchvision and Pillow, each image once."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torchvision import transforms
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import StreamSampler
+from scalekd_ds.data.centre_crop import centre_view
 from scalekd_ds.data.sources.image_folder import index_folder
+from scalekd_ds.inspection.images import Crop, read_image
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -44,9 +47,33 @@ def test_sizes_and_places_are_rounded_as_torchvision_rounds_them(tmp_path, side,
     images = torch.cat([images for images, _ in eval_loader(source, cfg, 4)])
     for path, ours in zip(source.paths, images, strict=True):
         theirs = np.asarray(reference(Image.open(path)), dtype=np.float32).transpose(2, 0, 1)
+        shown = 255 * read_image(Path(path), Crop(side, shorter, "bilinear")).numpy()
+        assert np.abs(shown - theirs).max() < 1e-3, path
         # a place off by one pixel is a mean of 4 to 12 here
         assert np.abs(ours.numpy() - theirs).mean() < 0.5, path
         assert np.abs(ours.numpy() - theirs).max() < 2.5, path
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_line_of_pixels_is_seen_as_torchvision_sees_it_without_being_enlarged_as_a_whole(tmp_path, interpolation):
+    """A scan line of 20000x1 would take 4 GB and seconds before its crop."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (1, 3000)), ("b", (2000, 1)), ("c", (2, 1999)), ("d", (1, 65_500))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(rng.integers(0, 255, (*shape, 3), dtype=np.uint8)).save(tmp_path / name / "x.png")
+    source = index_folder(tmp_path, "data.val")
+    cfg = DataConfig(image_size=28, eval_resize=32, interpolation=interpolation)
+    assert all(max(centre_view(*shape, 32, 28).size) <= 16 * 28 for shape in ((1, 3000), (2000, 1), (1, 65_500)))
+    images, _ = next(iter(eval_loader(source, cfg, len(source))))
+    mode = getattr(transforms.InterpolationMode, interpolation.upper())
+    reference = transforms.Compose([transforms.Resize(32, mode), transforms.CenterCrop(28)])
+    for path, ours in zip(source.paths, images, strict=True):
+        theirs = np.asarray(reference(Image.open(path)), dtype=np.float32).transpose(2, 0, 1)
+        assert np.abs(ours.numpy() - theirs).mean() < 0.5, path
+        assert np.abs(ours.numpy() - theirs).max() <= (1.1 if interpolation == "bilinear" else 25), path
+        # and so does a sheet of `inspect`
+        shown = 255 * read_image(Path(path), Crop(28, 32, interpolation)).numpy()
+        assert np.abs(shown - theirs).max() <= 1.1, path
 
 
 def test_three_ranks_evaluate_each_image_once(source):

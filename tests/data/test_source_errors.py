@@ -1,6 +1,19 @@
 """What can be wrong with the data of a source: one clear line each."""
 
-from source_fixtures import JPEGS, labelled, message, needs_pyarrow, write_table, write_tar
+import gzip
+
+import pytest
+from source_fixtures import (
+    JPEGS,
+    example,
+    labelled,
+    message,
+    needs_datasets,
+    needs_pyarrow,
+    write_records,
+    write_table,
+    write_tar,
+)
 
 from scalekd_ds.data.sources.open import open_source
 
@@ -109,3 +122,109 @@ def test_a_list_of_classes_beside_the_data_is_not_the_training_sets(tmp_path):
     source = open_source(tar, "data.val", classes=["cat", "dog", "fox"])
     assert source.classes == ["cat", "dog", "fox"] and source.labels.tolist() == [2, 0, 1, 2]
     assert "lacks (fox)" in message(tar, classes=["cat", "dog"])
+
+
+ROWS = "path,label\na.jpg,cat\nb.jpg,dog\n"
+# tables as spreadsheets, scripts and other people write them, and what each is told
+TABLES_OF_OTHERS = {
+    "semicolons": (ROWS.replace(",", ";"), "it has path;label, and must have path and label, with ',' and not ';'"),
+    "tabs": (ROWS.replace(",", "\t"), r"it has path\tlabel, and must have path and label, with ',' and not '\t'"),
+    "no header": (ROWS[11:], "it has a.jpg, cat, and must have path and label, which its first line names"),
+    "a quote without an end": (ROWS.replace("cat", '"cat') + "c.jpg,eel\n", "line 4, cannot be split into columns"),
+    "joined": (ROWS + ROWS.replace(".jpg", "2.jpg"), "line 4, has the names of the columns again"),
+    "addresses": (ROWS.replace("a.jpg", "https://x.org/a.jpg"), "row 1, has 'https://x.org/a.jpg', an address"),
+    "a bucket": (ROWS.replace("b.jpg", "s3://b/b.jpg"), "row 2, has 's3://b/b.jpg', an address"),
+    "missing labels": (ROWS.replace("cat", "nan"), "row 1, has the label 'nan' for 'a.jpg', as programs write"),
+    "a workbook": ("PK\3\4" + "\0" * 2000, r"it has PK\x03\x04\x00"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES_OF_OTHERS)
+def test_a_table_of_another_form_is_told_which_is_wanted(tmp_path, kind):
+    text, says = TABLES_OF_OTHERS[kind]
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(JPEGS[0])
+    (tmp_path / "t.csv").write_text(text)
+    found = message(tmp_path / "t.csv")
+    assert says in found and len(found) < 500 and found.isprintable()
+
+
+def test_blanks_beside_the_names_of_columns_are_no_part_of_them(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEGS[0]), (tmp_path / "b.jpg").write_bytes(JPEGS[0])
+    (tmp_path / "t.csv").write_text("path, label\na.jpg, cat\nb.jpg, dog\n")
+    assert open_source(tmp_path / "t.csv", "data.train").classes == ["cat", "dog"]
+
+
+@needs_pyarrow
+def test_a_parquet_with_images_in_it_is_told_so(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"path": JPEGS[:2], "label": [0, 1]}), table)
+    assert "row 1, has the path '" in (text := message(table)) and len(text) < 500
+    parquet.write_table(pyarrow.table({"image": JPEGS[:2], "label": [0, 1]}), table)
+    assert "it has image, label, and must have path and label; a data set of Hugging Face is given as hf:" in message(
+        table
+    )
+
+
+@needs_datasets
+def test_what_is_no_data_set_of_hugging_face_says_how_one_is_given(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": data, "path": None} for data in JPEGS[:2]], "label": [0, 1]}
+    data = Dataset.from_dict(rows, features=features)
+    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "saved")
+    assert f"is given as hf:{tmp_path / 'saved'}" in message(tmp_path / "saved")
+    # what grey pictures of colour ones would be is not what is trained
+    assert "wants its images as L, and they are read as RGB" in message(f"hf:{tmp_path / 'saved'}:train")
+    (tmp_path / "of_hub" / "data").mkdir(parents=True)
+    data.to_parquet(tmp_path / "of_hub" / "data" / "train-0.parquet")
+    assert f"is given as hf:{tmp_path / 'of_hub'}" in message(tmp_path / "of_hub")
+    assert "is a file: a data set of Hugging Face is given as hf:FOLDER" in message(
+        f"hf:{tmp_path / 'of_hub' / 'data' / 'train-0.parquet'}"
+    )
+    assert "'hf:' names no data set" in message("hf:")
+
+
+def test_a_tar_says_what_is_beside_an_image_in_place_of_its_label(tmp_path):
+    tar = tmp_path / "t.tar"
+    for members, says in (
+        ([("0.json", b'{"class_id": 3, "caption": "x"}')], "There is '0.json' with class_id, caption."),
+        ([("0.txt", b"3"), ("0.cls2", b"3"), ("1.txt", b"1")], "There is '0.txt' and '0.cls2'."),
+        ([], "or every image of the tar in a folder of its class."),
+    ):
+        assert message(write_tar(tar, [("0.jpg", JPEGS[0]), *members])).endswith(says)
+    masks = [("0.jpg", JPEGS[0]), ("0.mask.png", JPEGS[0]), ("0.cls", b"0")]
+    assert "or leave out what is no picture of the class, such as a mask" in message(write_tar(tar, masks))
+
+
+def test_a_tar_of_training_and_validation_images_is_refused(tmp_path):
+    members = [(f"{split}/{name}/0.jpg", JPEGS[0]) for split in ("train", "val") for name in "ab"]
+    assert "has images of the class 'a' in 'train/a' and in 'val/a'" in message(write_tar(tmp_path / "t.tar", members))
+    source = open_source(write_tar(tmp_path / "t.tar", members[:2]), "data.train")
+    assert source.classes == ["a", "b"] and len(source) == 2
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "t-{0..4..2}.tar", "{t,u}.tar", "t-{a..c}.tar", "t.tar::t.tar"])
+def test_patterns_of_other_programs_are_told_which_there_are(tmp_path, pattern):
+    write_tar(tmp_path / "t.tar", labelled([0, 1]))
+    assert "does not exist. A pattern has ranges such as {000..012}; a folder of shards" in message(tmp_path / pattern)
+
+
+def test_shards_in_capitals_and_with_kaggles_ending_are_shards(tmp_path):
+    for name in ("a.tar", "B.TAR"):
+        write_tar(tmp_path / name, labelled([0, 1]))
+    assert len(open_source(tmp_path, "data.train")) == 4
+    packed = tmp_path / "t.tar.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert "t.tar.gz' is compressed (gzip): unpack it" in message(packed)
+    (tmp_path / "train.zip").write_bytes(b"PK\3\4" + bytes(30))
+    assert "train.zip' is compressed (zip): unpack it" in message(tmp_path / "train.zip")
+    records = [example(image__encoded=JPEGS[i], image__class__label=i) for i in (0, 1)]
+    for name in ("a.tfrec", "b.TFRECORD"):
+        assert len(open_source(write_records(tmp_path / name, records), "data.train")) == 2
+    other = write_records(tmp_path / "c.tfrec", [example(image=JPEGS[0], label=0)])
+    assert "it has no image/encoded, but image, label" in message(other)

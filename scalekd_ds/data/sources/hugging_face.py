@@ -66,6 +66,10 @@ class HubSource:
             return np.frombuffer(image["bytes"], dtype=np.uint8)
         if image is None or not image["path"]:
             raise OSError(None, "its row has no image")
+        if "://" in image["path"] and not os.path.exists(image["path"]):
+            raise OSError(
+                None, f"its image is at {image['path']}, and a run fetches none: save the images with the rows"
+            )
         return read_file(image["path"])
 
     def select(self, indices: Sequence[int] | np.ndarray) -> HubSource:
@@ -94,6 +98,10 @@ def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSourc
     except ImportError:
         raise UserError(f"{key}: {where!r} needs Hugging Face's datasets: `pip install datasets`.") from None
     name, split = _split_name(where)
+    if not name:
+        raise UserError(f"{key}: {where!r} names no data set: give hf:NAME, or hf:FOLDER.")
+    if os.path.isfile(name):
+        raise UserError(f"{key}: {name!r} is a file: a data set of Hugging Face is given as hf:FOLDER.")
     dataset = _load(datasets, name, split, where, key)
     if isinstance(dataset, dict):
         dataset, split = _select_split(dataset, split, where, key)
@@ -105,10 +113,15 @@ def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSourc
         raise UserError(
             f"{key}: {where!r} has {len(images)} columns of images, and must have one: {_columns(features)}."
         )
+    if (mode := features[images[0]].mode) not in (None, "RGB", "RGBA", "CMYK"):
+        raise UserError(
+            f"{key}: {where!r} wants its images as {mode}, and they are read as RGB: cast the column {images[0]!r} to Image()."
+        )
     label = next((column for column in _LABEL_COLUMNS if column in features), None)
     if label is None:
         raise UserError(
-            f"{key}: {where!r} has no column of labels ({', '.join(_LABEL_COLUMNS)}): it has {_columns(features)}."
+            f"{key}: {where!r} has no column of labels ({', '.join(_LABEL_COLUMNS)}): it has {_columns(features)}. "
+            "Rename the one that is meant to 'label'."
         )
     if others := [column for column in _LABEL_COLUMNS if column in features and column != label]:
         say(f"{key}: the labels of {where!r} are those of its column {label!r}, not of {', '.join(map(repr, others))}")

@@ -31,6 +31,8 @@ from scalekd_ds.data.sources.what_counts import (
 from scalekd_ds.errors import UserError, say, suggest
 from scalekd_ds.names import escape, path_of, text_of
 
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -138,11 +140,11 @@ def _class_folders(folder: Path, key: str) -> list[str]:
                     )
     except OSError as error:
         raise UserError(f"{key}: the folder {str(folder)!r} cannot be read: {reason(error)}.") from None
-    if not classes:
-        names = os.listdir(folder)
-        of_hub = any(name.endswith((".parquet", ".arrow")) or name == "dataset_dict.json" for name in names)
+    names = os.listdir(folder)
+    of_hub = any(name.endswith((".parquet", ".arrow")) for name in names) and not classes
+    if of_hub or "dataset_dict.json" in names or not classes:
         cure = "it must hold one folder of images per class"
-        if of_hub:
+        if of_hub or "dataset_dict.json" in names:
             cure = f"a data set of Hugging Face is given as hf:{folder}"
         raise UserError(f"{key}: {str(folder)!r} has no class folders: {cure}.")
     return sorted(classes, key=text_of)
@@ -186,6 +188,9 @@ def _beside_classes(folder: Path) -> dict[str, int]:
                 counts[LOOPS] += 1
             elif is_image_name(entry.name) and not _is_folder(entry):
                 counts[OUTSIDE] += 1
+            # a class that nobody has unpacked
+            elif entry.name.lower().endswith(_ARCHIVES):
+                counts[other_kind(entry.name)] += not _is_folder(entry)
     return dict(counts)
 
 
@@ -236,8 +241,11 @@ def _walk_class(folder: Path, name: str, key: str) -> _Listed:
         folders[relative] = [stat.st_mtime_ns, _names_digest(entry.name for entry in found)]
         waiting += reversed(inside)
     if not files:
+        cure = "add some, or remove it"
+        if any(other_kind(f"_{extension}") in left_out for extension in (".parquet", ".arrow")):
+            cure = f"a data set of Hugging Face is given as hf:{folder}"
         raise UserError(
-            f"{key}: the class folder {str(folder / name)!r} has no images ({', '.join(EXTENSIONS)}): add some, or remove it."
+            f"{key}: the class folder {str(folder / name)!r} has no images ({', '.join(EXTENSIONS)}): {cure}."
         )
     return _Listed(files, folders, dict(left_out))
 

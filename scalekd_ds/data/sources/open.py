@@ -15,6 +15,7 @@ from scalekd_ds.data.sources.table import TABLES, open_table
 from scalekd_ds.data.sources.tar import is_tar, open_tars
 from scalekd_ds.data.sources.tfrecord import is_tfrecord, open_tfrecords
 from scalekd_ds.errors import UserError
+from scalekd_ds.files.mistaken import HEAD, mistaken
 
 _SHARDS = ((is_tar, open_tars), (is_tfrecord, open_tfrecords))
 
@@ -75,6 +76,11 @@ def _open(text: str, key: str, classes: Classes, root: Path | None) -> Source:
     if open_kind is not None:
         return open_kind(path, key, classes)
     if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        # weights are in such archives, and images in none
+        if other := "is compressed (zip): unpack it" if head.startswith(b"PK\3\4") else mistaken(head, "images"):
+            raise UserError(f"{key}: {text!r} {other}.")
         raise UserError(
             f"{key}: {text!r} is a file of no known kind: give a folder, a .tar, a .tfrecord, {', '.join(TABLES)}, "
             "or hf:NAME."

@@ -158,7 +158,12 @@ def _shard_paths(where: Path, is_shard: Callable[[Path], bool], key: str) -> lis
         if not os.path.isfile(file):
             parent = Path(file).parent
             near = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-            raise UserError(f"{key}: the shard {file!r} does not exist.{suggest(Path(file).name, near)}")
+            # what shells and WebDataset know besides
+            other = re.search(r"[*?\[{]|::|^[a-z]+:", str(where)) and not _RANGE.search(str(where))
+            hint = (
+                " A pattern has ranges such as {000..012}; a folder of shards stands for all of them." if other else ""
+            )
+            raise UserError(f"{key}: the shard {file!r} does not exist.{hint or suggest(Path(file).name, near)}")
     return files
 
 

@@ -7,6 +7,7 @@ import decimal
 import hashlib
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from scalekd_ds.names import escape, is_unicode, path_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 _COLUMNS = ("path", "label")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # what a column of a Parquet may hold
 _VALUES = (str, bytes, int, float, decimal.Decimal, type(None))
 
@@ -113,14 +115,24 @@ def _build_index(table: Path, folder: Path, key: str) -> Index:
 def _require_columns(found: list[str], table: Path, key: str) -> None:
     for column in _COLUMNS:
         if column not in found:
+            cure = "must have path and label, which its first line names"
+            if table.suffix.lower() == ".parquet":
+                cure = "must have path and label; a data set of Hugging Face is given as hf:FOLDER"
+            # semicolons, where the comma is that of numbers
+            elif other := next((c for c in ",;\t|" if len(found) == 1 and set(_COLUMNS) <= {*found[0].split(c)}), None):
+                cure = f"must have path and label, with {_separator(table)!r} and not {other!r} between them"
+            names = ", ".join(map(escape, found))
             raise UserError(
-                f"{key}: the table {str(table)!r} has no column {column!r}: it has {', '.join(found) or 'none'}, and "
-                "must have path and label."
+                f"{key}: the table {str(table)!r} has no column {column!r}: it has {names[:200] or 'none'}, and {cure}."
             )
         if found.count(column) > 1:
             raise UserError(
                 f"{key}: the table {str(table)!r} has {found.count(column)} columns {column!r}: keep one of them."
             )
+
+
+def _separator(table: Path) -> str:
+    return "\t" if table.suffix.lower() == ".tsv" else ","
 
 
 def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
@@ -129,8 +141,9 @@ def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
     try:
         # utf-8-sig, because spreadsheets write a byte order mark; and a file may have a name of any bytes
         with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-            header = next(rows, [])
+            # a quote without an end would swallow all rows behind it, which `strict` refuses
+            rows = csv.reader(file, delimiter=_separator(table), strict=True)
+            header = [name.strip(" \t") for name in next(rows, [])]
             if not all(map(is_unicode, header)):
                 raise UserError(f"{key}: the table {str(table)!r} is no text of UTF-8 in columns: {header[0][:80]!r}.")
             _require_columns(header, table, key)
@@ -145,8 +158,15 @@ def _read_delimited(table: Path, key: str) -> tuple[list[str], list[str]]:
                     )
                 names.append(row[path])
                 labels.append(row[label].strip(" \t"))
+                if (names[-1], labels[-1]) == _COLUMNS:
+                    raise UserError(
+                        f"{key}: {str(table)!r}, line {rows.line_num}, has the names of the columns again, as tables that "
+                        "were joined: remove the line."
+                    )
     except csv.Error as error:
-        raise UserError(f"{key}: the table {str(table)!r} is no text of UTF-8 in columns: {error}.") from None
+        raise UserError(
+            f"{key}: {str(table)!r}, line {rows.line_num}, cannot be split into columns: {error}."
+        ) from None
     return names, labels
 
 
@@ -194,9 +214,13 @@ def _check_rows(names: list[str], labels: list[str], table: Path, key: str) -> N
     for row, (name, label) in enumerate(zip(names, labels, strict=True), 1):
         problem = None
         if not name or "\0" in name:
-            problem = f"has the path {name!r}"
+            problem = f"has the path {name!r:.80}"
+        elif _ADDRESS.match(name):
+            problem = f"has {name!r:.200}, an address: fetch the images, and name them by their paths"
         elif not label:
             problem = f"has no label for {name!r}"
+        elif label.lower() in ("nan", "<na>"):
+            problem = f"has the label {label!r} for {name!r}, as programs write one that is missing: give it a name or a number"
         elif os.path.isabs(name) or ".." in name.split("/"):
             problem = f"has {name!r}: paths must stay below the table's root, without '..'"
         elif (plain := os.path.normpath(name)) in seen:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import os
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 from scalekd_ds.data.sources.index import reason
-from scalekd_ds.data.sources.labels import are_same, is_number
 from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
+from scalekd_ds.data.sources.tar_labels import LABELS, content_of, read_label, up_to_first_dot, what_is_beside
 from scalekd_ds.data.sources.what_counts import (
     DEAD_LINKS,
     EXTENSIONS,
@@ -26,12 +24,6 @@ from scalekd_ds.data.sources.what_counts import (
 from scalekd_ds.errors import UserError
 from scalekd_ds.files.mistaken import HEAD, mistaken
 
-# members that may hold the label of a sample, the preferred one first
-_LABELS = (".cls", ".json")
-# bytes of such a member at most: captions and annotations may stand beside a label
-_LABEL_BYTES = 16 * 2**20
-# keys of a .json that may hold the label
-_KEYS = ("label", "cls", "class")
 # bytes behind the end of a tar that are looked at: writers fill up to blocks of 10 KiB, some to more
 _BEHIND = 2**20
 # links from one member to the next that are followed at most
@@ -40,7 +32,7 @@ _MAX_LINKS = 8
 
 def is_tar(path: Path) -> bool:
     """Whether the path of a file or a pattern is that of tars."""
-    return path.suffix == ".tar" and not is_left_by_systems(path.name) and not path.is_dir()
+    return path.suffix.lower() == ".tar" and not is_left_by_systems(path.name) and not path.is_dir()
 
 
 def open_tars(where: Path, key: str, classes: list[str] | None = None) -> ShardSource:
@@ -140,7 +132,7 @@ def _samples(
         extension = os.path.splitext(member.name)[1].lower()
         if is_image_name(member.name):
             images.append(member)
-        elif extension in _LABELS:
+        elif extension in LABELS:
             labels.append(member)
         else:
             left_out[other_kind(member.name)] += 1
@@ -148,9 +140,9 @@ def _samples(
         inside = sum(member.name.lower().endswith((".tar", ".tar.gz", ".zip")) for member in members)
         if inside:
             raise UserError(f"{key}: the tar {tar!r} has no images, but {inside} archives: unpack it.")
-        raise UserError(f"{key}: the tar {tar!r} has no images ({', '.join(EXTENSIONS)}).")
+        raise UserError(f"{key}: the tar {tar!r} has no images ({', '.join(EXTENSIONS)}): leave it out.")
     beside = _group(images, labels, tar, fd, key) if labels else {}
-    found = [_read_label(tar, fd, beside[m.name], key) if labels else None for m in images]
+    found = [read_label(tar, fd, beside[m.name], key) if labels else None for m in images]
     labelled = any(label is not None for label in found)
     if not labelled:
         # the folder of an image names its class, and each image is a sample; what a .json holds is something else
@@ -162,6 +154,7 @@ def _samples(
             raise UserError(
                 f"{key}: {member.name!r} in {tar!r} has no label: a .cls, or a .json with label, cls or class, must be "
                 "beside it, or every image of the tar in a folder of its class."
+                f"{what_is_beside(member, members, fd)}"
             )
         samples.append(Sample(member.name, label, member.size, member.offset_data))
     return samples, labelled
@@ -172,6 +165,14 @@ def _names_of_folders(images: list[tarfile.TarInfo], tar: str, key: str) -> list
     _check_once(images, [os.path.normpath(m.name) for m in images], tar, key)
     folders = [os.path.dirname(os.path.normpath(m.name)) for m in images]
     distinct = set(folders)
+    of_class: dict[str, str] = {}
+    for folder in sorted(distinct):
+        other = of_class.setdefault(os.path.basename(folder), folder)
+        if other != folder:
+            raise UserError(
+                f"{key}: {tar!r} has images of the class {os.path.basename(folder)!r} in {other!r} and in {folder!r}: give "
+                "each class one folder, and training and validation images tars of their own, or put a .cls beside each image."
+            )
     for folder in sorted(distinct):
         above = folder
         while above := os.path.dirname(above).rstrip("/"):
@@ -193,7 +194,7 @@ def _group(
     """
     first_dot, last_dot = (
         ([sample_of(m.name) for m in images], [sample_of(m.name) for m in labels])
-        for sample_of in (_up_to_first_dot, _up_to_last_dot)
+        for sample_of in (up_to_first_dot, _up_to_last_dot)
     )
     of_images, of_labels = first_dot
     if (
@@ -208,7 +209,7 @@ def _group(
         beside = members.setdefault(sample, {})
         extension = os.path.splitext(member.name)[1].lower()
         other = beside.setdefault(extension, member)
-        if other is member or _content(tar, fd, other, key) == _content(tar, fd, member, key):
+        if other is member or content_of(tar, fd, other, key) == content_of(tar, fd, member, key):
             continue
         dots = [os.path.basename(each.name).count(".") for each in (other, member)]
         if extension == ".cls" or dots[0] == dots[1]:
@@ -228,67 +229,9 @@ def _check_once(images: list[tarfile.TarInfo], samples: list[str], tar: str, key
         if seen.setdefault(sample, member) is not member:
             raise UserError(
                 f"{key}: {tar!r} has two images for one sample, {seen[sample].name!r} and {member.name!r}: give each a name "
-                "and a label of its own."
+                "and a label of its own, or leave out what is no picture of the class, such as a mask."
             )
-
-
-def _up_to_first_dot(name: str) -> str:
-    folder, base = os.path.split(os.path.normpath(name))
-    return os.path.join(folder, base.partition(".")[0])
 
 
 def _up_to_last_dot(name: str) -> str:
     return os.path.splitext(os.path.normpath(name))[0]
-
-
-def _content(tar: str, fd: int, member: tarfile.TarInfo, key: str) -> bytes:
-    """The bytes of a member with a label, without a mark of their order and blanks around."""
-    if member.size > _LABEL_BYTES:
-        raise UserError(
-            f"{key}: {member.name!r} in {tar!r} has {member.size / 2**20:.0f} MiB, and is taken for a label: leave it out."
-        )
-    # not blanks of other kinds, which names have
-    return os.pread(fd, member.size, member.offset_data).removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")
-
-
-def _read_label(tar: str, fd: int, label_members: dict[str, tarfile.TarInfo], key: str) -> str | None:
-    """The label of one sample, from its members by extension; None where they hold none.
-
-    Raises:
-        UserError: A member cannot be read, or two labels disagree. A name in the one and a number in the other may be the
-            same class: the first counts then, .cls before .json and `label` before the other keys.
-    """
-    # where each is, and what it is
-    found: list[tuple[str, str]] = []
-    for extension in _LABELS:
-        if extension not in label_members:
-            continue
-        member = label_members[extension]
-        text = _content(tar, fd, member, key).decode("utf-8", "surrogateescape")
-        if extension == ".cls" or not text:
-            found += [(repr(member.name), text)] if text else []
-            continue
-        try:
-            fields = json.loads(text)
-        # JSON may be nested more deeply than its parser can follow
-        except (ValueError, RecursionError):
-            if found:
-                # what else a .json beside a .cls holds is its own business
-                continue
-            raise UserError(f"{key}: {member.name!r} in {tar!r} is no JSON.") from None
-        for name in _KEYS if isinstance(fields, dict) else ():
-            value = fields.get(name, "")
-            if isinstance(value, int | str) or (isinstance(value, float) and value.is_integer()):
-                if label := str(value).strip(" \t\r\n"):
-                    found.append((f"{name} in {member.name!r}", label))
-            elif not found:
-                raise UserError(
-                    f"{key}: {member.name!r} in {tar!r} has the {name} {value!r:.60}: it must be a number or a name."
-                )
-    for (place, label), (other_place, other) in itertools.combinations(found, 2):
-        if is_number(label) == is_number(other) and not are_same(label, other):
-            raise UserError(
-                f"{key}: {tar!r} has two labels for one sample, {label!r} ({place}) and {other!r} ({other_place}), which "
-                "differ: leave one of them out."
-            )
-    return found[0][1] if found else None

@@ -8,9 +8,10 @@ holds image/encoded, and image/class/synset (a name) or image/class/label (a num
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from scalekd_ds.data.sources.index import reason
@@ -18,8 +19,9 @@ from scalekd_ds.data.sources.shards import Sample, ShardSource, open_shards
 from scalekd_ds.data.sources.what_counts import is_left_by_systems
 from scalekd_ds.errors import UserError
 from scalekd_ds.files.mistaken import HEAD, mistaken
+from scalekd_ds.names import escape, text_of
 
-_FILE_NAME = re.compile(r".*\.tfrecords?|.*-[\d{}.]+-of-\d+(\.tfrecords?)?")
+_FILE_NAME = re.compile(r".*\.tfrec(ords?)?|.*-[\d{}.]+-of-\d+(\.tfrec(ords?)?)?", re.IGNORECASE)
 # bytes before and after the Example of a record
 _HEADER, _FOOTER = 12, 4
 _IMAGE, _SYNSET, _LABEL = b"image/encoded", b"image/class/synset", b"image/class/label"
@@ -97,7 +99,7 @@ def _sample(data: mmap.mmap, start: int, end: int, number: int) -> tuple[Sample,
             if 1 in parts and 2 in parts:
                 features[data[slice(*parts[1])]] = parts[2]
     if _IMAGE not in features:
-        raise ValueError(f"it has no {_IMAGE.decode()}")
+        raise ValueError(f"it has no {_IMAGE.decode()}{_instead(features)}")
     first, last = _first_bytes(data, *features[_IMAGE])
     label, feature = "", _SYNSET
     if _SYNSET in features:
@@ -106,8 +108,13 @@ def _sample(data: mmap.mmap, start: int, end: int, number: int) -> tuple[Sample,
     if not label and _LABEL in features:
         label, feature = str(_first_int(data, *features[_LABEL])), _LABEL
     if not label:
-        raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}")
+        raise ValueError(f"it has neither {_SYNSET.decode()} nor {_LABEL.decode()}{_instead(features)}")
     return Sample(f"record {number}", label, last - first, first), feature
+
+
+def _instead(features: Iterable[bytes]) -> str:
+    names = ", ".join(sorted(escape(text_of(os.fsdecode(name))) for name in features))
+    return f", but {names:.200}" if names else ""
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:

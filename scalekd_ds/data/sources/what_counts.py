@@ -18,7 +18,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 # what Synology, macOS, ext4, Windows and QNAP put into any folder
 _LEFT_BY_SYSTEMS = {
     *("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin", "system volume information"),
-    *("@recycle", "@recently-snapshot", "__pycache__", "paxheader", "paxheaders"),
+    *("@recycle", "@recently-snapshot", "@tmp", "__pycache__", "paxheader", "paxheaders"),
+    # of Macs on a network, and of older Windows
+    *("network trash folder", "temporary items", "thevolumesettingsfolder", "recycler"),
 }
 
 # kinds of what is left out, as one and as several
