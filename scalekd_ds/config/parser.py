@@ -43,7 +43,8 @@ def run_parser(
         "teacher.",
         epilog=epilog,
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    # torch.distributed.launch writes it with a hyphen
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by launchers")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
     parser.add_argument("--config", type=str, metavar="FILE", help="start from a --dump-config file, not a recipe")
@@ -129,7 +130,8 @@ def read_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} does not exist.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # some editors put a byte-order mark in front
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"config file {path} is not JSON: {error}.") from None
     return config_from_dict(values, str(path))

@@ -163,6 +163,11 @@ def build_model(
             raise
         # the hub raises its own, requests' and the system's errors; what a user can do is the same for all of them
         except Exception as error:
+            if "size mismatch" in str(error):
+                raise UserError(
+                    f"pretrained weights of {name} do not fit this model with {kwargs}: {cause_of(error)}; timm "
+                    "cannot resize them for another image size or shape."
+                ) from None
             raise UserError(
                 f"pretrained weights of {name} could not be loaded ({cause_of(error)}): check the network, or give a "
                 ".safetensors or .pth file with --teacher_weights or --student_weights."

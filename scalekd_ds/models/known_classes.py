@@ -12,6 +12,7 @@ from torch import nn
 from scalekd_ds.class_names import KnownClasses, match_classes
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.card import card_path, read_card
+from scalekd_ds.models.load_weights import reset_classifier
 
 
 def card_classes(card: dict[str, Any], path: str | Path) -> list[str] | None:
@@ -78,7 +79,7 @@ def fit_classifier(model: nn.Module, classes: Sequence[str]) -> str | None:
     try:
         matched = match_classes(known, len(classes), classes, "the student's weights", "data.train")
     except UserError as error:
-        model.reset_classifier(len(classes))
+        reset_classifier(model, len(classes))
         return f"{str(error).rstrip('.')}: the student's classifier is initialised anew"
     if not matched.same_order:
         heads = model.get_classifier()

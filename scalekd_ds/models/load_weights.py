@@ -192,19 +192,39 @@ def classifier_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
+def _classes_of_file(classifier: str, state: State, model_state: State) -> int:
+    """The number of classes of a file by the weights of its classifier; 0 where it has none.
+
+    Most are one layer. LeViT's has a norm before it, MetaFormer's a layer, and CrossViT has one for each of its branches.
+    """
+
+    def weights(tensors: State) -> list[str]:
+        return [k for k, v in tensors.items() if k.startswith(f"{classifier}.") and v.dim() > 1]
+
+    # a model without classes does not have these layers
+    names = [k for k in weights(model_state) or weights(state) if k in state]
+    return state[names[-1]].shape[0] if names else 0
+
+
+def reset_classifier(model: nn.Module, classes: int) -> None:
+    """Gives a model a new classifier of so many classes, with as many parts as it had: RepViT would lose its second one."""
+    own = inspect.signature(model.reset_classifier).parameters
+    second = {"distillation": any(".head_dist." in k for k in model.state_dict())} if "distillation" in own else {}
+    model.reset_classifier(classes, **second)
+
+
 def _fit_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> State:
     """Makes the classifiers of model and `state` agree where `head` allows it, and notes how."""
     names = classifier_names(model)
     if not names:
         return state
-    weight = state.get(f"{names[0]}.weight")
-    file_classes = 0 if weight is None else weight.shape[0]
+    file_classes = _classes_of_file(names[0], state, model.state_dict())
     model_classes = int(getattr(model, "num_classes", 0) or 0)
     if file_classes == model_classes:
         return state
     prefixes = tuple(f"{name}." for name in names)
     if head == "file":
-        model.reset_classifier(file_classes)
+        reset_classifier(model, file_classes)
         if not file_classes:
             notes.append("it has no classifier: features only")
     elif model_classes == 0:

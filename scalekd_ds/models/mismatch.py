@@ -13,6 +13,9 @@ State = Mapping[str, torch.Tensor]
 # how the names of classifiers begin in timm's models
 _CLASSIFIERS = ("head", "fc.", "classifier")
 
+# positions, and the layers of Mixers that mix patches
+_OF_GRID = re.compile(r"pos_embed|attention_bias|relative_position|_tokens\.|\.gate\.proj\.")
+
 # names of each kind of difference that a message lists
 MAX_NAMES = 5
 
@@ -67,7 +70,8 @@ def likely_cause(mismatch: Mismatch, state: State, model_state: State) -> str:
     """One sentence for the user: what most likely happened, and what to do."""
     shared = len(model_state) - len(mismatch.missing)
     cause = _other_layout(state, model_state) if shared * 2 < len(model_state) else None
-    cause = cause or _patch_size(mismatch) or _depth(state, model_state) or _width(mismatch) or _classes(mismatch)
+    cause = cause or _patch_size(mismatch) or _depth(state, model_state)
+    cause = cause or _grid(mismatch) or _width(mismatch) or _classes(mismatch)
     return cause or "Is it another architecture, or a variant with other parts?"
 
 
@@ -124,10 +128,19 @@ def _patch_size(mismatch: Mismatch) -> str | None:
     return None
 
 
+def _grid(mismatch: Mismatch) -> str | None:
+    """What is as large as the grid of patches, and nothing else, differs."""
+    names = [name for name, _, _ in mismatch.shapes]
+    if names and not mismatch.missing and not mismatch.unexpected and all(map(_OF_GRID.search, names)):
+        return f"Another image size: timm does not resize {names[0]} of this model for another grid of patches."
+    return None
+
+
 def _width(mismatch: Mismatch) -> str | None:
     for name, loaded, ours in mismatch.shapes:
         if len(loaded) > 1 and name.endswith("weight") and not name.startswith(_CLASSIFIERS):
-            return f"Another width: {name} has {loaded[0]} outputs in the file and {ours[0]} in the model."
+            side, axis = ("outputs", 0) if loaded[0] != ours[0] else ("inputs", 1)
+            return f"Another width: {name} has {loaded[axis]} {side} in the file and {ours[axis]} in the model."
     return None
 
 
