@@ -19,7 +19,7 @@ from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.files.durable import save_tensors, written_aside
 from scalekd_ds.models.build import build_model
-from scalekd_ds.models.card import eval_resize_at, read_card
+from scalekd_ds.models.card import card_path, eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
@@ -61,6 +61,9 @@ def evaluate_model(
         UserError: The model or the images cannot be opened, they have different classes, too many images cannot be used, or
             the logits cannot be written.
     """
+    if _has_card_of(name, weights):
+        say(f"{escape(weights)} has a card: size, crop and filter are those of its training")
+        name = weights
     card = read_card(name) if name.endswith(".safetensors") else {}
     model = _built(name, card, weights, image_size).eval()
     source = images_for(model, name, data)
@@ -112,6 +115,13 @@ def evaluate_model(
         except OSError as error:
             raise UserError(f"--logits: {logits_file} cannot be written: {problem_of(error)}.") from None
     return result
+
+
+def _has_card_of(name: str, weights: str) -> bool:
+    """Whether a card beside a file of weights says that they are of the timm model `name`."""
+    if name.endswith(".safetensors") or not weights.endswith(".safetensors") or not card_path(weights).is_file():
+        return False
+    return str(read_card(weights).get("architecture", "")).split(".")[0] == name.split(".")[0]
 
 
 def _built(name: str, card: dict[str, Any], weights: str, image_size: int | None) -> nn.Module:

@@ -97,6 +97,16 @@ def test_a_name_of_timms_is_evaluated_as_timm_evaluates_it(data, monkeypatch, tm
         assert ("timm squashes its images" in capsys.readouterr().out) == (mode == "squash")
 
 
+def test_weights_with_a_card_are_evaluated_as_they_were_trained(tmp_path, data, capsys):
+    """Whether the file is named itself, or as the weights of its timm model, which is of 224 pixels."""
+    file = student(tmp_path, "vit_tiny_patch16_224", 36)
+    logits = []
+    for name, weights in ((file, "pretrained"), ("vit_tiny_patch16_224.augreg_in21k", file)):
+        evaluate_model(name, data, weights, threads=1, logits_file=tmp_path / "logits.safetensors")
+        logits.append(load_file(tmp_path / "logits.safetensors")["logits"])
+    assert torch.equal(*logits) and "has a card: size, crop and filter are those" in capsys.readouterr().out
+
+
 def test_a_model_of_one_size_says_so(tmp_path, data):
     kwargs = {"embed_dim": 32, "stages": (1, 1, 1, 1), "img_size": 32}
     card = {"architecture": "hiera_tiny_224", "model_kwargs": kwargs, "num_classes": 3, "image_size": 32,
