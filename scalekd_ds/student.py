@@ -41,6 +41,22 @@ class Taps(NamedTuple):
     normed_last: bool
 
 
+def _reductions(model: nn.Module) -> list[int]:
+    """By what each of a model's feature maps is smaller than its images; empty where the model does not say."""
+    info = getattr(model, "feature_info", None)
+    return [f["reduction"] for f in info] if isinstance(info, list) else list(info.reduction()) if info else []
+
+
+def _check_taps(taps: Taps, model: nn.Module) -> None:
+    """Raises UserError for maps that a model does not have, as a recipe's are where another student takes its place."""
+    count, (before, last) = len(_reductions(model)), taps.indices
+    if count and not 0 <= before < last < count:
+        raise UserError(
+            f"student_taps is {list(taps.indices)}, and {type(model).__name__} has the feature maps 0 to {count - 1}: give two "
+            "of them, the earlier one first; --student_taps null takes those that suit it."
+        )
+
+
 def default_taps(model: nn.Module) -> Taps:
     """The maps that the published code distils in this kind of student.
 
@@ -50,8 +66,7 @@ def default_taps(model: nn.Module) -> Taps:
     Raises:
         UserError: A model with fewer than two feature maps.
     """
-    info = getattr(model, "feature_info", None)
-    reductions = [f["reduction"] for f in info] if isinstance(info, list) else info.reduction() if info else []
+    reductions = _reductions(model)
     count = len(reductions)
     if count < 2:
         name = type(model).__name__
@@ -86,7 +101,8 @@ class Student(nn.Module):
         **kwargs: Further constructor arguments, for a model built by name.
 
     Raises:
-        UserError: A model without `forward_intermediates` or `forward_head`, or with fewer than two maps.
+        UserError: A model without `forward_intermediates` or `forward_head`, with fewer than two maps, or without those of
+            `taps`.
     """
 
     def __init__(
@@ -108,6 +124,8 @@ class Student(nn.Module):
                 )
         self.model = model
         self.preprocessing = Preprocessing.of(model)
+        if taps is not None:
+            _check_taps(taps, model)
         self.taps = taps or default_taps(model)
         self.channels_last = takes_channels_last(model)
 

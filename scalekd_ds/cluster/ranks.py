@@ -79,7 +79,9 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
         UserError: As `join_ranks`.
     """
     given = {name: _number(environment, name) for name in _NAMES if environment.get(name)}
-    tasks = started_together(environment)
+    # where a launcher has set everything, whatever else is there says nothing of this job
+    complete = all(environment.get(name) for name in (*_NAMES, "MASTER_ADDR", "MASTER_PORT"))
+    tasks = None if complete else started_together(environment)
     if "RANK" not in given:
         if tasks is None:
             return _alone(given)
@@ -160,26 +162,51 @@ def _variables(rank: int, local_rank: int, world_size: int, address: str, port: 
 
 
 def started_together(environment: Mapping[str, str]) -> _Tasks | None:
-    """The task of an srun or mpirun of several tasks that this process is; None where there is no such thing."""
+    """The task of an srun or mpirun of several tasks that this process is; None where there is no such thing.
+
+    Raises:
+        UserError: A variable is no number, or is left over from another job.
+    """
+    slurm = _slurm_task(environment)
+    mpi = _mpi_task(environment, alone=slurm is None)
+    # mpirun starts its ranks below one task of srun's on each node, whose variables they have besides; where both say the
+    # same, srun has started the ranks with its plugin for MPI, and knows the address too
+    inside = mpi is not None and slurm is not None and (mpi.rank, mpi.world_size) != (slurm.rank, slurm.world_size)
+    return mpi if slurm is None or inside else slurm
+
+
+def _slurm_task(environment: Mapping[str, str]) -> _Tasks | None:
     # a script under sbatch is a step of one task, whatever SLURM_NTASKS says
     if _count(environment, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
         step = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
         numbers = (_number(environment, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS"))
         return _Tasks("srun", *numbers, first_node(nodes), step)
+    return None
+
+
+def _mpi_task(environment: Mapping[str, str], alone: bool) -> _Tasks | None:
+    """The task that MPI's variables name; `alone`: nothing else does, so that half of them is an error."""
     for names in _MPI:
         if _count(environment, names.size) > 1 and names.local_rank in environment:
             numbers = [_number(environment, name) for name in (names.rank, names.local_rank, names.size)]
             here = _count(environment, names.local_size) == numbers[2]
             job = next((environment[name] for name in _MPI_JOBS if environment.get(name)), str(os.getppid()))
             return _Tasks(names.starter, *numbers, "127.0.0.1" if here else None, job)
-    for names in _MPI:
+    for names in _MPI if alone else ():
         if _count(environment, names.size) > 1 and names.rank in environment:
             raise UserError(
                 f"{names.size} is {environment[names.size]} and {names.local_rank} is not set: unset {names.size}, which "
                 f"another job has left over, or {_COMMANDS}."
             )
     return None
+
+
+def shell_of_one_task(environment: Mapping[str, str]) -> str:
+    """What to do in a shell of `srun --pty`, which is the first of its tasks while the others wait; empty elsewhere."""
+    if not environment.get("SLURM_PTY_PORT") or _slurm_task(environment) is None:
+        return ""
+    return "; in a shell of srun --pty nobody starts the other tasks: unset SLURM_STEP_NUM_TASKS there"
 
 
 def first_node(nodes: str) -> str | None:

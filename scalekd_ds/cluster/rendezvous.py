@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from scalekd_ds.cluster.ranks import shell_of_one_task
 from scalekd_ds.errors import UserError, first_line, rank_and_host
 
 # seconds in which a name may become known: that of a pod is not before the pod runs
@@ -136,7 +137,7 @@ def _wait_with_a_word(over: threading.Event) -> None:
         return
     ranks = os.environ["WORLD_SIZE"]
     text = f"waiting for all {ranks} ranks at {_where()} (MASTER_ADDR:MASTER_PORT){rank_and_host()}"
-    print(text, file=sys.stderr, flush=True)
+    print(text + shell_of_one_task(os.environ), file=sys.stderr, flush=True)
     unreachable_since = None
     while not over.wait(2.0):
         why = _why_unreachable()

@@ -26,6 +26,9 @@ def dispatch(argv: list[str]) -> int | None:
     Raises:
         UserError: There is no verb or an unknown one, or the verb itself raises it.
     """
+    if len(argv) > 1 and argv[0].startswith(("--local_rank=", "--local-rank=")):
+        # a launcher that starts `scalekd VERB` puts its own argument first
+        argv = [argv[1], argv[0], *argv[2:]]
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", "help"):
         print(usage(), end="")

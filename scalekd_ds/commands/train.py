@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import Any
 
-from scalekd_ds.cluster.ranks import free_port, rank_variables, started_together
+from scalekd_ds.cluster.ranks import free_port, rank_variables, shell_of_one_task, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
 from scalekd_ds.errors import UserError, run_cli
 from scalekd_ds.names import escape, shell_word
@@ -63,7 +63,7 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
     if tasks and not (given.hostfile and "--no_ssh" in extra_arguments):
         raise UserError(
             f"--gpus or --hostfile is given to each of {tasks.world_size} tasks, which {tasks.starter} has started: leave it "
-            "out, since the tasks are the ranks."
+            f"out, since the tasks are the ranks{shell_of_one_task(os.environ)}."
         )
     command = [*LAUNCHER]
     if given.hostfile is not None:

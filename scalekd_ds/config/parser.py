@@ -43,7 +43,8 @@ def run_parser(
         "teacher.",
         epilog=epilog,
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    # torch.distributed.launch writes it with a hyphen
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by launchers")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     parser.add_argument("--dump-config", type=str, metavar="FILE", help="write the whole run as JSON and exit")
     parser.add_argument("--config", type=str, metavar="FILE", help="start from a --dump-config file, not a recipe")
@@ -57,21 +58,31 @@ def run_parser(
 
 
 def _long_flags(parser: ArgumentParser) -> list[str]:
-    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    # those that a launcher sets are no advice
+    return [flag for flag in flags if flag not in ("--local_rank", "--local-rank")]
+
+
+def _unknown(flag: str, parser: ArgumentParser) -> str:
+    """The message for an argument that there is not; one that differs in its group alone is what was meant."""
+    flags = _long_flags(parser)
+    # what scripts with DeepSpeed's own arguments call it
+    last = "ds_config" if flag == "--deepspeed" else flag.rpartition(".")[2].lstrip("-").replace("-", "_")
+    same = [known for known in flags if known.rpartition(".")[2] == last]
+    hint = f" Did you mean {', '.join(map(repr, same))}?" if same else suggest(flag, flags)
+    return f"unknown argument {flag!r}.{hint} --help lists them all."
 
 
 def describe_error(error: ArgumentError, parser: ArgumentParser) -> str:
     """jsonargparse's error as one line in the form of this package's messages."""
     message = str(error)
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
-        flag = unknown[1].split("=", 1)[0]
-        return f"unknown argument {flag!r}.{suggest(flag, _long_flags(parser))} --help lists them all."
+        return _unknown(unknown[1].split("=", 1)[0], parser)
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     expected = re.findall(r"Expected an? (.*?)(?:\. |$)", message, re.M)
     if key and value and (nested := re.search(r"NestedArg\(key='([^']*)'", value[1])):
-        flag = f"--{key[1]}.{nested[1]}"
-        return f"unknown argument {flag!r}.{suggest(flag, _long_flags(parser))} --help lists them all."
+        return _unknown(f"--{key[1]}.{nested[1]}", parser)
     if key and value:
         kinds = (re.sub(r"<class '(\w+)'>", r"\1", e).replace("typing.Literal", "one of ") for e in expected)
         wants = " or ".join(dict.fromkeys(kinds)) or "of its type"
@@ -129,7 +140,8 @@ def read_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"config file {str(path)!r} does not exist.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # some editors put a byte-order mark in front
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"config file {path} is not JSON: {error}.") from None
     return config_from_dict(values, str(path))

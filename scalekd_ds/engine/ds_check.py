@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import hjson
 
 from scalekd_ds.engine.ds_keys import KEYS, REFUSED, SECTIONS, SWITCHED_OFF, ZERO, Rule
 from scalekd_ds.errors import UserError, suggest
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file, which may have comments and commas before a bracket that closes, as DeepSpeed takes them.
 
     Raises:
         UserError: The file cannot be read, is no JSON, is no object, or has a key twice.
@@ -26,7 +28,12 @@ def parse(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        # some editors put a byte-order mark in front
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            config = json.loads(text, object_pairs_hook=unique)
+        except ValueError as error:
+            config = _loosely(text, unique, error)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -36,6 +43,18 @@ def parse(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}: it must be a JSON object.")
     return config
+
+
+def _loosely(text: str, unique: Callable[[list[tuple[str, Any]]], dict[str, Any]], error: ValueError) -> Any:
+    """What DeepSpeed's own reader makes of a text that is not JSON; raises `error` where that is no object in braces."""
+    try:
+        # a list of `key: value` without braces would be one of YAML, which that reader reads otherwise
+        found = hjson.loads(text, object_pairs_hook=unique) if "{" in text else None
+    except (hjson.HjsonDecodeError, RecursionError):
+        raise error from None
+    if not isinstance(found, dict):
+        raise error
+    return found
 
 
 def shown(value: Any) -> str:
@@ -125,12 +144,12 @@ def _check_value(key: str, value: Any, rule: Rule, stage: int, path: Path) -> No
 
 
 def _without_auto(section: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A copy whose keys that are "auto" are left to DeepSpeed's defaults, and whose 1e9 are whole numbers."""
+    """A copy whose keys that are "auto" or null are left to DeepSpeed's defaults, and whose 1e9 are whole numbers."""
     found = {}
     for name, value in section.items():
         if isinstance(value, dict):
             found[name] = _without_auto(value, f"{prefix}{name}.")
-        elif value != "auto":
+        elif value not in ("auto", None):
             whole = isinstance(value, float) and "number from" in KEYS[prefix + name].expected
             found[name] = int(value) if whole else value
     return found
@@ -143,6 +162,9 @@ def _check_together(config: dict[str, Any], stage: int, path: Path) -> None:
         raise UserError(f"{path}: {key} has no effect {why}.")
 
     zero = config.get(ZERO, {})
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name) and "device" not in zero[name]:
+            refuse(f"{ZERO}.{name}", 'without "device": "cpu" in it')
     for name in zero:
         if f"stage3_{name}" in zero:
             refuse(f"{ZERO}.{name}", f"beside stage3_{name}, which is the same: keep one of them")

@@ -91,7 +91,7 @@ def _is_module_class(name: Any) -> bool:
 
 def _can_be_written(name: Any) -> bool:
     """Whether a file can be written under a name, for which DeepSpeed makes folders."""
-    if not TEXT.fits(name):
+    if not _is_text(name):
         return False
     path = Path(name).absolute()
     try:
@@ -102,8 +102,13 @@ def _can_be_written(name: Any) -> bool:
     return os.access(there, os.W_OK) and (there.is_dir() if there != path else not path.is_dir())
 
 
-TEXT = Rule("text", lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
-FILE = Rule("a file that can be written", _can_be_written)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+# null is DeepSpeed's own default of most of them
+TEXT = Rule("text that is not empty, or null", lambda value: value is None or _is_text(value))
+FILE = Rule("a file that can be written, or null", lambda value: value is None or _can_be_written(value))
 MODULES = Rule(
     "a list of classes of modules such as 'torch.nn.Linear'",
     lambda value: isinstance(value, list) and bool(value) and all(map(_is_module_class, value)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,12 @@ from scalekd_ds.data import EvalLoader
 from scalekd_ds.data.sources.open import open_source
 from scalekd_ds.data.sources.source import Source, check_all_present, with_classes
 from scalekd_ds.data.verify import without_quarantined
-from scalekd_ds.errors import UserError, problem_of, say
+from scalekd_ds.errors import UserError, cause_of, problem_of, say
 from scalekd_ds.evaluation.accuracy import evaluate
 from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.files.durable import save_tensors, written_aside
 from scalekd_ds.models.build import build_model
-from scalekd_ds.models.card import eval_resize_at, read_card
+from scalekd_ds.models.card import card_path, eval_resize_at, read_card
 from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing, cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
@@ -60,20 +61,31 @@ def evaluate_model(
         UserError: The model or the images cannot be opened, they have different classes, too many images cannot be used, or
             the logits cannot be written.
     """
+    if _has_card_of(name, weights):
+        say(f"{escape(weights)} has a card: size, crop and filter are those of its training")
+        name = weights
     card = read_card(name) if name.endswith(".safetensors") else {}
-    # with its number of classes given, a model of a file is built for the new size
-    model = build_model(name, card.get("num_classes") if image_size else None, None, weights, image_size).eval()
+    model = _built(name, card, weights, image_size).eval()
     source = images_for(model, name, data)
     if not allow_missing_classes:
         check_all_present(source, "--data", "--allow-missing-classes")
-    size = image_size or card.get("image_size") or (Preprocessing.of(model).size or (224, 224))[0]
+    trained = Preprocessing.of(model)
+    size = image_size or card.get("image_size") or (trained.size or (224, 224))[0]
     say(cut_off_notice(model, size))
+    if not card and trained.squashes:
+        say(
+            f"{escape(name)}: timm squashes its images to squares, where here the shorter side is resized and the middle cut "
+            "out; top-1 may differ a little"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    _check_size(model, name, size, device)
+    if eval_resize is None:
+        eval_resize = eval_resize_at(card, size) if card else trained.shorter_side(size)
     cfg = DataConfig(
         image_size=size,
-        eval_resize=eval_resize_at(card, size) if eval_resize is None else eval_resize,
-        interpolation=card.get("interpolation", "bicubic"),
+        eval_resize=eval_resize,
+        interpolation=card.get("interpolation") or trained.interpolation or "bicubic",
         threads=threads,
     )
     loader = EvalLoader(source, cfg, batch_size, 0, 1, device, *normalisation_of(model))
@@ -103,6 +115,42 @@ def evaluate_model(
         except OSError as error:
             raise UserError(f"--logits: {logits_file} cannot be written: {problem_of(error)}.") from None
     return result
+
+
+def _has_card_of(name: str, weights: str) -> bool:
+    """Whether a card beside a file of weights says that they are of the timm model `name`."""
+    if name.endswith(".safetensors") or not weights.endswith(".safetensors") or not card_path(weights).is_file():
+        return False
+    return str(read_card(weights).get("architecture", "")).split(".")[0] == name.split(".")[0]
+
+
+def _built(name: str, card: dict[str, Any], weights: str, image_size: int | None) -> nn.Module:
+    if not card or not image_size:
+        return build_model(name, None, None, weights, image_size)
+    try:
+        # with its number of classes given, a model of a file is built for the new size
+        return build_model(name, card.get("num_classes"), None, weights, image_size)
+    except UserError:
+        own = card.get("image_size")
+        if image_size == own:
+            raise
+        # where the file itself is at fault, this says so
+        build_model(name)
+        raise UserError(
+            f"--image-size is {image_size}, and the weights of {escape(name)} are for images of {own} pixels, since timm does "
+            f"not resize those of {card.get('architecture')}: leave the option out."
+        ) from None
+
+
+def _check_size(model: nn.Module, name: str, size: int, device: torch.device) -> None:
+    """Raises UserError where a model does not run on images of `size` pixels."""
+    try:
+        model(torch.zeros(1, 3, size, size, device=device))
+    # a model that was built for another size may fail in any way
+    except Exception as error:
+        raise UserError(
+            f"{escape(name)} cannot take {size}x{size} images: {cause_of(error)}; give its own size as --image-size."
+        ) from None
 
 
 def images_for(model: nn.Module, name: str, data: str | Path) -> Source:

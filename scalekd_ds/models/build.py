@@ -195,6 +195,11 @@ def build_model(
             cure = "check the network, or give a .safetensors or .pth file with --teacher_weights or --student_weights"
             if name.startswith("local-dir:"):
                 cure = "give the file in it as --teacher_weights or --student_weights, with the model's timm name"
+            if "size mismatch" in str(error):
+                raise UserError(
+                    f"pretrained weights of {name} do not fit this model with {kwargs}: {cause_of(error)}; timm "
+                    "cannot resize them for another image size or shape."
+                ) from None
             raise UserError(f"pretrained weights of {name} could not be loaded ({cause_of(error)}): {cure}.") from None
         if name.startswith(HUB_PREFIXES):
             name_classes_of_hub(model, _config_of(name))

@@ -13,6 +13,7 @@ from torch import nn
 from scalekd_ds.class_names import KnownClasses, is_almost, match_classes
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.card import card_path, read_card
+from scalekd_ds.models.classifier import reset_classifier
 from scalekd_ds.models.listed_names import as_list, names_in
 
 
@@ -166,7 +167,7 @@ def fit_classifier(model: nn.Module, classes: Sequence[str]) -> str | None:
     try:
         matched = match_classes(known, len(classes), classes, "the student's weights", "data.train")
     except UserError as error:
-        model.reset_classifier(len(classes))
+        reset_classifier(model, len(classes))
         return f"{str(error).rstrip('.')}: the student's classifier is initialised anew"
     if not matched.same_order:
         heads = model.get_classifier()

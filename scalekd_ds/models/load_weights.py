@@ -19,6 +19,7 @@ from torch import nn
 
 from scalekd_ds.errors import UserError
 from scalekd_ds.models import mmpretrain
+from scalekd_ds.models.classifier import classes_of_file, classifier_names, reset_classifier
 from scalekd_ds.models.known_classes import name_classes
 from scalekd_ds.models.mismatch import Mismatch, likely_cause
 from scalekd_ds.models.models_in_file import PREFIXES, choose_model
@@ -72,7 +73,7 @@ def load_weights(model: nn.Module, path: str | Path, head: Head = "exact") -> li
     state = strip_prefixes(state, model.state_dict(), path)
     state = _drop_derived_buffers(mmpretrain.to_timm(state, model.state_dict()), model)
     state = _without_training_parts(_apply_timm_filter(model, state, notes), model, notes)
-    outputs = _outputs(model, state)
+    outputs = classes_of_file(model, state)
     state = _fit_head(model, state, head, notes)
     mismatch = Mismatch.between(state, model.state_dict())
     # files older than BatchNorm's count of batches lack it, and evaluation does not read it
@@ -198,28 +199,6 @@ def _patch_size_differs(state: State, model_state: State) -> bool:
     return ours is not None and loaded is not None and loaded.dim() == 4 and ours.shape[2:] != loaded.shape[2:]
 
 
-def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the modules that turn features into logits: two in a distilled DeiT, none where a model has none."""
-    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()
-    classifiers = classifiers if isinstance(classifiers, tuple | list) else (classifiers,)
-    return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
-
-
-def _outputs(model: nn.Module, state: State) -> int:
-    """The number of classes of a file's classifier; 0 where it has none."""
-    classes = int(getattr(model, "num_classes", 0) or 0)
-    own = model.state_dict()
-    for name in classifier_names(model):
-        # a classifier may have several parts, such as a norm before it or one for each branch
-        inner = [
-            n for n, value in own.items() if n.startswith(f"{name}.") and value.dim() > 1 and len(value) == classes
-        ]
-        weight = next((state[n] for n in (*inner, f"{name}.weight") if n in state), None)
-        if weight is not None and weight.dim():
-            return weight.shape[0]
-    return 0
-
-
 def _without_training_parts(state: State, model: nn.Module, notes: list[str]) -> State:
     """`state` without what self-supervised training has beside its encoder; a note says what that was."""
     model_state = model.state_dict()
@@ -239,13 +218,13 @@ def _fit_head(model: nn.Module, state: State, head: Head, notes: list[str]) -> S
     names = classifier_names(model)
     if not names:
         return state
-    file_classes = _outputs(model, state)
+    file_classes = classes_of_file(model, state)
     model_classes = int(getattr(model, "num_classes", 0) or 0)
     if file_classes == model_classes:
         return state
     prefixes = tuple(f"{name}." for name in names)
     if head == "file":
-        model.reset_classifier(file_classes)
+        reset_classifier(model, file_classes)
         if not file_classes:
             notes.append("it has no classifier: features only")
     elif model_classes == 0:

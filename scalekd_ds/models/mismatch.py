@@ -14,9 +14,9 @@ State = Mapping[str, torch.Tensor]
 # how the names of classifiers begin in timm's models
 _CLASSIFIERS = ("head", "fc.", "classifier")
 
-# what a model has for each position of an image's grid, or for each distance in it
+# what a model has for each position of an image's grid, or for each distance in it, and the layers that mix patches
 _POSITIONS = re.compile(
-    r"pos_embed|rel_pos|relative_position|attention_biases|(height|width)_rel$|(mlp|linear)_tokens\.|_pos$"
+    r"pos_embed|rel_pos|relative_position|attention_biases|(height|width)_rel$|_tokens\.|\.gate\.proj\.|_pos$"
 )
 
 # names of each kind of difference that a message lists
@@ -174,16 +174,6 @@ def _block_counts(names: Iterable[str]) -> dict[str, int]:
     return groups
 
 
-def _grid(mismatch: Mismatch) -> str | None:
-    names = [name for name, *_ in mismatch.shapes]
-    if not names or mismatch.missing or mismatch.unexpected or not all(map(_POSITIONS.search, names)):
-        return None
-    return (
-        "Its positions are those of another image size, to which timm does not resize this model's: take the size that it "
-        "was trained with (--data.image_size, or --teacher_image_size for a teacher)."
-    )
-
-
 def _patch_size(mismatch: Mismatch) -> str | None:
     for name, loaded, ours in mismatch.shapes:
         if name == "patch_embed.proj.weight" and loaded[2:] != ours[2:]:
@@ -191,10 +181,22 @@ def _patch_size(mismatch: Mismatch) -> str | None:
     return None
 
 
+def _grid(mismatch: Mismatch) -> str | None:
+    """What is as large as the grid of patches, and nothing else, differs."""
+    names = [name for name, _, _ in mismatch.shapes]
+    if names and not mismatch.missing and not mismatch.unexpected and all(map(_POSITIONS.search, names)):
+        return (
+            f"Another image size: timm does not resize {names[0]} of this model for another grid of patches: take the size "
+            "that it was trained with (--data.image_size, or --teacher_image_size for a teacher)."
+        )
+    return None
+
+
 def _width(mismatch: Mismatch) -> str | None:
     for name, loaded, ours in mismatch.shapes:
         if len(loaded) > 1 and name.endswith("weight") and not name.startswith(_CLASSIFIERS):
-            return f"Another width: {name} has {loaded[0]} outputs in the file and {ours[0]} in the model."
+            side, axis = ("outputs", 0) if loaded[0] != ours[0] else ("inputs", 1)
+            return f"Another width: {name} has {loaded[axis]} {side} in the file and {ours[axis]} in the model."
     return None
 
 

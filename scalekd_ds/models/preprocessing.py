@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -10,17 +11,23 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The images that a model was trained on. Each attribute is None where the model does not say.
+    """The images that a model was trained on. Each attribute that is None is not said by the model.
 
     Attributes:
         mean: Mean of each channel that its images are normalised with, for pixels from 0 to 1.
         std: Standard deviation of each channel that they are normalised with.
         size: (h, w) of its images in pixels.
+        interpolation: Filter with which its images are resized, where this package has it.
+        crop_pct: Share of the shorter side that the centre crop keeps, as timm has it.
+        squashes: Its images were resized to squares, whatever their shape.
     """
 
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     size: tuple[int, int] | None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    squashes: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
@@ -29,7 +36,19 @@ class Preprocessing:
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (0, 0, 0))[1:]
         size = (size, size) if isinstance(size, int) else tuple(size)
         mean, std = cfg.get("mean"), cfg.get("std")
-        return cls(tuple(mean) if mean else None, tuple(std) if std else None, size if all(size) else None)
+        interpolation = cfg.get("interpolation")
+        return cls(
+            tuple(mean) if mean else None,
+            tuple(std) if std else None,
+            size if all(size) else None,
+            interpolation if interpolation in ("bilinear", "bicubic") else None,
+            cfg.get("crop_pct"),
+            cfg.get("crop_mode") == "squash",
+        )
+
+    def shorter_side(self, image_size: int) -> int | None:
+        """The shorter side before the centre crop of `image_size` pixels, as timm rounds it; None is this package's own."""
+        return math.floor(image_size / self.crop_pct) if self.crop_pct else None
 
 
 def normalisation_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

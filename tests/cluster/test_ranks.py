@@ -12,9 +12,11 @@ import tiny_run
 from forking import forked_with
 from launching import LIMIT, ROOT, environment, free_port
 
-from scalekd_ds.cluster.ranks import first_node, join_ranks, rank_variables, ranks_on_this_node
+from scalekd_ds.cluster.ranks import first_node, join_ranks, rank_variables, ranks_on_this_node, shell_of_one_task
+from scalekd_ds.commands.dispatch import dispatch
 from scalekd_ds.commands.train import launcher_command
 from scalekd_ds.errors import UserError
+from scalekd_ds.recipes.command_line import parse_run
 
 TRAIN = ROOT / "launch" / "train.py"
 TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29400"}
@@ -63,6 +65,18 @@ TAKEN = {
         OPEN_MPI | ACROSS | {"MASTER_ADDR": "a"},
         {"RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a"},
     ),
+    # mpirun starts its ranks on other nodes below one task of srun's each
+    "Open MPI below srun": (
+        SLURM | OPEN_MPI | ACROSS | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "MASTER_ADDR": "a"},
+        {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a"},
+    ),
+    "srun with Cray's PMI": (
+        SLURM | CRAY | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "gpu07"},
+    ),
+    "srun with half of PMI": (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "8"}, {"RANK": "5", "MASTER_ADDR": "gpu07"}),
+    "torchrun beside half of PMI": (TORCH | {"PMI_RANK": "0", "PMI_SIZE": "2"}, TORCH),
+    "torchrun beside SLURM in words": (TORCH | SLURM | {"SLURM_STEP_NUM_TASKS": "8(x2)"}, TORCH),
     "MPICH": (HYDRA, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
     "MVAPICH": (MVAPICH | {"MV2_COMM_WORLD_LOCAL_SIZE": "2"}, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}),
     "Cray": (CRAY, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
@@ -160,6 +174,19 @@ def test_a_launcher_in_each_of_several_tasks_is_refused(monkeypatch, tmp_path):
     hosts.write_text("gpu07 slots=4\ngpu08 slots=4\n")
     one_a_node = SimpleNamespace(gpus=None, hostfile=str(hosts), deepspeed_args="--no_ssh --node_rank 1")
     assert "--no_ssh" in launcher_command(one_a_node, [])
+
+
+def test_a_shell_of_one_task_is_told_what_to_unset():
+    assert shell_of_one_task(SLURM) == shell_of_one_task({"SLURM_PTY_PORT": "4"}) == ""
+    assert "unset SLURM_STEP_NUM_TASKS" in shell_of_one_task(SLURM | {"SLURM_PTY_PORT": "4"})
+
+
+@pytest.mark.parametrize("argument", ["--local_rank=1", "--local-rank=1"])
+def test_a_launchers_own_argument_is_taken_before_and_behind_the_verb(argument):
+    for words in ([argument, "train"], ["train", argument]):
+        with pytest.raises(UserError, match="unknown recipe 'nowhere'"):
+            dispatch([*words, "--recipe", "nowhere"])
+    assert parse_run([argument, "--recipe", "fashion-ce"])[0].recipe == "fashion-ce"
 
 
 def test_two_tasks_of_srun_are_one_job(tmp_path):

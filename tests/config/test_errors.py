@@ -38,6 +38,9 @@ def error_of(*args: str) -> str:
     ("args", "words"),
     [
         (("--recipe", "fashion-scalkd"), "unknown recipe 'fashion-scalkd'. Did you mean 'fashion-scalekd'"),
+        (("--lr", "1"), "unknown argument '--lr'. Did you mean '--optim.lr'?"),
+        (("--image_size", "32"), "unknown argument '--image_size'. Did you mean '--data.image_size'?"),
+        (("--deepspeed",), "unknown argument '--deepspeed'. Did you mean '--run.ds_config'?"),
         (("--data.rot", "x"), "unknown argument '--data.rot'. Did you mean '--data.root'"),
         (("--lr", "1"), "unknown argument '--lr'"),
         (("--data.train_images", "many"), "--data.train_images is 'many': it must be int"),

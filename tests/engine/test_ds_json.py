@@ -219,7 +219,15 @@ def test_a_key_is_refused_at_stages_where_it_does_nothing(tmp_path):
         ('{"steps_per_print": NaN}', "steps_per_print is NaN"),
         ('{"gradient_predivide_factor": Infinity}', "gradient_predivide_factor is Infinity"),
         ("[" * 100_000, "is not JSON"),
-        ('{"steps_per_print": 1} // mine', "is not JSON"),
+        ('{"steps_per_print": 1} {"seed": 1}', "is not JSON: Extra data"),
+        ("zero_optimization:\n  stage: 2\n", "is not JSON"),
+        ("zero_optimization: {\n  stage: [1,\n}", "is not JSON"),
+        ("// two\n{seed: 1, seed: 2}", "the key 'seed' twice"),
+        (
+            {ZERO: {"stage": 2, "offload_optimizer": {"pin_memory": True}}},
+            'offload_optimizer .*without "device": "cpu"',
+        ),
+        ({"csv_monitor": {"output_path": ""}}, "output_path is .* must be text that is not empty"),
         ("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"), "is not JSON"),
     ],
 )
@@ -271,6 +279,27 @@ def test_auto_is_deepspeeds_own_default_and_floats_are_whole_numbers(tmp_path):
             "stage3_max_live_parameters": 10**9,
             "offload_param": {"device": "none"},
         },
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{\n  // of mine\n  "steps_per_print": 7, # and here\n}',
+        '/* of mine */ {"steps_per_print": 7,}',
+        "{steps_per_print: 7}",
+        '\ufeff{"steps_per_print": 7}',
+    ],
+)
+def test_what_deepspeeds_own_reader_takes_is_taken(tmp_path, content):
+    assert ds_config.read(write(tmp_path, content)) == {"steps_per_print": 7}
+
+
+def test_null_is_deepspeeds_default_where_it_writes_so_itself(tmp_path):
+    config = {"flops_profiler": {"enabled": False, "output_file": None}, "wandb": {"enabled": False, "team": None}}
+    assert ds_config.read(write(tmp_path, config)) == {
+        "flops_profiler": {"enabled": False},
+        "wandb": {"enabled": False},
     }
 
 

@@ -9,6 +9,7 @@ from zoo import VIT, make_student
 
 from scalekd_ds import Student
 from scalekd_ds.errors import UserError
+from scalekd_ds.student import Taps
 
 # name -> (arguments, map before the last stage, last map), both (C, h, w) at 224 pixels: RECIPES' students
 STUDENTS = {
@@ -64,6 +65,16 @@ def test_taps_are_where_the_published_code_has_them(name, indices, normed):
     with torch.device("meta"):
         taps = Student(timm.create_model(name)).taps
     assert (taps.indices, taps.normed_last) == (indices, normed)
+
+
+@pytest.mark.parametrize("indices", [(1, 4), (3, 1), (2, 2), (-2, -1), (3, 4)])
+def test_maps_that_a_student_does_not_have_are_named(indices):
+    """As those of a recipe where `--student` names another model."""
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r"student_taps is .* ConvNeXt has the feature maps 0 to 3"),
+    ):
+        Student(timm.create_model("convnext_atto"), taps=Taps(indices, False))
 
 
 @pytest.mark.parametrize("stride", [8, 16])

@@ -221,11 +221,48 @@ def test_a_classifier_of_several_parts_is_kept(tmp_path, name, capsys):
     assert "it has 3 classes: the classifier (head" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "size"), [("cait_xxs24_224", 160), ("mixer_s32_224", 160), ("levit_128s", 160)])
-def test_positions_that_timm_does_not_resize_are_named(tmp_path, name, size):
-    path = written(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="Its positions are those of another image size"):
-        build_model(name, 3, None, str(path), size)
+# families whose classifier is more than one layer, by the names of those that have the outputs
+NESTED = {
+    "levit_128s": {"img_size": 64},
+    "repvit_m0_9": {},
+    "samvit_base_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 1, "num_heads": 3},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_classifier_of_several_layers_is_kept_where_the_classes_are_the_same(tmp_path, name, capsys):
+    theirs = shaken(timm.create_model(name, num_classes=7, **NESTED[name]).eval())
+    path = str(written(theirs.state_dict(), tmp_path / "w.safetensors"))
+    # a student, and a teacher that takes the classes of its file
+    for count in (7, None):
+        ours = build_model(name, count, NESTED[name], path).eval()
+        assert ours.num_classes == 7 and capsys.readouterr().out == ""
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    assert build_model(name, 5, NESTED[name], path).num_classes == 5
+    assert "it has 7 classes: the classifier" in capsys.readouterr().out
+    assert build_model(name, 0, NESTED[name], path).num_classes == 0
+    assert "classifier of 7 classes is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("hiera_tiny_224", {"embed_dim": 32, "stages": (1, 1, 1, 1)}),
+        ("mixer_s32_224", {}),
+        ("gmlp_ti16_224", {}),
+        ("levit_128s", {}),
+        ("nest_tiny", {}),
+        ("cait_xxs24_224", {}),
+    ],
+)
+def test_weights_that_timm_cannot_resize_are_said_to_be_of_another_image_size(tmp_path, name, kwargs):
+    state = timm.create_model(name, num_classes=3, img_size=64, **kwargs).state_dict()
+    path = str(written(state, tmp_path / "w.safetensors"))
+    with pytest.raises(UserError, match=r"Another image size: timm does not resize .* of this model for another grid"):
+        build_model(name, 3, kwargs, path, 96)
+    own = {**kwargs, "pretrained_cfg_overlay": {"file": path, "num_classes": 3}}
+    with pytest.raises(UserError, match=r"pretrained weights of .* do not fit this model .*size mismatch.* image size"):
+        build_model(name, 3, own, "pretrained", 96)
 
 
 # -- names that are folders or files
