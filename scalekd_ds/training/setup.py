@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from scalekd_ds.build import build_distiller
-from scalekd_ds.checkpoint.layout import read_state
+from scalekd_ds.checkpoint.layout import checkpoints_of, read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later, load_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.cluster.heartbeat import Heartbeat
@@ -72,6 +72,7 @@ def build(cfg: RunConfig) -> Run:
     monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
     resume_from = choose_checkpoint(run_dir, cfg.run.resume)
     state = read_state(resume_from) if resume_from else {}
+    is_elsewhere = resume_from is not None and resume_from not in checkpoints_of(run_dir)
     for line in config_changes(state["config"], cfg.as_dict(), resume_from) if "config" in state else ():
         say(line)
     train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
@@ -163,6 +164,7 @@ def build(cfg: RunConfig) -> Run:
         best=state.get("best"),
         seconds_before=state.get("seconds", 0.0),
         joules_before=state.get("joules") or 0.0,
+        is_elsewhere=is_elsewhere,
         logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
 

@@ -97,6 +97,9 @@ def _train(run: Run) -> dict[str, Any]:
     with run.heartbeat, run.preemption, Watch(run) as watch:
         try:
             try:
+                if run.is_elsewhere and run.step >= last:
+                    # no step will save one, without which the next start would begin anew
+                    begin_checkpoint(run, watch)
                 _loop(run, reporter, watch, last)
                 results = _finish(run, reporter, watch)
             except Preempted:

@@ -258,6 +258,15 @@ def test_a_run_among_the_classes_is_refused(tmp_path, where, monkeypatch):
     check_apart(RunConfig(data=DataConfig(train="hf:x", val="hf:y"), run=RunDirConfig(dir="run")))
 
 
+def test_a_run_that_ends_where_another_was_does_not_start_over(place):
+    """It trains no step, and has a checkpoint of its own all the same."""
+    for resume in (step(place, 4), "auto"):
+        done = forked(TRAIN, *command(place, "third", "--run.resume", resume, "--run.stop_after", 4))
+        assert done.returncode == 0 and f"resuming {place / 'third'} from step00000004" in done.stdout, done.stderr
+        found = read_state(place / "third" / "checkpoints" / "step00000004")
+        assert found["evaluated_step"] == 4 and found["accuracy"] == read_state(step(place, 4))["accuracy"]
+
+
 def test_what_a_run_began_with_is_not_needed_any_more(place):
     os.remove(place / "first" / "student.safetensors")
     file = place / "first" / "student.safetensors"
