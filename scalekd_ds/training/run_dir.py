@@ -69,8 +69,10 @@ def write_config(run_dir: Path, cfg: RunConfig) -> None:
 
 def set_results_aside(run_dir: Path) -> None:
     """Keeps the results of an earlier end of a run that goes on under another name: they are not those of its config.json."""
+    results = run_dir / "results.json"
     with contextlib.suppress(OSError):
-        (run_dir / "results.json").replace(run_dir / "results.before.json")
+        if results.exists():
+            results.rename(run_dir / "results.before.json")
 
 
 @contextlib.contextmanager
