@@ -122,6 +122,8 @@ class Teacher(nn.Module):
         self.preprocessing = Preprocessing.of(model)
         self._check_patches()
         self.family = family_of(model) if features else None
+        # before it was compiled
+        self._built_family: Family | None = None
         self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
 
     def _resize(self, size: int | tuple[int, int]) -> None:
@@ -196,11 +198,17 @@ class Teacher(nn.Module):
                 "--run.compile_teacher false or --run.teacher_placement replica."
             )
         if self.family is not None:
-            forward, last_stage = (torch.compile(f, **kwargs) for f in (self.family.forward, self.family.last_stage))
-            self.family = replace(self.family, forward=forward, last_stage=last_stage)
+            built = self._built_family = self._built_family or self.family
+            forward, last_stage = (torch.compile(f, **kwargs) for f in (built.forward, built.last_stage))
+            self.family = replace(built, forward=forward, last_stage=last_stage)
         else:
             self.model.compile(**kwargs)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are not compiled, as those of a module that torch has compiled."""
+        state = super().__getstate__()
+        return state | {"family": self._built_family or self.family, "_built_family": None}
 
     def _autocast(self, x: torch.Tensor) -> AbstractContextManager:
         return torch.autocast(x.device.type, self.precision) if self.precision else nullcontext()

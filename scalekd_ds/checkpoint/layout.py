@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scalekd_ds.checkpoint.manifest import MANIFEST
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.card import read_evaluation
 
+T = TypeVar("T")
 # names the newest checkpoint, so that a run whose newest checkpoint is missing fails instead of starting afresh
 LATEST = "latest.json"
 # files of plain weights in a checkpoint, by the name that consolidate() takes
@@ -68,6 +70,21 @@ def resolve_checkpoint(path: Path) -> Path:
     if not found:
         raise UserError(f"{str(path)!r} holds no checkpoint: give runs/NAME or runs/NAME/checkpoints/stepNNNNNNNN.")
     return found[-1]
+
+
+def of_checkpoint(path: Path, use: Callable[[Path], T]) -> T:
+    """What `use` returns for the checkpoint that `path` stands for; for a newer one where a run has deleted it meanwhile.
+
+    Raises:
+        UserError: There is no checkpoint.
+    """
+    while True:
+        checkpoint = resolve_checkpoint(path)
+        try:
+            return use(checkpoint)
+        except (UserError, OSError):
+            if checkpoint.is_dir() or resolve_checkpoint(path) == checkpoint:
+                raise
 
 
 def read_latest(latest: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if resume != "auto":
         chosen = _chosen(resume, run_dir, found)
-        verify(chosen, rank, world_size)
-        _check_state(chosen)
+        _check(chosen, rank, world_size)
         return chosen
     newest = read_latest(run_dir / LATEST)
     if newest and newest not in [p.name for p in found]:
@@ -62,25 +62,44 @@ def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
         )
     if not found:
         return None
-    verify(found[-1], rank, world_size)
-    _check_state(found[-1])
+    _check(found[-1], rank, world_size)
     return found[-1]
+
+
+def _check(checkpoint: Path, rank: int, world_size: int) -> None:
+    """Checks the files of a checkpoint and what it says of itself.
+
+    Raises:
+        UserError: It is damaged; the message says with what the run can go on instead.
+    """
+    siblings = checkpoints_of(checkpoint.parent.parent)
+    before = siblings[: siblings.index(checkpoint)] if checkpoint in siblings else []
+    instead = "restore it, or start a new run in another --run.dir"
+    if before:
+        instead = f"--run.resume {shlex.quote(str(before[-1]))} goes on from the one before it"
+    verify(checkpoint, rank, world_size, instead)
+    _check_state(checkpoint, instead)
 
 
 def _chosen(resume: str, run_dir: Path, found: list[Path]) -> Path:
     """The checkpoint that `run.resume` names, or the newest of a run that it names.
 
     Raises:
-        UserError: There is none, or `run_dir` has checkpoints (`found`) of another run than that one.
+        UserError: There is none, or `run_dir` has checkpoints (`found`), and it is none of them.
     """
     # unlike Path.is_dir(), it takes a name that is too long for one that is missing
     if not os.path.isdir(resume):
+        problem = "is a file" if os.path.isfile(resume) else "does not exist"
         raise UserError(
-            f"checkpoint {resume!r} does not exist: --run.resume is auto, never, or the folder of a checkpoint, such as "
+            f"checkpoint {resume!r} {problem}: --run.resume is auto, never, or the folder of a checkpoint, such as "
             f"{run_dir / 'checkpoints' / 'stepNNNNNNNN'}."
         )
     chosen = resolve_checkpoint(Path(resume))
-    if found and chosen.resolve().parent != (run_dir / "checkpoints").resolve():
+    # by its own name, which says which ones are later, and not by that of a link to it
+    for own in found:
+        if own.samefile(chosen):
+            return own
+    if found:
         raise UserError(
             f"--run.resume is {resume}, and {run_dir} holds checkpoints of its own, the last {found[-1].name}: choose another "
             "--run.dir, move them away, or go on from the last with --run.resume auto."
@@ -97,8 +116,6 @@ def leave_later(run_dir: Path, checkpoint: Path) -> str | None:
         OSError: One of them cannot be renamed; what has been renamed can still be resumed under its new name.
     """
     folder = run_dir / "checkpoints"
-    if checkpoint.resolve().parent != folder.resolve():
-        return None
     later = [path for path in checkpoints_of(run_dir) if path.name > checkpoint.name]
     if not later:
         return None
@@ -115,7 +132,7 @@ def leave_later(run_dir: Path, checkpoint: Path) -> str | None:
     )
 
 
-def _check_state(checkpoint: Path) -> None:
+def _check_state(checkpoint: Path, instead: str) -> None:
     """Checks what the manifest of a checkpoint cannot, which somebody may have written anew.
 
     Raises:
@@ -129,8 +146,7 @@ def _check_state(checkpoint: Path) -> None:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{checkpoint / 'state.json'} is damaged ({type(error).__name__}: {error}): move {checkpoint} away to go on from "
-            "the one before it."
+            f"{checkpoint / 'state.json'} is damaged ({type(error).__name__}: {error}); {instead}."
         ) from None
     for rank in range(ranks):
         if not shard_file(checkpoint, rank).is_file() and (checkpoint / ENGINE).is_file():

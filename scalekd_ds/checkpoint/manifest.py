@@ -33,20 +33,20 @@ def write_manifest(folder: Path) -> None:
         sync(directory)
 
 
-def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
+def verify(checkpoint: Path, rank: int = 0, world_size: int = 1, advice: str = "take another checkpoint") -> None:
     """Checks every file of a checkpoint against its manifest.
 
     Args:
         checkpoint: Folder of the checkpoint.
         rank: This rank. Each rank computes the SHA-256 of its share of the files, and checks the sizes of all.
         world_size: Number of ranks that share the work.
+        advice: What to do where it is damaged, for the message.
 
     Raises:
         UserError: A file is missing or damaged; the message names the first one and what to do.
     """
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {str(checkpoint)!r} does not exist.")
-    advice = f"move {checkpoint} away to go on from the one before it"
     for number, (name, (size, sha256)) in enumerate(sorted(_read_manifest(checkpoint / MANIFEST, advice).items())):
         path = checkpoint / name
         if not path.is_file():

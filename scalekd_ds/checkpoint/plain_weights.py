@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from scalekd_ds.checkpoint.layout import WEIGHTS, read_state, resolve_checkpoint
+from scalekd_ds.checkpoint.layout import WEIGHTS, of_checkpoint, read_state
 from scalekd_ds.checkpoint.manifest import verify
 from scalekd_ds.errors import UserError
 from scalekd_ds.files.durable import save_tensors, write_json, written_aside
@@ -40,7 +40,7 @@ def consolidate(checkpoint_dir: str | Path, weights: str | None = None) -> dict[
     Raises:
         UserError: There is no checkpoint, it is damaged, or it has no moving average.
     """
-    return read_weights(weights_file(resolve_checkpoint(Path(checkpoint_dir)), weights))
+    return of_checkpoint(Path(checkpoint_dir), lambda checkpoint: read_weights(weights_file(checkpoint, weights)))
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

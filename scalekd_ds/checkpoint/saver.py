@@ -19,7 +19,7 @@ from typing import Any
 from deepspeed import comm as dist
 from safetensors import SafetensorError
 
-from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
+from scalekd_ds.checkpoint.layout import LATEST, checkpoints_of, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.engine.host_copies import HostCopies
 from scalekd_ds.errors import UserError, problem_of
@@ -196,7 +196,8 @@ class Saver:
                     before.rename(final)
             raise
         if before is not None:
-            shutil.rmtree(before, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(before)
         # the checkpoint is whole from here on. Where its name cannot be noted, an older one is named, which is not deleted
         problem = _error_of(lambda: write_json(self._latest, {"checkpoint": final.name})) or _error_of(self._delete_old)
         if problem:
@@ -206,11 +207,12 @@ class Saver:
     def _delete_old(self) -> None:
         """Deletes the checkpoints that are no longer kept, and never the one that is named as the newest."""
         newest = read_latest(self._latest)
-        found = sorted(p for p in self.folder.glob("step*") if p.is_dir())
+        # what a user keeps beside them under a name of their own is none of the run's
+        found = checkpoints_of(self.folder.parent)
         best = sorted(found, key=_top1, reverse=True)[: self.keep_best]
         for old in found[: -self.keep_last]:
             if old.name != newest and (old not in best or _top1(old) < 0.0):
-                shutil.rmtree(_set_aside(old))
+                _remove(_set_aside(old))
 
 
 def _error_of(work: Callable[[], None]) -> str | None:
@@ -227,8 +229,14 @@ def _error_of(work: Callable[[], None]) -> str | None:
 def _set_aside(folder: Path) -> Path:
     """Renames a checkpoint that is to be deleted, so that a kill meanwhile leaves no incomplete one under a valid name."""
     doomed = folder.with_name(f".partial-old-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(doomed)
     return folder.rename(doomed)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a folder; of one that was moved elsewhere only the link that was left in its place."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
 def _top1(checkpoint: Path) -> float:
@@ -242,4 +250,4 @@ def _top1(checkpoint: Path) -> float:
 
 def _newest_name(folder: Path) -> str | None:
     """The name of the newest checkpoint in `folder`, or None."""
-    return max((p.name for p in folder.glob("step*")), default=None)
+    return max((p.name for p in checkpoints_of(folder.parent)), default=None)

@@ -224,6 +224,9 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
     _update_model_weights(engine)
     for name, value in saved["counters"].items():
         setattr(engine, name, value)
+    # a step begins here. DeepSpeed finds its end by the number of micro batches so far, of which there were others to a step
+    # at another micro batch or number of ranks
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if engine.lr_scheduler is not None:
         _restore_schedule(engine.lr_scheduler, _base_optimizer(engine).param_groups, saved["scheduler"])
     if hasattr(zero, "loss_scaler") and hasattr(zero.loss_scaler, "cur_scale"):

@@ -12,7 +12,9 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import socket
+import stat
 import sys
 import threading
 import time
@@ -97,8 +99,7 @@ class FolderLock:
                 owner = self._try()
             except OSError as error:
                 raise UserError(
-                    f"{self.key} is {str(self.path.parent)!r}, which cannot be locked ({error.strerror}): it must be a "
-                    "folder that this user may write to."
+                    f"{self.key} is {str(self.path.parent)!r}, which cannot be locked ({error.strerror}): {self._cure(error)}."
                 ) from None
             if owner is None:
                 break
@@ -146,6 +147,22 @@ class FolderLock:
         finally:
             if file is not None:
                 os.close(file)
+
+    def _cure(self, error: OSError) -> str:
+        """What to do about an error of `_try`."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "free its disk"
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return "it must be a folder that this user may write to"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{str(self.path)!r} is no file: remove it"
+        if found.st_uid != os.geteuid() and os.access(self.path.parent, os.W_OK):
+            return (
+                f"{str(self.path)!r} is of {_user(found.st_uid)}, who trains in it or did: remove it once no job does"
+            )
+        return "it must be a folder that this user may write to"
 
     def _is_dead(self, owner: dict[str, Any], locked: bool | None) -> bool:
         """Whether the owner that wrote the file is known to have ended; `locked`: flock gave it, None without flock."""
@@ -210,6 +227,13 @@ class FolderLock:
             if _is_file_at(file, self.path):
                 self.path.unlink()
         os.close(file)
+
+
+def _user(number: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(number).pw_name}"
+    except KeyError:
+        return f"the user of number {number}"
 
 
 def _is_file_at(file: int, path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError
@@ -29,12 +30,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix != ".safetensors":
         raise UserError(f"OUT is {str(args.out)!r}: it must end in .safetensors.")
 
-    from scalekd_ds.checkpoint.layout import resolve_checkpoint
+    from scalekd_ds.checkpoint.layout import of_checkpoint
     from scalekd_ds.checkpoint.plain_weights import read_weights, weights_file, write_student
     from scalekd_ds.models.card import read_card
 
-    file = weights_file(resolve_checkpoint(Path(args.checkpoint)), args.weights)
-    state, card = read_weights(file), read_card(file)
+    def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        file = weights_file(checkpoint, args.weights)
+        return read_weights(file), read_card(file)
+
+    state, card = of_checkpoint(Path(args.checkpoint), read)
     write_student(args.out, state, card)
     averaged = f" (average, decay {card['ema_decay']:g})" if card.get("ema_decay") else ""
     top1 = "not evaluated" if card["top1"] is None else f"top-1 {card['top1']:.2f}%"

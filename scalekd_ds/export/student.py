@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scalekd_ds.checkpoint.layout import read_state, resolve_checkpoint
+from scalekd_ds.checkpoint.layout import of_checkpoint, read_state
 from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.errors import UserError, cause_of
 from scalekd_ds.models.build import build_model
@@ -127,19 +127,25 @@ def load_student(source: str | Path, weights: str | None = None, with_preprocess
     """
     source = Path(source)
     if source.is_dir():
-        checkpoint = resolve_checkpoint(source)
-        file = weights_file(checkpoint, weights)
-        config = read_state(checkpoint).get("config")
-    elif source.suffix == ".safetensors":
+
+        def load(checkpoint: Path) -> LoadedStudent:
+            file = weights_file(checkpoint, weights)
+            return _load(file, read_state(checkpoint).get("config"), with_preprocessing)
+
+        return of_checkpoint(source, load)
+    if source.suffix == ".safetensors":
         if weights is not None:
             raise UserError(f"--weights is {weights!r}, but {source} holds one set of weights: leave it out.")
-        file, config = source, None
-    elif source.exists():
+        return _load(source, None, with_preprocessing)
+    if source.exists():
         raise UserError(
             f"{source} is no checkpoint: give a run's folder, a checkpoint's, or a consolidated .safetensors."
         )
-    else:
-        raise UserError(f"{str(source)!r} does not exist: give a run's folder, a checkpoint's, or a .safetensors.")
+    raise UserError(f"{str(source)!r} does not exist: give a run's folder, a checkpoint's, or a .safetensors.")
+
+
+def _load(file: Path, config: dict[str, Any] | None, with_preprocessing: bool) -> LoadedStudent:
+    """Loads the student of a consolidated file, and the configuration beside it where `config` is None."""
     card = read_card(file)
     for key in ("architecture", "num_classes", "image_size", "mean", "std"):
         if card.get(key) is None:

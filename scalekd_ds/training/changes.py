@@ -6,20 +6,26 @@ checkpoint cannot be continued so. What `config.json` records is what runs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shlex
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from scalekd_ds.checkpoint.layout import WEIGHTS
 from scalekd_ds.config import RunConfig
 from scalekd_ds.data.sources.source import Source
+from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.card import card_path
+from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.names import text_of
+from scalekd_ds.teacher import Teacher
 
 # fields that define what a checkpoint is of, and what to do instead
 REFUSED = {
@@ -74,13 +80,13 @@ def flat_fields(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: str) -> list[str]:
+def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: Path) -> list[str]:
     """One line for each field that has changed and matters.
 
     Args:
         before: `RunConfig.as_dict` of the run that wrote the checkpoint; fields that it lacks were added since.
         after: That of the run that goes on.
-        checkpoint: Name of the checkpoint, for messages.
+        checkpoint: Folder of the checkpoint, for messages.
 
     Raises:
         UserError: A field has changed that a checkpoint cannot be continued with.
@@ -90,14 +96,14 @@ def config_changes(before: dict[str, Any], after: dict[str, Any], checkpoint: st
     for name in changed:
         if name in REFUSED and not (name == "student" and _are_files(old[name], new[name])):
             raise UserError(
-                f"--{name} is {_shown(new[name])}, and was {_shown(old[name])} when {checkpoint} was written: "
+                f"--{name} is {_shown(new[name])}, and was {_shown(old[name])} when {checkpoint.name} was written: "
                 f"{REFUSED[name]}. Go on with the old value, or start a new run with --student_weights "
-                f"{checkpoint}/{WEIGHTS['student']}."
+                f"{shlex.quote(str(checkpoint / WEIGHTS['student']))}."
             )
     if bool(new["teacher"] == "none") != bool(old.get("teacher", new["teacher"]) == "none"):
         raise UserError(
-            f"--teacher is {new['teacher']}, and was {old['teacher']} when {checkpoint} was written: a run is distilled from "
-            "its first step to its last, or not at all. Go on with the old value, or start a new run."
+            f"--teacher is {new['teacher']}, and was {old['teacher']} when {checkpoint.name} was written: a run is "
+            "distilled from its first step to its last, or not at all. Go on with the old value, or start a new run."
         )
     lines = [
         f"{name} is {_shown(new[name])} from here on, and was {_shown(old[name])}"
@@ -113,7 +119,7 @@ def _are_files(*students: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) or value is None else str(value)
+    return json.dumps(value) if isinstance(value, dict | list) or value in (None, "") else str(value)
 
 
 def images_change(before: dict[str, Any] | None, now: dict[str, Any], key: str) -> str | None:
@@ -124,21 +130,69 @@ def images_change(before: dict[str, Any] | None, now: dict[str, Any], key: str) 
         now: What it gives now.
         key: Setting that names the images.
     """
-    if before is None or now == before:
+    # a checkpoint of an earlier release lacks what was added since
+    if before is None or all(now[name] == value for name, value in before.items()):
         return None
-    if now["count"] == before["count"]:
-        return f"{key} has as many images as when the checkpoint was written, but other ones or in another order"
-    return f"{key} has {now['count']:,} images from here on, and had {before['count']:,}; epochs are counted in the new number"
+    if now["count"] != before["count"]:
+        epochs = "; epochs are counted in the new number" if key == "data.train" else ""
+        return f"{key} has {now['count']:,} images from here on, and had {before['count']:,}{epochs}"
+    if now["digest"] != before["digest"]:
+        return (
+            f"{key} has as many images as when the checkpoint was written, but other ones, or under other names, with other "
+            "labels or in another order"
+        )
+    return f"{key} has images under the names of when the checkpoint was written, but the files hold other bytes"
 
 
 def images_record(source: Source) -> dict[str, Any]:
-    """The number of images, and a digest of their names below the source's root and their labels."""
+    """The number of images, a digest of their names below the source's root and their labels, and one of some files."""
     digest = hashlib.blake2b(source.labels.astype("<i8").tobytes(), digest_size=16)
     root = str(source.root)
     for first in range(0, len(source), 65536):
         names = (text_of(source.name(i).removeprefix(root)) for i in range(first, min(first + 65536, len(source))))
         digest.update("\0".join(names).encode(errors="surrogatepass"))
-    return {"count": len(source), "digest": digest.hexdigest()}
+    # a set that was resized or encoded anew in its place shows in any few of its files
+    files = hashlib.blake2b(digest_size=16)
+    for i in range(0, len(source), max(1, len(source) // 16)):
+        with contextlib.suppress(OSError):
+            files.update(source.read(i).tobytes())
+    return {"count": len(source), "digest": digest.hexdigest(), "files": files.hexdigest()}
+
+
+# settings that an accuracy depends on, beside the validation images and the models' means
+_MEASURED_WITH = ("data.image_size", "data.eval_resize", "data.interpolation", "teacher_image_size")
+
+
+def measured_on(cfg: RunConfig, val: dict[str, Any], inputs: dict[str, Any]) -> str:
+    """A digest of what accuracies are measured on: those of two digests cannot be compared.
+
+    Args:
+        cfg: The run.
+        val: `images_record` of the validation images.
+        inputs: `model_inputs` of the run.
+    """
+    fields = flat_fields(cfg.as_dict())
+    parts = [val, inputs, *(fields[name] for name in _MEASURED_WITH)]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def model_inputs(distiller: ScaleKD) -> dict[str, Any]:
+    """The mean and the deviation that the images of student and teacher are normalised with, as JSON has them."""
+    models = {"student": distiller.student, "teacher": distiller.teacher and distiller.teacher.model}
+    return {
+        name: dict(zip(("mean", "std"), map(list, normalisation_of(model)), strict=True))
+        for name, model in models.items()
+        if model is not None
+    }
+
+
+def input_changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """One line for each model whose images are normalised otherwise than before: its card has changed, or its library."""
+    return [
+        f"the {name}'s images are normalised with {_shown(now[name])} from here on, and were with {_shown(old)}"
+        for name, old in (before or {}).items()
+        if name in now and now[name] != old
+    ]
 
 
 def engine_changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
@@ -174,9 +228,9 @@ def version_changes(before: dict[str, str] | None) -> str | None:
     """Which packages have another version than when the checkpoint was written, in one line, or None."""
     now = package_versions()
     found = [
-        f"{name} {version} (was {before[name]})"
-        for name, version in now.items()
-        if before and before.get(name, version) != version
+        f"{name} {now[name]} (was {version})" if name in now else f"{name} is not installed (was {version})"
+        for name, version in (before or {}).items()
+        if now.get(name) != version
     ]
     return f"packages have changed since the checkpoint: {', '.join(found)}" if found else None
 
@@ -190,29 +244,40 @@ def classes_of(checkpoint: Path) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's parameters, of some thousands of values of each, which take milliseconds."""
+def weights_digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A digest of tensors, of some thousands of values of each, which take milliseconds."""
     digest = hashlib.blake2b(digest_size=16)
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1)
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 16384)].float().cpu().contiguous()
-        digest.update(str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
+        digest.update(str(tuple(tensor.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_teacher(before: str | None, now: str | None, old: dict[str, Any], cfg: RunConfig) -> None:
+def teacher_record(teacher: Teacher | None) -> dict[str, str | None]:
+    """Digests of a teacher's parameters, and of its statistics, which are BatchNorm's."""
+    if teacher is None:
+        return {"teacher_digest": None}
+    statistics = [value for name, value in teacher.model.state_dict().items() if name.endswith(("_mean", "_var"))]
+    return {
+        "teacher_digest": weights_digest(teacher.model.parameters()),
+        "teacher_statistics": weights_digest(statistics),
+    }
+
+
+def check_teacher(before: dict[str, Any], now: dict[str, str | None], old: dict[str, Any], cfg: RunConfig) -> None:
     """Refuses a teacher with other weights than that of the checkpoint, wherever its file lies.
 
     Args:
-        before: `weights_digest` of the teacher that the checkpoint was trained with, or None where it was not kept.
-        now: That of the run that goes on.
+        before: The state of the checkpoint, which may lack what was added since.
+        now: `teacher_record` of the run that goes on.
         old: `RunConfig.as_dict` of the run that wrote the checkpoint.
         cfg: The run that goes on.
 
     Raises:
         UserError: The two differ.
     """
-    if before is None or now is None or before == now:
+    if None in now.values() or all(before.get(name) in (None, digest) for name, digest in now.items()):
         return
     raise UserError(
         f"the teacher's weights are not those that the checkpoint was trained with (--teacher {cfg.teacher} "

@@ -60,6 +60,7 @@ class Run:
         joules_before: Energy of earlier starts in joules.
         picture_images: Validation images of the pictures, once they are read.
         logs_pictures: Whether TensorBoard is on, which takes pictures.
+        is_elsewhere: Whether the run goes on from a checkpoint that is none of its own folder's.
     """
 
     cfg: RunConfig
@@ -94,6 +95,7 @@ class Run:
     joules_before: float = 0.0
     picture_images: torch.Tensor | None = None
     logs_pictures: bool = False
+    is_elsewhere: bool = False
 
     @property
     def images(self) -> int:

@@ -21,11 +21,14 @@ def make_run_dir(run_dir: Path) -> Path:
     Raises:
         UserError: The folder cannot be made.
     """
-    if run_dir.is_symlink() and not run_dir.exists():
-        raise UserError(
-            f"run.dir is {str(run_dir)!r}, a link to {os.readlink(run_dir)!r}, which is not there: mount it, or correct "
-            "the link."
-        )
+    # a run would else find out at its first checkpoint
+    for folder, what in ((run_dir, "run.dir is"), (run_dir / "checkpoints", "the run's checkpoints go to")):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(
+                f"{what} {str(folder)!r}, a link to {os.readlink(folder)!r}, which is not there: mount it, or correct the link."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{what} {str(folder)!r}, which is no folder: move it away, or choose another run.dir.")
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         run_dir.mkdir(mode=0o700, exist_ok=True)
@@ -62,6 +65,14 @@ def write_config(run_dir: Path, cfg: RunConfig) -> None:
         raise UserError(
             f"run.dir is {str(run_dir)!r}, which cannot be written ({problem_of(error)}): free its disk, or name another."
         ) from None
+
+
+def set_results_aside(run_dir: Path) -> None:
+    """Keeps the results of an earlier end of a run that goes on under another name: they are not those of its config.json."""
+    results = run_dir / "results.json"
+    with contextlib.suppress(OSError):
+        if results.exists():
+            results.rename(run_dir / "results.before.json")
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ def accuracies(run: Run) -> dict[str, Any]:
         "ema_accuracy": run.ema_accuracy,
         "teacher_accuracy": run.teacher_accuracy,
         "best": run.best,
+        "measured_on": run.record.get("measured_on"),
     }
 
 

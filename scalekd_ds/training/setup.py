@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from scalekd_ds.build import build_distiller
-from scalekd_ds.checkpoint.layout import read_state
+from scalekd_ds.checkpoint.layout import checkpoints_of, read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later, load_checkpoint
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.cluster.heartbeat import Heartbeat
@@ -42,9 +42,12 @@ from scalekd_ds.training.changes import (
     engine_changes,
     images_change,
     images_record,
+    input_changes,
+    measured_on,
+    model_inputs,
     package_versions,
+    teacher_record,
     version_changes,
-    weights_digest,
 )
 from scalekd_ds.training.ema import slow_average_notice, start_ema
 from scalekd_ds.training.micro_batch import micro_batch_notice
@@ -69,7 +72,8 @@ def build(cfg: RunConfig) -> Run:
     monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
     resume_from = choose_checkpoint(run_dir, cfg.run.resume)
     state = read_state(resume_from) if resume_from else {}
-    for line in config_changes(state["config"], cfg.as_dict(), resume_from.name) if "config" in state else ():
+    is_elsewhere = resume_from is not None and resume_from not in checkpoints_of(run_dir)
+    for line in config_changes(state["config"], cfg.as_dict(), resume_from) if "config" in state else ():
         say(line)
     train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
     device = start_processes()
@@ -82,6 +86,11 @@ def build(cfg: RunConfig) -> Run:
     begun = dataclasses.replace(cfg, student_weights="none") if resume_from else cfg
     distiller = build_distiller(begun, len(train.classes), verbose=rank == 0, classes=train.classes)
     record = _record(cfg, distiller, ds_merged, train, val, state)
+    if state.get("measured_on", record["measured_on"]) != record["measured_on"]:
+        say(
+            "accuracies before were measured on other images, or otherwise: they are measured anew, and so is the best one"
+        )
+        state |= dict.fromkeys(("accuracy", "evaluated_step", "ema_accuracy", "teacher_accuracy", "best"))
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)
@@ -155,6 +164,7 @@ def build(cfg: RunConfig) -> Run:
         best=state.get("best"),
         seconds_before=state.get("seconds", 0.0),
         joules_before=state.get("joules") or 0.0,
+        is_elsewhere=is_elsewhere,
         logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
 
@@ -172,9 +182,12 @@ def _record(
     Raises:
         UserError: The teacher's weights are not those of the checkpoint.
     """
-    teacher = weights_digest(distiller.teacher.model) if distiller.teacher is not None else None
-    check_teacher(state.get("teacher_digest"), teacher, state.get("config", {}), cfg)
-    record: dict[str, Any] = {"teacher_digest": teacher, "packages": package_versions(), "ds_config": ds_merged}
+    record: dict[str, Any] = teacher_record(distiller.teacher)
+    check_teacher(state, record, state.get("config", {}), cfg)
+    inputs = model_inputs(distiller)
+    record |= {"inputs": inputs, "packages": package_versions(), "ds_config": ds_merged}
+    for line in input_changes(state.get("inputs"), inputs):
+        say(line)
     for line in engine_changes(state.get("ds_config"), ds_merged):
         say(line)
     say(version_changes(state.get("packages")))
@@ -182,7 +195,12 @@ def _record(
         for key, source in (("data.train", train), ("data.val", val)):
             record[key] = images_record(source)
             say(images_change(state.get(key), record[key], key))
-    return record
+        record["measured_on"] = measured_on(cfg, record["data.val"], inputs)
+    # all ranks evaluate, or none
+    shared = [record.get("measured_on")]
+    if dist.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(shared)
+    return record | {"measured_on": shared[0]}
 
 
 def prepare_teacher(

@@ -21,7 +21,7 @@ from scalekd_ds.files.durable import write_json
 from scalekd_ds.process import signals
 from scalekd_ds.training.report_card import report_card
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import check_apart, held_run_dir
+from scalekd_ds.training.run_dir import check_apart, held_run_dir, set_results_aside
 from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
 from scalekd_ds.training.step import train_step
@@ -88,6 +88,8 @@ def _train(run: Run) -> dict[str, Any]:
     cfg = run.cfg
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
     if dist.get_rank() == 0:
+        if run.step < last:
+            set_results_aside(Path(cfg.run.dir))
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
@@ -95,6 +97,9 @@ def _train(run: Run) -> dict[str, Any]:
     with run.heartbeat, run.preemption, Watch(run) as watch:
         try:
             try:
+                if run.is_elsewhere and run.step >= last:
+                    # no step will save one, without which the next start would begin anew
+                    begin_checkpoint(run, watch)
                 _loop(run, reporter, watch, last)
                 results = _finish(run, reporter, watch)
             except Preempted:

@@ -198,6 +198,22 @@ def test_a_folder_that_cannot_be_written_is_named():
             FolderLock(folder, "run.dir").acquire()
 
 
+def test_a_lock_of_another_user_is_not_taken_for_a_folder_that_cannot_be_written():
+    with as_nobody() as (folder, become):
+        (folder / NAME).touch(0o600)
+        folder.chmod(0o777)
+        become()
+        with pytest.raises(UserError, match=r"locked .Permission denied.: '.*lock' is of the user root, who trains"):
+            FolderLock(folder, "run.dir").acquire()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nowhere/x", path)])
+def test_what_is_no_file_in_the_place_of_the_lock_is_named(tmp_path, make):
+    make(tmp_path / NAME)
+    with pytest.raises(UserError, match=r"run.dir is .*, which cannot be locked .*: '.*lock' is no file: remove it"):
+        FolderLock(tmp_path, "run.dir").acquire()
+
+
 def take_turns(folder, inside, worst, turns):
     while turns.value < 20:
         lock = FolderLock(folder, "run.dir")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,16 +39,16 @@ def test_every_field_is_honoured_said_or_refused(name):
     place[key] = other(place[key])
     if name in REFUSED or name == "teacher":
         with pytest.raises(UserError, match=rf"--{name} is .*, and was .* when step8 was written.*start a new run"):
-            config_changes(before, after, "step8")
+            config_changes(before, after, Path("step8"))
         return
-    lines = config_changes(before, after, "step8")
+    lines = config_changes(before, after, Path("step8"))
     if name in SILENT:
         assert lines == []
     elif name in WITHOUT_EFFECT:
         assert lines == [f"{name} has no effect: {WITHOUT_EFFECT[name]}"]
     else:
         assert len(lines) == 1 and lines[0].startswith(f"{name} is ") and "\n" not in lines[0]
-    assert config_changes(before, before, "step8") == []
+    assert config_changes(before, before, Path("step8")) == []
 
 
 def test_the_rules_name_fields_that_exist():
@@ -57,7 +58,7 @@ def test_the_rules_name_fields_that_exist():
     after = json.loads(json.dumps(before))
     before["gone"] = 1
     del before["data"]["class_order"], before["loss"]
-    assert config_changes(before, after, "step8") == []
+    assert config_changes(before, after, Path("step8")) == []
 
 
 @pytest.mark.parametrize("batches", [(8, 16), (16, 8), (8, 24), (24, 8), (4, 6)])
@@ -237,6 +238,40 @@ def test_other_packages_are_said(stopped):
     write_manifest(checkpoint)
     done = go_on(stopped, "--run.stop_after", 10)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_step_has_all_its_micro_batches_where_it_had_others_before(stopped):
+    """DeepSpeed finds the end of a step by the number of all micro batches, which another start has not made in this size."""
+    for batch, micro, accumulation in ((24, 4, 6), (40, 8, 5)):
+        done = go_on(
+            stopped, "--global_batch_size", batch, "--micro_batch_size", micro, "--run.stop_after", 9 + (micro == 8)
+        )
+        assert done.returncode == 0, done.stderr
+        engine = json.loads((checkpoints_of(stopped / "run")[-1] / "engine.json").read_text())
+        assert engine["counters"]["micro_steps"] % accumulation == 0
+
+
+def test_accuracies_are_of_the_images_that_are_there(stopped):
+    """A run that is done is measured again where its validation set has changed, and not where it has not."""
+    kept = shutil.copytree(stopped / "data" / "val", stopped / "kept")
+    make_dataset(stopped / "more", train=1, val=30, classes=3, size=(32, 32))
+    shutil.rmtree(stopped / "data" / "val")
+    os.rename(stopped / "more" / "val", stopped / "data" / "val")
+    anew = "they are measured anew, and so is the best one"
+    for val, images, said in ((None, 30, True), (None, 30, False), (kept, 9, True)):
+        if val is not None:
+            shutil.rmtree(stopped / "data" / "val")
+            os.rename(val, stopped / "data" / "val")
+        done = go_on(stopped, "--run.stop_after", 8)
+        assert done.returncode == 0 and (anew in done.stdout) == said, done.stdout + done.stderr
+        assert ("data.val has 30 images from here on, and had 9" in done.stdout) == (images == 30)
+        results = json.loads((stopped / "run" / "results.json").read_text())
+        assert results["val_images"] == images and results["best"] == {"top1": results["top1"], "step": 8}
+    done = go_on(stopped, "--data.eval_resize", 40, "--run.stop_after", 9, "--schedule.epochs", 5)
+    assert done.returncode == 0 and anew in done.stdout, done.stdout + done.stderr
+    # what is left of the end before is not under the name of this one's
+    before = json.loads((stopped / "run" / "results.before.json").read_text())
+    assert (before["step"], json.loads((stopped / "run" / "results.json").read_text())["step"]) == (8, 9)
 
 
 def test_a_teacher_may_move_and_not_change(stopped):

@@ -10,9 +10,10 @@ from forking import forked
 from image_fixtures import make_dataset
 from launching import ROOT
 
-from scalekd_ds.checkpoint.layout import LATEST, read_latest, read_state
+from scalekd_ds.checkpoint.layout import LATEST, of_checkpoint, read_latest, read_state
 from scalekd_ds.checkpoint.load import choose_checkpoint, leave_later
 from scalekd_ds.checkpoint.manifest import write_manifest
+from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.config import DataConfig, RunConfig
 from scalekd_ds.config.run_dir import RunDirConfig
 from scalekd_ds.errors import UserError
@@ -64,7 +65,9 @@ def test_a_run_and_its_newest_checkpoint_are_the_same(place, named, monkeypatch)
 )
 def test_what_is_no_checkpoint_is_refused(place, named, monkeypatch):
     monkeypatch.chdir(place)
-    with pytest.raises(UserError, match=r"does not exist: --run.resume is auto, never, or|holds no checkpoint: give"):
+    with pytest.raises(
+        UserError, match=r"(does not exist|is a file): --run.resume is auto, never|holds no checkpoint: give"
+    ):
         choose_checkpoint(place / "run", named)
 
 
@@ -78,7 +81,7 @@ def test_a_run_is_not_mixed_up_with_another(place):
         assert choose_checkpoint(place / "new", str(checkpoint)) is not None
     # links lead to the same folder
     (place / "link").symlink_to(place / "run")
-    assert choose_checkpoint(place / "link", str(step(place, 2))) == step(place, 2)
+    assert choose_checkpoint(place / "link", str(step(place, 2))).resolve() == step(place, 2)
 
 
 def test_a_run_that_goes_back_does_not_lose_what_it_trains_from_there(place):
@@ -100,6 +103,68 @@ def test_a_run_that_goes_back_does_not_lose_what_it_trains_from_there(place):
     shutil.copytree(step(place, 4), step(place, 3 + 2))
     assert "as left-step00000004-2, left-step00000005 in" in leave_later(place / "run", step(place, 3))
     assert read_latest(place / "run" / LATEST) == "step00000003"
+    # beside others of the run, whose steps are of another history
+    with pytest.raises(UserError, match="holds checkpoints of its own, the last step00000003: choose another"):
+        choose_checkpoint(place / "run", str(left))
+
+
+@pytest.mark.parametrize("name", ["best", "run/checkpoints/best", "zz", "."])
+def test_a_checkpoint_has_its_own_name_by_whatever_path_it_is_given(place, name, monkeypatch):
+    """By its name others are later than it, and are left behind."""
+    monkeypatch.chdir(step(place, 2) if name == "." else place)
+    if name != ".":
+        (place / name).symlink_to(step(place, 2))
+    chosen = choose_checkpoint(place / "run", name)
+    assert chosen == step(place, 2)
+    assert "after step00000002 are left behind as left-step00000004 in" in leave_later(place / "run", chosen)
+    assert step(place, 2).is_dir() and read_latest(place / "run" / LATEST) == "step00000002"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing", "empty"])
+def test_what_is_said_of_a_damaged_checkpoint_works(place, damage):
+    file = step(place, 4) / "student.safetensors"
+    if damage == "empty":
+        step(place, 5).mkdir()
+    elif damage == "missing":
+        (step(place, 4) / "engine.json").unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"; --run.resume \S+ goes on from the one before it") as error:
+        choose_checkpoint(place / "run", "auto")
+    chosen = choose_checkpoint(place / "run", str(error.value).split("--run.resume ")[1].split()[0])
+    assert chosen == step(place, 4 if damage == "empty" else 2)
+    leave_later(place / "run", chosen)
+    assert choose_checkpoint(place / "run", "auto") == chosen
+    (chosen / "manifest.json").unlink()
+    if damage != "empty":
+        with pytest.raises(UserError, match="no finished checkpoint; restore it, or start a new run"):
+            choose_checkpoint(place / "run", "auto")
+
+
+def test_a_checkpoint_that_a_run_deletes_meanwhile_is_a_newer_one(place):
+    def use(checkpoint):
+        if checkpoint == step(place, 4):
+            step(place, 4).rename(step(place, 5))
+        return read_state(checkpoint)["step"], checkpoint.name
+
+    assert of_checkpoint(place / "run", use) == (4, "step00000005")
+    with pytest.raises(FileNotFoundError):
+        of_checkpoint(step(place, 4), use)
+
+
+def test_only_the_checkpoints_of_a_run_are_deleted(tmp_path):
+    folder = tmp_path / "checkpoints"
+    others = ["step00000001-good", "step00000001 (copy)", "steps", "left-step00000002"]
+    for name in [*others, "step00000002", "step00000003", "step00000004"]:
+        (folder / name).mkdir(parents=True)
+    # one was moved to another disk, which has it still
+    shutil.copytree(folder / "step00000002", tmp_path / "disk" / "kept")
+    (folder / "step00000001").symlink_to(tmp_path / "disk")
+    saver = Saver(tmp_path, 1, 0)
+    saver._delete_old()
+    saver.finish()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*others, "step00000004"])
+    assert (tmp_path / "disk" / "kept").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +213,7 @@ def test_a_state_that_somebody_has_written_is_said(place, content):
     (step(place, 4) / "evaluation.json").unlink()
     (step(place, 4) / "manifest.json").unlink()
     write_manifest(step(place, 4))
-    with pytest.raises(UserError, match=r"state.json is damaged .* move .*step00000004 away"):
+    with pytest.raises(UserError, match=r"state.json is damaged .*; --run.resume .*step00000002 goes on from the one"):
         choose_checkpoint(place / "run", "auto")
 
 
@@ -168,6 +233,15 @@ def test_a_folder_behind_a_link_that_leads_nowhere_is_named(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "good").symlink_to("real")
     assert make_run_dir(tmp_path / "good").is_dir()
+    # a whole run would else be trained before it is seen
+    (tmp_path / "real" / "checkpoints").symlink_to("/nowhere/scratch")
+    with pytest.raises(
+        UserError, match=r"checkpoints go to .*, a link to '/nowhere/scratch', which is not there: mount it"
+    ):
+        make_run_dir(tmp_path / "good")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run.dir is .*file', which is no folder: move it away"):
+        make_run_dir(tmp_path / "file")
 
 
 @pytest.mark.parametrize("where", ["train", "val", "train/run", "val/run", "link", "train/../val/x"])
@@ -182,6 +256,15 @@ def test_a_run_among_the_classes_is_refused(tmp_path, where, monkeypatch):
     for run_dir in (".", "run", "train/class_0/run", "nowhere/run"):
         check_apart(RunConfig(data=DataConfig(root=str(tmp_path)), run=RunDirConfig(dir=run_dir)))
     check_apart(RunConfig(data=DataConfig(train="hf:x", val="hf:y"), run=RunDirConfig(dir="run")))
+
+
+def test_a_run_that_ends_where_another_was_does_not_start_over(place):
+    """It trains no step, and has a checkpoint of its own all the same."""
+    for resume in (step(place, 4), "auto"):
+        done = forked(TRAIN, *command(place, "third", "--run.resume", resume, "--run.stop_after", 4))
+        assert done.returncode == 0 and f"resuming {place / 'third'} from step00000004" in done.stdout, done.stderr
+        found = read_state(place / "third" / "checkpoints" / "step00000004")
+        assert found["evaluated_step"] == 4 and found["accuracy"] == read_state(step(place, 4))["accuracy"]
 
 
 def test_what_a_run_began_with_is_not_needed_any_more(place):

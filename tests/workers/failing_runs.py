@@ -45,7 +45,8 @@ def left_in(run_dir: Path) -> dict[str, Any]:
     verify(newest)
     consolidate(newest)
     found["newest"] = newest.name
-    results = run_dir / "results.json"
+    # those of the end before are kept beside, while the run goes on
+    results = next(path for name in ("results", "results.before") if (path := run_dir / f"{name}.json").is_file())
     found["step"] = json.loads(results.read_text())["step"]
     return found
 
