@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
-# The op that DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
+# What DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 FASHION := /usr/share/datasets/fashion-mnist
@@ -71,7 +71,7 @@ $(STAMP): setup.py pyproject.toml
 .PHONY: $(VENV) venv
 $(VENV) venv: $(STAMP)
 
-# DeepSpeed compiles its CPU communication op at the first run, against Python's headers
+# DeepSpeed compiles its Adam for CPUs where a run offloads its optimizer, against Python's headers
 HAVE_COMPILER = { command -v $${CXX:-c++} && \
 	[ -f "$$($(BIN)/python -c 'import sysconfig as s; print(s.get_path("include"))')/Python.h" ]; } >/dev/null
 NO_COMPILER = { echo "error: DeepSpeed needs a C++ compiler and Python's headers (Debian: g++ python3-dev)" >&2; exit 1; }
@@ -134,7 +134,7 @@ endif
 		echo "mlxtend could not be installed"
 
 .PHONY: quickstart
-quickstart: $(STAMP) compiler fashion-mnist
+quickstart: $(STAMP) fashion-mnist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
 
 # eight minutes, on a GPU or on a CPU; results and charts in benchmarks/results
@@ -149,7 +149,7 @@ benchmark: $(STAMP)
 
 # in the background: it takes both cores of a small machine for half an hour
 .PHONY: ablation
-ablation: $(STAMP) compiler fashion-mnist
+ablation: $(STAMP) fashion-mnist
 	@mkdir -p runs/ablation
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"

@@ -49,7 +49,7 @@ setup(
         "psutil",
         # a GPU's energy; pure Python, silent where there is no driver
         "nvidia-ml-py; platform_system=='Linux'",
-        # DeepSpeed builds its CPU communication op with ninja at the first run
+        # DeepSpeed builds its Adam for CPUs with ninja, where a run offloads its optimizer
         "ninja",
         "numpy",
         "pillow",

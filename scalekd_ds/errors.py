@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import re
+import resource
 import socket
 import sys
 import tempfile
@@ -23,7 +24,7 @@ _TERMINAL_CODES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")
 _LONGEST_CAUSE = 300
 # what a user can do about an error of the system
 _CURES = {
-    errno.ENOSPC: "free space on the disk",
+    errno.ENOSPC: "free space on the disk, or inodes (`df -i`)",
     errno.EDQUOT: "the quota of its disk is used up: delete files, or ask for more",
     errno.EFBIG: "files may not grow so large here: raise `ulimit -f`, or use another disk",
     errno.EROFS: "its disk may only be read: name another folder",
@@ -87,6 +88,12 @@ def problem_of(error: OSError) -> str:
     return f"{text}: {os.fsdecode(name) if isinstance(name, bytes) else name}" if name is not None else text
 
 
+def cure_of(problem: str) -> str:
+    """What to do about a text of `problem_of`, or of a library that quotes the system, without a full stop."""
+    found = (cure for number, cure in _CURES.items() if os.strerror(number) in problem)
+    return next(found, "check the path and its disk")
+
+
 def explained(main: Callable[[], int | None]) -> int | None:
     """Runs `main`, and turns what the world outside of this package does to it into UserErrors.
 
@@ -105,10 +112,15 @@ def explained(main: Callable[[], int | None]) -> int | None:
     except OSError as error:
         if isinstance(error, _NO_FILE) or error.errno is None or error.errno < 0:
             raise
-        cure = _CURES.get(error.errno, "check the path and its disk")
-        raise UserError(f"{problem_of(error)}: {cure}.") from error
+        raise UserError(f"{problem_of(error)}: {_CURES.get(error.errno, cure_of(''))}.") from error
     except Exception as error:
         if _is_out_of_memory(error):
+            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+            if limit != resource.RLIM_INFINITY:
+                raise UserError(
+                    f"out of memory ({cause_of(error)}): `ulimit -v` allows {limit / 2**30:.1f} GiB of addresses, of which "
+                    "libraries take several times what they use: raise it, or set it to unlimited."
+                ) from error
             raise UserError(
                 f"out of memory ({cause_of(error)}): use smaller batches (--micro_batch_size) or images, a higher ZeRO "
                 "stage, or --run.teacher_placement sharded; `scalekd plan` says what fits."

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from scalekd_ds.checkpoint.layout import LATEST, checkpoints_of, read_latest, read_state
 from scalekd_ds.checkpoint.manifest import write_manifest
 from scalekd_ds.engine.host_copies import HostCopies
-from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.errors import UserError, cure_of, problem_of
 from scalekd_ds.files.durable import sync, write_json
 from scalekd_ds.models.card import EVALUATION
-from scalekd_ds.names import escape, one_line
+from scalekd_ds.names import one_line
 
 # limit on the time that the slowest rank writes; the heartbeat notices a rank that died long before
 _WRITE_TIMEOUT = timedelta(hours=2)
@@ -99,8 +99,8 @@ class Saver:
         if problem and dist.get_rank() == 0:
             kept = _newest_name(self.folder)
             before = f"{kept} is kept" if kept else "there is none before it"
-            message = f"checkpoint {final.name} could not be written ({problem}); {before}, and training goes on."
-            print(one_line(f"warning: {message} Free the disk of {escape(self.folder)}."), file=sys.stderr, flush=True)
+            message = f"checkpoint {final.name} could not be written ({problem}); {before}, and training goes on"
+            print(one_line(f"warning: {message}: {cure_of(problem)}."), file=sys.stderr, flush=True)
         return problem
 
     def note_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
@@ -122,11 +122,14 @@ class Saver:
                 self._delete_old()
 
         if problem := _error_of(note):
-            message = f"the accuracy could not be added to {checkpoint.name} ({problem}), and training goes on."
-            print(one_line(f"warning: {message} Free the disk of {escape(self.folder)}."), file=sys.stderr, flush=True)
+            message = f"the accuracy could not be added to {checkpoint.name} ({problem}), and training goes on"
+            print(one_line(f"warning: {message}: {cure_of(problem)}."), file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
+    def finish(self, shipped: Path | None = None) -> None:
         """Waits for the last checkpoint, and ends the thread.
+
+        Args:
+            shipped: The file of the run's student where that is written, for the message.
 
         Raises:
             UserError: The last checkpoint could not be written.
@@ -136,10 +139,11 @@ class Saver:
         self._pool.shutdown()
         if problem:
             kept = _newest_name(self.folder)
-            raise UserError(
-                f"the last checkpoint could not be written ({problem}): free the disk of {self.folder}, then go on "
-                f"{f'from {kept} with --run.resume auto' if kept else 'with a new run'}."
-            )
+            cure = cure_of(problem)
+            then = f"then go on from {kept} with --run.resume auto" if kept else "then start anew"
+            if shipped is not None:
+                cure = f"the student of the whole run is in {shipped}; only to train it further, {cure}"
+            raise UserError(f"the last checkpoint could not be written to {self.folder} ({problem}): {cure}, {then}.")
 
     def _save(
         self, number: int, partial: Path, final: Path, capture: Callable[[], Callable[[Path], None]]

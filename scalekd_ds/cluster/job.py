@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from scalekd_ds.process import signals
 
 # seconds for which processes that a dead launcher has left behind may save
 _LEFT_BEHIND_S = 600.0
+# seconds in which the job's processes end at a second Ctrl-C
+_AT_ONCE_S = 10.0
 
 
 class Job:
@@ -35,6 +38,7 @@ class Job:
 
     def __init__(self, command: list[str | Path], **more: Any) -> None:
         self.signal: int | None = None
+        self._presses = 0
         environment = {**(more.pop("env", None) or os.environ), STARTED_BY: identity()}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True, **more)
 
@@ -58,6 +62,12 @@ class Job:
     def pass_on(self, number: int, _: str) -> None:
         """Sends a signal to the ranks, or to the launcher where it has not started any here."""
         self.signal = self.signal or number
+        self._presses += number == signal.SIGINT
+        if self._presses == 2:
+            # a rank that is stopped, or in a library that keeps Python's lock, never hears of it
+            killing = threading.Timer(_AT_ONCE_S, lambda: self._send(self._members(), signal.SIGKILL))
+            killing.daemon = True
+            killing.start()
         members = self._members()
         ranks = [process for process in members if _is_rank(process)]
         if ranks:

@@ -129,7 +129,7 @@ def _not_met(why: str) -> str:
 
 def _wait_with_a_word(over: threading.Event) -> None:
     """Body of a thread: torch waits for minutes without a word, even for an address that leads nowhere."""
-    # on CPUs DeepSpeed compiles its communication op first, once, for a minute in which rank 0 has not opened the port yet
+    # DeepSpeed does other things first, in which rank 0 has not opened the port yet
     while _opens_the_port() and not _is_open_here():
         if over.wait(1.0):
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from contextlib import suppress
 from typing import Any
 
 import deepspeed
@@ -39,28 +38,17 @@ def start_processes() -> torch.device:
         check_meeting_place()
     if os.environ["LOCAL_RANK"] == "0":
         clear_build_locks()
+    # DeepSpeed's all-reduce through shared memory on CPUs, with which split models are served and nothing is trained. It would
+    # be compiled here, for a minute, and map 66 MB of /dev/shm a rank: where that is small the ranks crash or wait for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with meeting():
         deepspeed.init_distributed(verbose=False)
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
-        _unlink_shared_buffers()
         keep_freed_memory()
         return torch.device("cpu")
     accelerator.set_device(local_rank)
     return torch.device(accelerator.device_name(), local_rank)
-
-
-def _unlink_shared_buffers() -> None:
-    """Unlinks the shared memory of DeepSpeed's all-reduce on CPUs, which stays usable where it is mapped; collective.
-
-    DeepSpeed never unlinks it: each run would leave 66 MB per rank in memory until the machine reboots, and the next
-    run on the same port could read the state of the last one.
-    """
-    # after the barrier every rank has mapped the memory of all ranks
-    dist.barrier()
-    job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
-    with suppress(OSError):
-        os.unlink(f"/dev/shm/deepspeed_allreduce_buffer_{job}")
 
 
 def job_store() -> Any:

@@ -38,6 +38,11 @@ def written_aside(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.rename(path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            # that of a write names no file
+            error.filename = str(partial)
+        raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -163,6 +163,10 @@ def end_quietly(status: int) -> None:
 def finished() -> None:
     """From now on a signal does nothing, but for a second Ctrl-C: the work is done, and only the interpreter has to end."""
     _state.callback, _state.forwards = _ignore, False
+    for number in _state.caught:
+        if number != signal.SIGINT:
+            # Python's end puts the handlers back before all is freed, and SIGXCPU, for one, comes every second
+            signal.signal(number, signal.SIG_IGN)
 
 
 def end(number: int, more: str = "") -> NoReturn:

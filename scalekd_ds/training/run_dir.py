@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scalekd_ds.cluster.folder_lock import held
 from scalekd_ds.config import RunConfig
-from scalekd_ds.errors import UserError, problem_of
+from scalekd_ds.errors import UserError, cure_of, problem_of
 from scalekd_ds.files.durable import write_json
 
 
@@ -63,7 +63,7 @@ def write_config(run_dir: Path, cfg: RunConfig) -> None:
         write_json(make_run_dir(run_dir) / "config.json", cfg.as_dict())
     except OSError as error:
         raise UserError(
-            f"run.dir is {str(run_dir)!r}, which cannot be written ({problem_of(error)}): free its disk, or name another."
+            f"run.dir is {str(run_dir)!r}, which cannot be written ({problem_of(error)}): {cure_of(problem_of(error))}."
         ) from None
 
 
@@ -73,6 +73,29 @@ def set_results_aside(run_dir: Path) -> None:
     with contextlib.suppress(OSError):
         if results.exists():
             results.rename(run_dir / "results.before.json")
+
+
+def check_room(run_dir: Path, needed: int) -> None:
+    """Checks that what is trained can be saved: a run on a full disk would lose all of it, hours later.
+
+    Args:
+        run_dir: The run's folder.
+        needed: Bytes of a checkpoint and of the student's file, at least.
+
+    Raises:
+        UserError: The disk has less.
+    """
+    try:
+        disk = os.statvfs(run_dir)
+    except OSError:
+        return
+    free = disk.f_bavail * disk.f_frsize
+    # some file systems of networks and programs do not know their size
+    if disk.f_blocks and free < needed:
+        raise UserError(
+            f"run.dir is {str(run_dir)!r}, whose disk has {free / 2**20:,.1f} MiB free, and a checkpoint of this run takes "
+            f"{needed / 2**20:,.1f} MiB with its student: free space on it, or name another."
+        )
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ from scalekd_ds.training.micro_batch import micro_batch_notice
 from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
-from scalekd_ds.training.run_dir import write_config
+from scalekd_ds.training.run_dir import check_room, write_config
 from scalekd_ds.watching.continued_logs import continue_wandb
 from scalekd_ds.watching.monitor import Monitor
 
@@ -117,6 +117,7 @@ def build(cfg: RunConfig) -> Run:
     if rank == 0:
         say(slow_average_notice(cfg.ema.decay, total_steps))
         write_config(run_dir, cfg)
+        check_room(run_dir, _bytes_to_save(distiller, cfg, ema is not None))
         if resume_from:
             say(leave_later(run_dir, resume_from))
         if resume_from and state["world_size"] != world_size:
@@ -167,6 +168,15 @@ def build(cfg: RunConfig) -> Run:
         is_elsewhere=is_elsewhere,
         logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
+
+
+def _bytes_to_save(distiller: ScaleKD, cfg: RunConfig, averages: bool) -> int:
+    """Bytes of a checkpoint and of the student's file, without what is small."""
+    # ZeRO-3 leaves a rank a part of each parameter
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in distiller.parameters() if p.requires_grad}
+    states = 8 if cfg.optim.name != "sgd" else 4 if cfg.optim.momentum else 0
+    student = sum(sizes.get(p, 0) * p.element_size() for p in distiller.student.parameters())
+    return sum(n * (p.element_size() + states) for p, n in sizes.items()) + student * (3 if averages else 2)
 
 
 def _record(

@@ -15,7 +15,7 @@ from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, cure_of
 from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.files.durable import write_json
 from scalekd_ds.process import signals
@@ -104,7 +104,7 @@ def _train(run: Run) -> dict[str, Any]:
                 results = _finish(run, reporter, watch)
             except Preempted:
                 results = _stop(run, reporter)
-            run.saver.finish()
+            run.saver.finish(Path(cfg.run.dir) / "student.safetensors" if run.shipped_step == run.step else None)
         except UserError:
             raise
         # a collective with a lost rank fails with an error of the transport, which does not name the rank
@@ -228,7 +228,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         run.saver.finish()
         kept = run.saver.folder / f"step{run.step:08d}"
         raise UserError(
-            f"the results could not be written ({problem}): free the disk of {run_dir}. What was trained is in {kept}: "
+            f"the results could not be written ({problem}): {cure_of(problem)}. What was trained is in {kept}: "
             f"`scalekd consolidate {shlex.quote(str(kept))} OUT.safetensors` writes its weights anywhere, and --run.resume "
             "auto ends the run."
         )

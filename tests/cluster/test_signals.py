@@ -109,6 +109,15 @@ def test_a_signal_after_the_work_makes_no_failure_of_it(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGXCPU", "SIGHUP"])
+def test_a_signal_while_python_ends_makes_no_failure_of_it(tmp_path, name):
+    """SIGXCPU comes every second; Python has put the handlers back by the time it frees what is left."""
+    work = "\n    class A:\n        def __del__(self, send=os.kill, me=os.getpid(), number=signal.{}): send(me, number)"
+    work += "\n    globals()['left'] = A()"
+    done = command(tmp_path, work.format(name))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_forked_child_answers_for_itself(tmp_path):
     work = (
         "pid = os.fork()\n    if pid == 0: time.sleep(60)\n    time.sleep(0.5); os.kill(pid, signal.SIGTERM)\n"

@@ -13,6 +13,8 @@ from launching import LIMIT, ROOT, environment, free_port, wait_until
 from signalling import arguments
 
 from scalekd_ds.checkpoint.load import choose_checkpoint
+from scalekd_ds.cluster import job as job_module
+from scalekd_ds.cluster.job import Job
 
 TRAIN = ROOT / "launch" / "train.py"
 
@@ -97,6 +99,19 @@ def signalled(tmp_path, data, how: str, name: str, whom: str, presses: int = 1):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     return status, log.read_text(), run_dir
+
+
+def test_a_process_that_hears_no_signal_ends_at_the_second_ctrl_c(monkeypatch):
+    """As a rank that is stopped, or that waits in a library which keeps Python's lock."""
+    monkeypatch.setattr(job_module, "_AT_ONCE_S", 0.5)
+    deaf = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print('ready', flush=True); "
+    job = Job([sys.executable, "-c", deaf + "time.sleep(600)"], stdout=subprocess.PIPE, text=True)
+    assert job._process.stdout.readline() == "ready\n"
+    job.pass_on(signal.SIGINT, "")
+    time.sleep(0.8)
+    assert job._process.poll() is None
+    job.pass_on(signal.SIGINT, "")
+    assert job.wait() == -signal.SIGKILL
 
 
 LAUNCHED = [

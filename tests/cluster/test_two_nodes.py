@@ -47,7 +47,7 @@ def launch(cluster: Cluster, tmp_path: Path, script: Path, *args: str, timeout: 
         "GLOO_SOCKET_IFNAME": "eth0",
         "OMP_NUM_THREADS": THREADS,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        # both nodes must find the one communication op that DeepSpeed builds: it takes a minute to compile
+        # both nodes must find the operators that DeepSpeed builds: each takes a minute to compile
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", ""),
         "HF_HUB_OFFLINE": "1",
     }

@@ -1,14 +1,20 @@
 """Errors of others as one line: memory that runs out, and the cause below a library's heading."""
 
+import errno
+import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from launching import ROOT, environment
 
-from scalekd_ds.errors import UserError, cause_of, explained
+from scalekd_ds.errors import UserError, cause_of, cure_of, explained
+from scalekd_ds.files.durable import write_json
+from scalekd_ds.training.run_dir import check_room
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,33 @@ def test_memory_that_is_too_small_is_one_line(monkeypatch, work, rank):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"out of memory \(.*\): use smaller batches .--micro_batch_size.*scalekd plan"):
         explained(work)
+
+
+def test_a_limit_of_addresses_is_the_reason_and_not_the_batch(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4 * 2**30, resource.RLIM_INFINITY))
+    with pytest.raises(UserError, match=r"out of memory \(.*\): `ulimit -v` allows 4.0 GiB of addresses, .*: raise it"):
+        explained(lambda: bytearray(2**62))
+
+
+def test_the_cure_is_that_of_the_systems_error():
+    """Also where another library or another rank has made a text of it."""
+    for number, words in {errno.EROFS: "only be read", errno.EFBIG: "ulimit -f", errno.EDQUOT: "quota"}.items():
+        assert words in cure_of(f"I/O error: {os.strerror(number)} (os error {number})")
+    assert cure_of("unforeseen") == "check the path and its disk"
+
+
+def test_a_write_that_fails_names_its_file(tmp_path):
+    (tmp_path / ".x.json.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"No space left on device: .*x.json.partial: free space on the disk"):
+        explained(lambda: write_json(tmp_path / "x.json", {}))
+
+
+def test_a_disk_that_cannot_hold_a_checkpoint_is_refused(tmp_path):
+    check_room(tmp_path, 1)
+    # it does not know its size
+    check_room(Path("/proc"), 2**70)
+    with pytest.raises(UserError, match=r"MiB free, and a checkpoint of this run takes .* MiB with its student: free"):
+        check_room(tmp_path, 2**70)
 
 
 def test_the_cause_of_a_pipelines_error_is_what_follows_its_heading():
