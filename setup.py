@@ -51,6 +51,8 @@ setup(
         "nvidia-ml-py; platform_system=='Linux'",
         # DeepSpeed builds its Adam for CPUs with ninja, where a run offloads its optimizer
         "ninja",
+        # DeepSpeed's own reader of its configurations
+        "hjson",
         "numpy",
         "pillow",
     ],
