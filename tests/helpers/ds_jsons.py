@@ -88,6 +88,7 @@ BESIDE = {
     "gradient_predivide_factor": {f"{ZERO}.reduce_scatter": False},
     f"{OFFLOAD}.pin_memory": {f"{OFFLOAD}.device": "cpu"},
     f"{OFFLOAD}.ratio": {f"{OFFLOAD}.device": "cpu"},
+    f"{OFFLOAD}.super_offload": {f"{OFFLOAD}.device": "cpu"},
     f"{PARAM}.pin_memory": {f"{PARAM}.device": "cpu"},
     **{key: {"flops_profiler.enabled": True} for key in TRIED if key.startswith("flops_profiler.")},
 }
