@@ -34,6 +34,8 @@ def untimed(name: str) -> AbstractContextManager:
 class ScaleKD(nn.Module):
     """Distils a frozen teacher into a student (Fan et al., ScaleKD, NeurIPS 2024).
 
+    It is built on the student's device, to which a teacher from elsewhere is moved; `.to()` moves them all.
+
     Args:
         student: timm name, built model, or `Student`.
         teacher: timm name, consolidated .safetensors, built model, `Teacher`, or None for plain supervised training.
@@ -125,6 +127,8 @@ class ScaleKD(nn.Module):
         self.projectors = nn.ModuleDict()
         if features:
             self._build_projectors(teacher, {"s3": heads_s3, "s4": heads_s4}, softmax_scale, norm, projector)
+        # a student that is on a GPU already has all else beside it
+        self.to(next(self.student.parameters()).device)
         if verbose:
             print(self.pairing(), flush=True)
 
@@ -147,7 +151,8 @@ class ScaleKD(nn.Module):
         scale = shift = None
         if None not in statistics and statistics[:2] != statistics[2:]:
             s_mean, s_std, t_mean, t_std = (torch.tensor(v) for v in statistics)
-            scale, shift = (s_std / t_std)[:, None, None], ((s_mean - t_mean) / t_std)[:, None, None]
+            device = next(self.teacher.parameters()).device
+            scale, shift = (v[:, None, None].to(device) for v in (s_std / t_std, (s_mean - t_mean) / t_std))
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
 

@@ -22,8 +22,8 @@ def dct_matrix(size: int) -> torch.Tensor:
     return basis
 
 
-def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
-    """Mask (h, w) of the `cut` x `cut` lowest DCT frequencies, True where a frequency is dropped.
+def low_band(grid: tuple[int, int], cut: int) -> tuple[int, ...]:
+    """The numbers of the `cut` x `cut` lowest DCT frequencies, which are counted row by row of the grid (h, w).
 
     Raises:
         ValueError: A cut below 1, or above both sides of the grid.
@@ -31,9 +31,7 @@ def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
     h, w = grid
     if not 1 <= cut <= max(h, w):
         raise ValueError(f"cut is {cut}: it must be between 1 and {max(h, w)} on a {h}x{w} grid.")
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    mask[:cut, :cut] = True
-    return mask
+    return tuple(row * w + column for row in range(min(cut, h)) for column in range(min(cut, w)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,12 +59,16 @@ def frequency_filter(
     """
     if isinstance(cut, int) and cut == 1:
         return None
-    mask = low_band(grid, cut) if isinstance(cut, int) else cut
-    if tuple(mask.shape) != tuple(grid):
-        raise ValueError(f"cut has shape {tuple(mask.shape)}: a mask must have the grid's, {tuple(grid)}.")
-    dropped = tuple(mask.flatten().nonzero().flatten().tolist())
-    if not dropped or len(dropped) == mask.numel():
-        raise ValueError(f"cut drops {len(dropped)} of {mask.numel()} frequencies: it must drop some and keep some.")
+    if isinstance(cut, int):
+        dropped = low_band(grid, cut)
+    elif tuple(cut.shape) == tuple(grid):
+        dropped = tuple(cut.flatten().nonzero().flatten().tolist())
+    else:
+        raise ValueError(f"cut has shape {tuple(cut.shape)}: a mask must have the grid's, {tuple(grid)}.")
+    if not dropped or len(dropped) == grid[0] * grid[1]:
+        raise ValueError(
+            f"cut drops {len(dropped)} of {grid[0] * grid[1]} frequencies: it must drop some and keep some."
+        )
     return _dct_basis(tuple(grid), dropped, device, dtype)
 
 
