@@ -19,6 +19,7 @@ and what an operator of PyTorch does inside (a convolution's backward is one ope
 """
 
 from fake_cuda.count import Watch
+from fake_cuda.launches import run_own_operators
 from fake_cuda.runtime import available, environment, pretend, tensors
 
-__all__ = ["Watch", "available", "environment", "pretend", "tensors"]
+__all__ = ["Watch", "available", "environment", "pretend", "run_own_operators", "tensors"]

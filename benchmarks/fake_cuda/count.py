@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,6 +76,7 @@ class Watch(TorchDispatchMode):
         self._own, self._part = own, "else"
         self._pinned: weakref.WeakSet = weakref.WeakSet()
         self._launchers: dict[str, Callable[..., Any]] = {}
+        self._in_launcher = 0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -98,8 +99,16 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
         if name in self._launchers:
+            self._in_launcher += 1
+            try:
+                with self:
+                    return self._launchers[name](*args, **kwargs)
+            finally:
+                self._in_launcher -= 1
+        if self._in_launcher and name.startswith("aten::") and func._can_decompose():
+            # below autograd operators come as they were called, such as `item` and `to`
             with self:
-                return self._launchers[name](*args, **kwargs)
+                return func.decompose(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         devices = {t.device for t in inputs if t.dim() or t.device.type == "cuda"}
         on_gpu = any(device.type == "cuda" for device in devices)
@@ -107,8 +116,12 @@ class Watch(TorchDispatchMode):
             raise RuntimeError(f"{name} gets tensors of {sorted(map(str, devices))} at {self._place()}")
         if on_gpu and (name in _SYNC or str(func) in _SYNC or _has_mask(name, args)):
             self.syncs[f"{self._place()} {name}"] += 1
-        if name == "aten::_local_scalar_dense" and isinstance(inputs[0], FakeTensor) and _constant(inputs[0]) is None:
-            return {torch.bool: True}.get(inputs[0].dtype, 1.0 if inputs[0].is_floating_point() else 1)
+        if name == "aten::_local_scalar_dense":
+            try:
+                # a number that the host knows
+                return func(*args, **kwargs)
+            except DataDependentOutputException:
+                return {torch.bool: True}.get(inputs[0].dtype, 1.0 if inputs[0].is_floating_point() else 1)
         if name == "aten::index" and _has_mask(name, args):
             # as if every row were taken
             args = (args[0], [_all_rows(i) for i in args[1]])
@@ -166,11 +179,6 @@ class Watch(TorchDispatchMode):
 def _is_view(func: Any) -> bool:
     """Whether an operator returns a part of its input and writes nothing."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-
-
-def _constant(tensor: FakeTensor) -> torch.Tensor | None:
-    """The value of a small fake tensor of the CPU that was made from a number."""
-    return getattr(tensor, "constant", None)
 
 
 def _masks(name: str, args: Any) -> list[torch.Tensor]:

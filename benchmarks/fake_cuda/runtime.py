@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -97,7 +98,7 @@ def pretend() -> None:
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device="cuda": None,
-        "get_rng_state_all": lambda: [],
+        "get_rng_state_all": list,
         "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
     }
     for name, replacement in replaced.items():
@@ -110,6 +111,9 @@ def pretend() -> None:
     # newer ones draw until all values lie inside the bounds, which values that are not there never do
     torch.nn.init._no_grad_trunc_normal_ = lambda tensor, *_, **__: tensor
     torch.nn.Module._apply = _apply
+    # on a GPU many tensors share a kernel, which PyTorch offers to its own types alone
+    torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
+    sys.modules["torch.optim.optimizer"]._foreach_supported_types.append(fake_tensor.FakeTensor)
     # fake tensors would make a real context otherwise
     if hasattr(fake_tensor, "init_gpu_context"):
         fake_tensor.init_gpu_context = lambda device: None

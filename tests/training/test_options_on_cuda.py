@@ -1,0 +1,38 @@
+"""Every option of the method, and what else changes a step, on CUDA tensors without a GPU."""
+
+import dataclasses
+
+import pytest
+from cuda_cases import CASES, OPTIONS, OTHERS
+from pretending import run_cases, skip_reason
+from test_step_on_cuda import check_step
+
+from scalekd_ds.config import DistillConfig
+
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_cases([*OPTIONS, *OTHERS], tmp_path_factory.mktemp("pretending"))
+
+
+def test_every_option_is_tried_at_another_value_than_its_default():
+    tried = {name for case in OPTIONS.values() for name in case.options}
+    assert tried == {field.name for field in dataclasses.fields(DistillConfig)}
+    assert all(getattr(DistillConfig(), n) != v for case in OPTIONS.values() for n, v in case.options.items())
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
+def test_a_step_mixes_no_devices_and_waits_for_nothing(found, name):
+    check_step(found[name], CASES[name].accumulation)
+    assert found[name]["devices"] == [f"cuda:{CASES[name].device}"]
+
+
+@pytest.mark.parametrize("name", ["Triton's attention", "Triton's attention on the second GPU"])
+def test_triton_is_launched_where_the_table_says_so(found, name):
+    launched = found[name]["operations"]
+    assert launched["cap_forward_kernel"] == 2
+    assert launched["dual_view_sums_kernel"] == launched["dual_view_backward_kernel"] == 1
+    # the teacher's own alone
+    assert all(size != 48 // 4 for _, size, _ in found[name]["attention"])

@@ -1,0 +1,175 @@
+"""One step of the trainer on fake CUDA tensors, for each case that is named: prints what it asked of the GPU, as JSON.
+
+A process of `fake_cuda.environment`. The models, the losses, the optimizer, the average and the step are the trainer's own;
+DeepSpeed's engine, which would want a real device, is left out: this is what surrounds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import fake_cuda
+import torch
+from cuda_cases import CASES, Case
+
+from scalekd_ds import losses
+from scalekd_ds.build import build_distiller
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data.mix import Mixer
+from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.processes import start_processes
+from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
+from scalekd_ds.kernels.cross_attention import ops as attention
+from scalekd_ds.kernels.cross_attention import table
+from scalekd_ds.kernels.cross_attention import triton_kernels as attention_kernels
+from scalekd_ds.kernels.dual_view import ops as dual_view
+from scalekd_ds.kernels.dual_view import triton_kernels as dual_view_kernels
+from scalekd_ds.optim.optimizers import build_optimizer
+from scalekd_ds.training.ema import start_ema
+from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
+from scalekd_ds.training.step import train_step
+from scalekd_ds.watching.agreement import logit_agreement
+
+BATCH, CLASSES = 8, 1000
+
+
+class Engine:
+    """What the step asks of DeepSpeed's engine, without ZeRO."""
+
+    def __init__(self, module: ScaleKD, optimizer: Any, dtype: torch.dtype | None, accumulation: int) -> None:
+        self.module, self.optimizer, self.dtype, self.accumulation = module, optimizer, dtype, accumulation
+        self.device, self.micro = next(module.parameters()).device, 0
+
+    def __call__(self, *args: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast("cuda", self.dtype) if self.dtype else contextlib.nullcontext():
+            return self.module(*args)
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return (self.micro + 1) % self.accumulation == 0
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def was_step_applied(self) -> bool:
+        return not self.optimizer.overflow
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self) -> None:
+        if self.is_gradient_accumulation_boundary():
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.micro += 1
+
+
+def build(case: Case, device: torch.device) -> ScaleKD:
+    """The distiller of a case on the device, as the trainer builds and moves it, or as an own loop may."""
+    dtype = case.dtype and getattr(torch, case.dtype)
+    if not case.moved_first:
+        distiller = build_distiller(case.cfg, CLASSES, verbose=False)
+        if dtype is not None and distiller.teacher is not None:
+            distiller.teacher.lower_precision(dtype)
+        return distiller.to(device).train()
+    import timm
+
+    student, teacher = (timm.create_model(name, num_classes=CLASSES) for name in (case.cfg.student, case.cfg.teacher))
+    return ScaleKD(student.to(device), teacher.to(device), verbose=False).train()
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Counts a step, and an evaluation where the case has one."""
+    device = torch.device("cuda", case.device)
+    # tensors of the case before must not be met again
+    losses._dct_basis.cache_clear()
+    losses.dct_matrix.cache_clear()
+    dual_view._filter_cache.clear()
+    table.measured = lambda: _Everything(case.attention)
+    with fake_cuda.Watch():
+        distiller = build(case, device)
+        optimizer = build_optimizer(distiller, case.cfg.optim)
+        engine = Engine(distiller, optimizer, case.dtype and getattr(torch, case.dtype), case.accumulation)
+        skip_nonfinite(engine)
+        images = [torch.empty(BATCH, 3, *distiller.image_size, device=device) for _ in range(case.accumulation)]
+        labels = torch.empty(BATCH, dtype=torch.int64, device=device)
+        run = SimpleNamespace(
+            distiller=distiller,
+            engine=engine,
+            teacher=distiller.teacher,
+            mixer=Mixer(DataConfig(mixup=0.8, cutmix=1.0), CLASSES, BATCH, 0, 0) if case.mixes else None,
+            ema=start_ema(engine, 0.99, None),
+            saver=SimpleNamespace(wait_copied=lambda: None),
+            nonfinite=NonfiniteGuard(distiller, Path("unused"), 3),
+            step=0,
+            grad_norm=None,
+        )
+    answers: dict[str, torch.Tensor] = {}
+    for _ in range(case.steps):
+        watch = fake_cuda.Watch()
+        fake_cuda.run_own_operators(watch, dual_view, dual_view_kernels, "scalekd_ds::dual_view")
+        fake_cuda.run_own_operators(watch, attention, attention_kernels, "scalekd_ds::cap_attention")
+        distiller.time_part = watch.part
+        distiller.on_logits = lambda student, teacher: answers.update(student=student, teacher=teacher)
+        with watch:
+            found = train_step(run, iter([(i, None if case.unlabelled else labels) for i in images]))
+        run.step += 1
+    with fake_cuda.Watch() as evaluation:
+        batches = [(images[0], labels)] * (3 if case.evaluates else 0)
+        if batches:
+            evaluate_module(distiller.student, batches, device)
+        if batches and distiller.teacher is not None and distiller.teacher.num_classes:
+            evaluate(lambda batch: distiller.teacher_targets(batch).logits, batches, device)
+    with fake_cuda.Watch() as watched:
+        if answers:
+            logit_agreement(**{f"{who}_logits": logits for who, logits in answers.items()})
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    return {
+        "launches": watch.launches,
+        "operations": watch.operations,
+        "syncs": watch.syncs,
+        "copies": watch.copies,
+        "attention": [[*key, count] for key, count in watch.attention.items()],
+        "losses": {name: [str(loss.dtype), str(loss.device)] for name, loss in found.items()},
+        "devices": sorted({str(p.device) for p in trained}),
+        "evaluation": {"syncs": evaluation.syncs, "copies": evaluation.copies},
+        "watching": {"syncs": watched.syncs, "copies": watched.copies},
+    }
+
+
+class _Everything(dict):
+    """A table of attention kernels in which every shape was measured."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get(self, key: Any, default: Any = None) -> str:
+        return self.name
+
+
+def main() -> None:
+    start_processes()
+    fake_cuda.pretend()
+    with fake_cuda.tensors():
+        for name in sys.argv[1:]:
+            try:
+                found = run_case(CASES[name])
+            except Exception as error:
+                place = traceback.format_exc(limit=-6)
+                found = {"error": f"{type(error).__name__}: {error}", "traceback": place}
+            print(json.dumps({"case": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
