@@ -55,6 +55,9 @@ class EvalLoader(Loader):
         used.
     """
 
+    # accuracies are compared with those of other libraries; it costs time, which training has other uses for
+    _interpolate_colours = True
+
     def __init__(
         self,
         source: Source,

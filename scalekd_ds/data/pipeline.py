@@ -75,6 +75,8 @@ class Loader:
     _inputs: list[tuple[types.DALIDataType, int]]
     # whether the thread pool works on a batch after DALI, on the host and while the caller has the batch before it
     _postprocess_in_pool = False
+    # whether a GPU's decoder interpolates the colours of a JPEG, as libjpeg-turbo and so Pillow and the decoder of a CPU do
+    _interpolate_colours = False
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class Loader:
             "host_memory_padding": min(height * width * 4, _LARGEST_HOST_PADDING),
             "preallocate_height_hint": height,
             "preallocate_width_hint": width,
+            "jpeg_fancy_upsampling": self._interpolate_colours,
             **common,
         }
 
