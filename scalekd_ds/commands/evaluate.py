@@ -21,7 +21,7 @@ def parser() -> Parser:
     options.add_argument("--eval-resize", type=int, default=None, help="shorter side before the centre crop in pixels; "
                         "as in training if not given, in proportion at another size")  # fmt: skip
     options.add_argument("--batch-size", type=int, default=64)
-    options.add_argument("--threads", type=int, default=2, help="decoding threads")
+    options.add_argument("--threads", type=int, default=None, help="decoding threads; from the cores if not given")
     options.add_argument("--max-bad-share", type=float, default=0.001, metavar="X", help="share of the images that may be "
                         "left out because they cannot be used, rounded up to an image (0.001)")  # fmt: skip
     options.add_argument("--logits", type=Path, default=None, help="also write all logits to this .safetensors")
@@ -42,8 +42,9 @@ def _file_of_run(model: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.batch_size < 1 or args.threads < 1:
-        raise UserError(f"--batch-size is {args.batch_size} and --threads {args.threads}: both must be at least 1.")
+    for name, value in ("batch-size", args.batch_size), ("threads", args.threads):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be at least 1.")
     if not 0.0 <= args.max_bad_share <= 1.0:
         raise UserError(f"--max-bad-share is {args.max_bad_share:g}: it must be a share, 0 to 1.")
     for name in ("image_size", "eval_resize"):

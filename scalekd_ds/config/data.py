@@ -44,7 +44,8 @@ class DataConfig:
         eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and
             image_size itself below 64 pixels, where a margin would cost too much.
         eval_batch_size: Validation images in a forward pass on one rank.
-        threads: DALI's decoding threads on each rank.
+        threads: Threads of each rank that read, decode and augment; None takes the cores that the rank has on its node but
+            one, from 2 to 8, of which 4 decode beside a GPU. Batches do not depend on it.
         prefetch: Batches that DALI prepares ahead.
         keep_mb: A set of images below this many 2^20 bytes is read once and then stays in memory, on each rank.
         hw_decoder_load: Share of the JPEGs that a GPU's hardware decoder takes, where it has one.
@@ -79,7 +80,7 @@ class DataConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     eval_resize: int | None = None
     eval_batch_size: int = 64
-    threads: int = 2
+    threads: int | None = None
     prefetch: int = 2
     keep_mb: int = 512
     hw_decoder_load: float = 0.65
@@ -111,11 +112,11 @@ class DataConfig:
             require(value is None or value > 0, f"data.{name}", value, "positive")
         for name in ("eval_batch_size", "repeats", "threads", "prefetch"):
             value = getattr(self, name)
-            require(value > 0, f"data.{name}", value, "at least 1")
+            require(value is None or value > 0, f"data.{name}", value, "at least 1")
         for name, most in (("threads", 1024), ("prefetch", 100)):
             value = getattr(self, name)
             # each is a thread of the system or a batch in memory, which run out without an error that says so
-            require(value <= most, f"data.{name}", value, f"at most {most}")
+            require(value is None or value <= most, f"data.{name}", value, f"at most {most}")
         require(self.keep_mb >= 0, "data.keep_mb", self.keep_mb, "not negative (0 keeps nothing)")
         for name in ("hw_decoder_load", "max_bad_share"):
             value = getattr(self, name)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.centre_crop import View, centre_view
-from scalekd_ds.data.pipeline import FILTERS, Loader
+from scalekd_ds.data.pipeline import FILTERS, Loader, Prepared
 from scalekd_ds.data.reader import BadImageError, StorageGoneError
 from scalekd_ds.data.sampler import eval_shard
 from scalekd_ds.data.sources.source import Source
@@ -55,6 +55,9 @@ class EvalLoader(Loader):
         used.
     """
 
+    # accuracies are compared with those of other libraries; it costs time, which training has other uses for
+    _interpolate_colours = True
+
     def __init__(
         self,
         source: Source,
@@ -67,7 +70,7 @@ class EvalLoader(Loader):
         std: Sequence[float],
     ) -> None:
         super().__init__(source, cfg, batch_size, device, mean, std)
-        self._inputs = [(types.UINT8, 1), (types.INT64, 0), *[(types.FLOAT, 1)] * 3, (types.INT32, 1)]
+        self._inputs = [(types.UINT8, 1), *[(types.FLOAT, 1)] * 3, (types.INT32, 1)]
         self.shard = eval_shard(len(source), rank, world_size, batch_size)
         self.left_out: dict[int, str] = {}
         self.storage_gone: str | None = None
@@ -79,7 +82,7 @@ class EvalLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(0, len(self.shard))
 
-    def _graph(self, encoded, labels, starts, ends, sizes, anchors):
+    def _graph(self, encoded, starts, ends, sizes, anchors):
         side = self.cfg.image_size
         images = fn.resize(
             fn.decoders.image(encoded, **self._decoder()),
@@ -90,22 +93,23 @@ class EvalLoader(Loader):
             antialias=True,
             subpixel_scale=False,
         )
-        return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW")), labels
+        return self._normalised(fn.slice(images, start=anchors, shape=[side, side], axis_names="HW"))
 
-    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], None]:
+    def _prepare_batch(self, number: int) -> Prepared:
         side, labels, encoded, views = self.cfg.image_size, [], [], []
         for index in self.shard[number].tolist():
             image = self._read(index)
             if image is None:
-                labels.append(np.int64(FILLER if index < 0 else LEFT_OUT))
+                labels.append(FILLER if index < 0 else LEFT_OUT)
                 image = self._black, centre_view(side, side, side, side)
             else:
-                labels.append(self.source.labels[index])
+                labels.append(int(self.source.labels[index]))
             encoded.append(image[0])
             views.append(image[1])
         starts, ends, sizes, anchors = (list(map(np.array, each)) for each in zip(*views, strict=True))
         floats = [[each.astype(np.float32) for each in listed] for listed in (starts, ends, sizes)]
-        return self.shard[number], [encoded, labels, *floats, [each.astype(np.int32) for each in anchors]], None
+        inputs = [encoded, *floats, [each.astype(np.int32) for each in anchors]]
+        return Prepared(self.shard[number], inputs, self._pinned(torch.tensor(labels)))
 
     def _read(self, index: int) -> tuple[np.ndarray, View] | None:
         """The encoded bytes of an image, and what is seen of it; None for filler and without an image.

@@ -3,6 +3,9 @@
 DALI holds no random state. The sampler gives the order and `augment` the crops and flips, and DALI gets them as inputs
 beside the encoded bytes. A run therefore resumes exactly at any step on any number of ranks, with no state of DALI in
 the checkpoint. The threads read and draw ahead of DALI, which decodes ahead of the caller.
+
+Labels and all else that is known on the host pass DALI by. On a GPU they go there from pinned memory, by copies that wait
+neither for the steps before nor for each other.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from nvidia.dali import Pipeline, fn, types
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data.reader import Reader, find_undecodable
 from scalekd_ds.data.sources.source import Source
+from scalekd_ds.data.threads import decoder_threads, pool_threads
 
 # bytes that are enough for every image of ImageNet-1K, from NVIDIA's training examples
 _LARGEST_DEVICE_PADDING, _LARGEST_HOST_PADDING = 211_025_920, 140_544_512
@@ -35,6 +39,22 @@ class UndecodableError(Exception):
     def __init__(self, indices: np.ndarray, cause: RuntimeError) -> None:
         super().__init__(str(cause))
         self.indices, self.cause = indices, cause
+
+
+class Prepared(NamedTuple):
+    """A batch that a thread of the pool has read and drawn.
+
+    Attributes:
+        indices: (B,) the samples.
+        inputs: Each input of the pipeline, as a list of B arrays.
+        labels: (B,) int64 on the host, pinned where the batches go to a GPU.
+        drawn: What `_postprocess` of the subclass needs.
+    """
+
+    indices: np.ndarray
+    inputs: list[list[np.ndarray]]
+    labels: torch.Tensor
+    drawn: Any = None
 
 
 class Loader:
@@ -53,8 +73,10 @@ class Loader:
     """
 
     _inputs: list[tuple[types.DALIDataType, int]]
-    # whether the thread pool works on a batch after DALI, while the caller has the batch before it
+    # whether the thread pool works on a batch after DALI, on the host and while the caller has the batch before it
     _postprocess_in_pool = False
+    # whether a GPU's decoder interpolates the colours of a JPEG, as libjpeg-turbo and so Pillow and the decoder of a CPU do
+    _interpolate_colours = False
 
     def __init__(
         self,
@@ -65,9 +87,13 @@ class Loader:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        self.source, self.cfg, self.device = source, cfg, device
-        self.batch_size, self.mean, self.std = batch_size, mean, std
         self._gpu = device.type == "cuda"
+        # DALI asks for a number, and the process's own GPU need not be the first
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if self._gpu and device.index is None else device
+        )
+        self.source, self.cfg = source, cfg
+        self.batch_size, self.mean, self.std = batch_size, mean, std
         self._reader = Reader(source, cfg.keep_mb * 2**20)
         self._read_again = False
         self._iterations: weakref.WeakSet[Generator] = weakref.WeakSet()
@@ -91,6 +117,7 @@ class Loader:
             "host_memory_padding": min(height * width * 4, _LARGEST_HOST_PADDING),
             "preallocate_height_hint": height,
             "preallocate_width_hint": width,
+            "jpeg_fancy_upsampling": self._interpolate_colours,
             **common,
         }
 
@@ -106,16 +133,18 @@ class Loader:
         )
 
     def _graph(self, *inputs):
-        """The nodes (images, labels) of the pipeline, from its inputs in the order of `_inputs`."""
+        """The node of the pipeline's images, from its inputs in the order of `_inputs`."""
         raise NotImplementedError
 
     def _build_pipeline(self, prepare: Callable[[], list[list[np.ndarray]]]) -> Pipeline:
         """A pipeline that calls `prepare` for the inputs of each batch."""
         pipeline = Pipeline(
             batch_size=self.batch_size,
-            num_threads=self.cfg.threads,
-            device_id=(self.device.index or 0) if self._gpu else None,
+            num_threads=decoder_threads(self.cfg, self._gpu),
+            device_id=self.device.index if self._gpu else None,
             prefetch_queue_depth=self.cfg.prefetch,
+            # outputs on the caller's stream, and copies from the GPU to the host within the graph, are this executor's
+            exec_dynamic=True,
             seed=0,
         )
         with pipeline:
@@ -125,18 +154,25 @@ class Loader:
                 dtype=[dtype for dtype, _ in self._inputs],
                 ndim=[ndim for _, ndim in self._inputs],
             )
-            pipeline.set_outputs(*self._graph(*inputs))
+            pipeline.set_outputs(self._graph(*inputs))
         pipeline.build()
         return pipeline
 
-    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], Any]:
-        """Reads batch `number` in a thread of the pool.
-
-        Returns:
-            (B,) indices of the samples; each input of the pipeline as a list of B arrays; and the argument `drawn` of
-            `_postprocess`.
-        """
+    def _prepare_batch(self, number: int) -> Prepared:
+        """Reads batch `number` and draws its augmentations, in a thread of the pool."""
         raise NotImplementedError
+
+    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
+        """Values on the host in memory from which a GPU copies them by itself; on a CPU they stay where they are."""
+        return values.pin_memory() if self._gpu else values
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of `_pinned` on the device, in the order of the caller's stream and without waiting for it.
+
+        The pinned memory may be let go of at once: PyTorch's allocator records an event of the stream that copies, and
+        hands the memory out again only after it.
+        """
+        return values.to(self.device, non_blocking=True)
 
     def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """`count` batches from number `first` on; None is without end."""
@@ -163,10 +199,12 @@ class Loader:
             UndecodableError: DALI failed on a sample.
         """
         reading: deque[Future] = deque()
-        decoding: deque[tuple[np.ndarray, Any]] = deque()
+        decoding: deque[Prepared] = deque()
         finish: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
         # the pool runs in parallel over images, so torch gets one thread in each of its threads
-        pool = ThreadPoolExecutor(self.cfg.threads, "read-images", initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(
+            pool_threads(self.cfg), "read-images", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
         def read_ahead() -> None:
             for number in itertools.islice(numbers, self.cfg.prefetch + 1 - len(reading)):
@@ -176,10 +214,10 @@ class Loader:
             read_ahead()
             if not reading:
                 raise StopIteration
-            indices, inputs, drawn = reading.popleft().result()
+            prepared = reading.popleft().result()
             read_ahead()
-            decoding.append((indices, drawn))
-            return inputs
+            decoding.append(prepared)
+            return prepared.inputs
 
         try:
             pipeline = self._build_pipeline(prepare)
@@ -188,13 +226,14 @@ class Loader:
                 finished = finish() if finish is not None else None
                 try:
                     # on the caller's stream, so that DALI reuses the memory of an output only after the copy in
-                    # `_tensor`
-                    images, labels = pipeline.run(torch.cuda.current_stream(self.device) if self._gpu else None)
+                    # `_tensor`; images on the host are waited for instead, and for no step of the caller's
+                    on_gpu = self._gpu and not self._postprocess_in_pool
+                    (images,) = pipeline.run(torch.cuda.current_stream(self.device) if on_gpu else None)
                 except StopIteration:
                     break
                 except RuntimeError as error:
-                    raise UndecodableError(np.concatenate([indices for indices, _ in decoding]), error) from None
-                finish = self._postprocess(pool, images, labels, decoding.popleft()[1])
+                    raise UndecodableError(np.concatenate([each.indices for each in decoding]), error) from None
+                finish = self._postprocess(pool, images, decoding.popleft())
                 if not self._postprocess_in_pool:
                     finished, finish = finish(), None
                 if finished is not None:
@@ -207,20 +246,19 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def _postprocess(
-        self, pool: ThreadPoolExecutor, images, labels, drawn
+        self, pool: ThreadPoolExecutor, images, prepared: Prepared
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Starts the work on a batch that follows DALI.
 
         Args:
             pool: Threads for the work.
-            images: DALI's first output.
-            labels: DALI's second output.
-            drawn: Third result of `_prepare_batch`.
+            images: DALI's output.
+            prepared: The batch as it went into DALI.
 
         Returns:
             A function that waits for the work and returns the batch (images, labels).
         """
-        batch = self._tensor(images), self._tensor(labels)
+        batch = self._tensor(images), self._sent(prepared.labels)
         return lambda: batch
 
     def _tensor(self, outputs) -> torch.Tensor:
@@ -239,8 +277,7 @@ class Loader:
         """
         bad = find_undecodable(self.source, indices)
         good = [index for index in indices if index not in bad]
-        device_id = (self.device.index or 0) if self._gpu else None
-        if not self._reader.take_refused(good, self._decoder(), device_id) and not bad:
+        if not self._reader.take_refused(good, self._decoder(), self.device.index if self._gpu else None) and not bad:
             if self._read_again:
                 raise error
             self._read_again = True

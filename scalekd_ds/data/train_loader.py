@@ -20,7 +20,8 @@ from nvidia.dali import fn, types
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
 from scalekd_ds.data.bad_files import BadFiles
-from scalekd_ds.data.pipeline import FILTERS, Loader
+from scalekd_ds.data.erasing import Boxes, ErasedBox, erase, pack_boxes
+from scalekd_ds.data.pipeline import FILTERS, Loader, Prepared
 from scalekd_ds.data.policy import Op, Policy, apply_ops, draw_erasing_box
 from scalekd_ds.data.reader import BadImageError
 from scalekd_ds.data.sampler import StreamSampler
@@ -33,19 +34,27 @@ _CHUNK = 4
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for a sample and applied after DALI.
+    """What is drawn for a sample and applied to its pixels after DALI.
 
     Attributes:
         flip: Whether to flip horizontally; read where the flip is not DALI's.
         ops: Operations of the policy.
-        box: (y, x, h, w) of the box that is erased, in pixels, or None.
-        noise: (3, h, w) float32 that fills the box; None fills it with 0, the mean colour.
     """
 
     flip: bool
     ops: list[Op]
-    box: tuple[int, int, int, int] | None
-    noise: np.ndarray | None
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a batch and applied after DALI.
+
+    Attributes:
+        augmentations: One of each sample; empty where none is applied.
+        boxes: The boxes that are erased, or None.
+    """
+
+    augmentations: list[Augmentation]
+    boxes: Boxes | None
 
 
 class TrainLoader(Loader):
@@ -91,10 +100,10 @@ class TrainLoader(Loader):
         # operations fill the pixels that they uncover with the mean colour
         self._fill = tuple(round(255 * m) for m in mean)
         # normalisation of a row of pixels with the channels innermost, as `pixels * scale - shift`
-        self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size)
-        self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size)
+        self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size).to(self.device)
+        self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size).to(self.device)
         self.bad_files = BadFiles(source, sampler.seed, cfg.max_bad_share)
-        self._inputs = [(types.UINT8, 1), (types.INT64, 0)]
+        self._inputs = [(types.UINT8, 1)]
         if not self._resize_on_host:
             self._inputs += [(types.INT32, 0)]
         if cfg.random_crop:
@@ -103,7 +112,7 @@ class TrainLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(self.start_step * self.sampler.accumulation, None)
 
-    def _graph(self, encoded, labels, *rest):
+    def _graph(self, encoded, *rest):
         size = self.cfg.image_size
         flips, crop = (None, rest) if self._resize_on_host else (rest[0], rest[1:])
         if crop:
@@ -111,7 +120,7 @@ class TrainLoader(Loader):
         else:
             images = fn.decoders.image(encoded, **self._decoder())
         if self._resize_on_host:
-            return images, labels
+            return images
         images = fn.resize(
             images,
             resize_x=size,
@@ -121,68 +130,76 @@ class TrainLoader(Loader):
             subpixel_scale=False,
         )
         if self.policy:
-            return fn.flip(images, horizontal=flips), labels
-        return self._normalised(images, mirror=flips), labels
+            # the policy is applied on the host; a copy within the graph waits for DALI alone, and for no training step
+            return fn.flip(images, horizontal=flips).cpu()
+        return self._normalised(images, mirror=flips)
 
-    def _prepare_batch(self, number: int) -> tuple[np.ndarray, list[list[np.ndarray]], list[Augmentation]]:
+    def _prepare_batch(self, number: int) -> Prepared:
         sampler, cfg = self.sampler, self.cfg
         ordered, epochs = sampler.indices(*divmod(number, sampler.accumulation))
         samples = [self._read_or_replace(i, epoch) for i, epoch in zip(ordered.tolist(), epochs.tolist(), strict=True)]
         indices = np.array([index for index, _, _ in samples])
-        encoded = [data for _, data, _ in samples]
         flips = augment.uniform(sampler.seed, epochs, indices, _FLIP_STREAM) < cfg.hflip
-        inputs = [encoded, list(self.source.labels[indices])]
+        inputs = [[data for _, data, _ in samples]]
         if not self._resize_on_host:
             inputs += [list(flips.astype(np.int32))]
-        drawn: list[Augmentation] = []
+        augmentations: list[Augmentation] = []
+        erased: list[ErasedBox | None] = []
         crops = np.empty((len(indices), 4), dtype=np.int64)
         if cfg.random_crop or self.policy or cfg.random_erasing:
             for place, ((index, _, size), epoch) in enumerate(zip(samples, epochs.tolist(), strict=True)):
                 rng = augment.generator(sampler.seed, epoch, index)
                 if cfg.random_crop:
                     crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
-                drawn.append(self._draw_augmentation(rng, bool(flips[place])))
+                augmentations.append(Augmentation(bool(flips[place]), self.policy.draw(rng) if self.policy else []))
+                erased.append(self._draw_box(rng))
         if cfg.random_crop:
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
-        return indices, inputs, drawn
+        boxes = pack_boxes(erased, self._pinned)
+        labels = self._pinned(torch.from_numpy(self.source.labels[indices]))
+        return Prepared(indices, inputs, labels, Drawn(augmentations, boxes))
 
-    def _draw_augmentation(self, rng: np.random.Generator, flip: bool) -> Augmentation:
-        """Draws the policy's operations and the box to erase, in this order."""
-        ops = self.policy.draw(rng) if self.policy else []
+    def _draw_box(self, rng: np.random.Generator) -> ErasedBox | None:
+        """Draws the box to erase and what fills it; the last draw of a sample."""
         box = draw_erasing_box(rng, self.cfg.image_size, self.cfg.random_erasing) if self.cfg.random_erasing else None
         if box is None:
-            return Augmentation(flip, ops, None, None)
+            return None
         noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
-        return Augmentation(flip, ops, box, noise)
+        return ErasedBox(box, noise)
 
-    def _postprocess(self, pool: ThreadPoolExecutor, images, labels, drawn: list[Augmentation]):
-        labels = self._tensor(labels)
+    def _postprocess(self, pool: ThreadPoolExecutor, images, prepared: Prepared):
+        augmentations, size = prepared.drawn.augmentations, self.cfg.image_size
         if not self._postprocess_in_pool:
-            images = self._erase(self._tensor(images), drawn)
-            return lambda: (images, labels)
-        size = self.cfg.image_size
+            batch = self._finished(self._tensor(images), prepared)
+            return lambda: batch
+        pixels = [np.asarray(image) for image in images]
         if self._gpu:
-            # pinned, so that the copy back to the GPU does not wait for the steps before it
-            out = torch.empty(len(drawn), size, size, 3, dtype=torch.uint8, pin_memory=True)
-            pixels = out.numpy()
-            pixels[:] = images.as_cpu().as_array()
-            work = self._submit_in_chunks(pool, self._apply_policy, pixels, drawn)
+            out = torch.empty(len(pixels), size, size, 3, dtype=torch.uint8, pin_memory=True)
+            work = self._submit_in_chunks(pool, self._apply_policy, pixels, augmentations, out.numpy())
         else:
-            pixels, out = [np.asarray(image) for image in images], torch.empty(len(drawn), size, 3 * size)
-            work = self._submit_in_chunks(pool, self._resize_and_normalise, pixels, drawn, out)
+            out = torch.empty(len(pixels), size, 3 * size)
+            work = self._submit_in_chunks(pool, self._resize_and_normalise, pixels, augmentations, out)
 
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             for future in work:
                 future.result()
-            normalised = out
-            if self._gpu:
-                # copied as bytes, a quarter of what floats would take
-                rows = out.to(self.device, non_blocking=True).flatten(2).float()
-                normalised = rows.mul_(self._scale.to(self.device)).sub_(self._shift.to(self.device))
+            rows = self._normalised_on_gpu(out) if self._gpu else out
             # a channels-last view, the memory format of the student
-            return self._erase(normalised.unflatten(2, (size, 3)).permute(0, 3, 1, 2), drawn), labels
+            return self._finished(rows.unflatten(2, (size, 3)).permute(0, 3, 1, 2), prepared)
 
         return wait
+
+    def _normalised_on_gpu(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pinned pixels (B, S, S, 3) uint8 as normalised rows (B, S, 3S) float32 on the GPU."""
+        # copied as bytes, a quarter of what floats would take
+        return self._sent(pixels).flatten(2).float().mul_(self._scale).sub_(self._shift)
+
+    def _finished(self, images: torch.Tensor, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of normalised images (B, 3, S, S) on the device: boxes are erased in place, and the labels follow."""
+        boxes = prepared.drawn.boxes
+        if boxes is not None:
+            erase(images, boxes._make(None if part is None else self._sent(part) for part in boxes))
+        return images, self._sent(prepared.labels)
 
     @staticmethod
     def _submit_in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
@@ -194,10 +211,9 @@ class TrainLoader(Loader):
 
         return [pool.submit(run_chunk, first) for first in range(0, len(drawn), _CHUNK)]
 
-    def _apply_policy(self, place: int, pixels: np.ndarray, drawn: Augmentation) -> None:
-        """Applies the drawn operations to (S, S, 3) uint8, in place."""
-        if drawn.ops:
-            pixels[:] = apply_ops(pixels, drawn.ops, self._fill)
+    def _apply_policy(self, place: int, pixels: np.ndarray, drawn: Augmentation, out: np.ndarray) -> None:
+        """Applies the drawn operations to (S, S, 3) uint8, and writes the result to `out[place]`."""
+        out[place] = apply_ops(pixels, drawn.ops, self._fill) if drawn.ops else pixels
 
     def _resize_and_normalise(self, place: int, pixels: np.ndarray, drawn: Augmentation, out: torch.Tensor) -> None:
         """Applies all that follows decoding to (h, w, 3) uint8, and writes the result to `out[place]`, (S, 3S) float32.
@@ -216,14 +232,6 @@ class TrainLoader(Loader):
         if drawn.ops:
             image = torch.from_numpy(apply_ops(image.numpy(), drawn.ops, self._fill))
         out[place].copy_(image.flatten(1)).mul_(self._scale).sub_(self._shift)
-
-    def _erase(self, images: torch.Tensor, drawn: list[Augmentation]) -> torch.Tensor:
-        """Fills the drawn boxes of normalised images (B, 3, S, S), in place."""
-        for image, (*_, box, noise) in zip(images, drawn, strict=False):
-            if box is not None:
-                y, x, h, w = box
-                image[:, y : y + h, x : x + w] = 0.0 if noise is None else torch.from_numpy(noise).to(images.device)
-        return images
 
     def _read_or_replace(self, index: int, epoch: int) -> tuple[int, np.ndarray, tuple[int, int] | None]:
         """The index of a sample or its replacement, its encoded bytes, and (height, width) where a crop needs them."""

@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from torch import nn
 
 from scalekd_ds.data.eval_loader import LEFT_OUT
+from scalekd_ds.evaluation.precision import without_tf32
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -23,9 +24,9 @@ def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         (4,) float64: number of images, of those correct at top-1, of those correct at top-5, and of images that cannot be
         used.
     """
-    real = labels >= 0
-    top = logits[real].topk(min(5, logits.shape[1]), dim=1).indices == labels[real, None]
-    counts = [real.sum(), top[:, 0].sum(), top.any(1).sum(), (labels == LEFT_OUT).sum()]
+    # no rows are selected, since the host would wait for their number: a negative label is no class that is predicted
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    counts = [(labels >= 0).sum(), top[:, 0].sum(), top.any(1).sum(), (labels == LEFT_OUT).sum()]
     return torch.stack([c.to(torch.float64) for c in counts])
 
 
@@ -34,6 +35,9 @@ def evaluate(
     predict: Callable[[torch.Tensor], torch.Tensor], batches: Iterable, device: torch.device
 ) -> dict[str, float]:
     """Accuracy over the batches of all ranks; collective where a process group is initialised.
+
+    On a GPU float32 is float32, without the TF32 of PyTorch's convolutions: a number that is published should not depend on
+    it. The host waits for the GPU at the end alone.
 
     Args:
         predict: Function from images (B, 3, H, W) to logits (B, K).
@@ -45,8 +49,9 @@ def evaluate(
         `left_out`, the number of those that cannot be used, which `check_left_out` judges.
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        counts += count_correct(predict(images), labels)
+    with without_tf32():
+        for images, labels in batches:
+            counts += count_correct(predict(images), labels)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
     total, top1, top5, left_out = counts.tolist()

@@ -32,13 +32,13 @@ def evaluate_model(
     weights: str = "pretrained",
     image_size: int | None = None,
     batch_size: int = 64,
-    threads: int = 2,
+    threads: int | None = None,
     logits_file: Path | None = None,
     eval_resize: int | None = None,
     allow_missing_classes: bool = False,
     max_bad_share: float = DataConfig.max_bad_share,
 ) -> dict[str, float]:
-    """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32.
+    """Measures top-1 and top-5 of a file of plain weights or of a timm model, in float32 without TF32.
 
     Args:
         name: Path of a .safetensors file with its card, or name of a timm model.
@@ -46,7 +46,7 @@ def evaluate_model(
         weights: Weights of a timm model: `pretrained`, `none` or a .safetensors file.
         image_size: Height and width of the images in pixels; None takes the model's own.
         batch_size: Images in a forward pass.
-        threads: Decoding threads.
+        threads: Decoding threads; None takes them from the cores.
         logits_file: File to which `logits` (n, K) and `labels` (n,) are written, in the order of the sorted images;
             None writes none.
         eval_resize: Shorter side before the centre crop in pixels; None takes that of training, in proportion where the

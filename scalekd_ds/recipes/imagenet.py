@@ -286,7 +286,6 @@ def _run_config(name: str, pair: Pair) -> RunConfig:
             mixup=pair.mixup,
             cutmix=pair.cutmix,
             interpolation="bicubic" if strategy.policy else "bilinear",
-            threads=4,
         ),
         optim=replace(strategy.optim, **pair.optim),
         ema=EmaConfig(pair.ema, pair.ema_evaluate),

@@ -46,7 +46,7 @@ def attention_maps(
         query = projector.query.weight[None]
     if query is None:
         raise ValueError("query is missing: this projector has no learned query.")
-    chosen_BQD = query[:, list(queries)]
+    chosen_BQD = query.index_select(1, torch.tensor(list(queries), device=query.device))
     q_BQNd = projector.q(F.relu(projector.query_mlp(chosen_BQD))).unflatten(-1, (projector.num_heads, -1))
     k_BSNd = projector.k(projector.keys(map_BCHW)).unflatten(-1, (projector.num_heads, -1))
     q_BQNd = q_BQNd.expand(map_BCHW.shape[0], -1, -1, -1)

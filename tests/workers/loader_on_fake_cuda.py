@@ -1,0 +1,98 @@
+"""What the torch half of the loaders, mixing and evaluation ask of a GPU, counted on tensors without values, as JSON.
+
+Arguments: the folder of the images, and sizes of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_cuda
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from scalekd_ds.config import DataConfig
+from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
+from scalekd_ds.data.mix import Mixer
+from scalekd_ds.data.sources.image_folder import index_folder
+from scalekd_ds.data.sources.source import Source
+from scalekd_ds.evaluation.accuracy import count_correct, evaluate
+from scalekd_ds.watching.agreement import logit_agreement
+
+GPU, SIDE = torch.device("cuda", 0), 32
+PIXELS = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.1])
+POLICY = {"auto_augment": "rand-m9-n2-mstd0.5"}
+TRAINING = {
+    "crop": {},
+    "noise": {"random_erasing": 1.0},
+    "zero": {"random_erasing": 1.0, "erasing_fill": "zero"},
+    "policy": POLICY,
+    "policy and noise": {**POLICY, "random_erasing": 1.0, "random_crop": False},
+}
+
+
+def of_dali(count: int, on_gpu: bool):
+    """What DALI would give: normalised pixels on the GPU, or 8-bit ones on the host."""
+    if on_gpu:
+        return SimpleNamespace(as_tensor=lambda: torch.empty(count, 3, SIDE, SIDE, device=GPU))
+    return [np.zeros((SIDE, SIDE, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def batch_of(loader, count: int):
+    with ThreadPoolExecutor(2) as pool:
+        prepared = loader._prepare_batch(0)
+        return loader._postprocess(pool, of_dali(count, not loader._postprocess_in_pool), prepared)()
+
+
+def watched(work) -> dict:
+    """Runs `work` and counts what it asks of the GPU."""
+    with fake_cuda.Watch() as watch:
+        result = work()
+    for each in result if isinstance(result, tuple) else ():
+        assert each.device == GPU, each.device
+    return {"launches": sum(watch.launches.values()), "syncs": dict(watch.syncs), "copies": dict(watch.copies)}
+
+
+def main(folder: str, sizes: list[int]) -> None:
+    fake_cuda.pretend()
+    # a stand-in for DALI's tensor is a tensor already, and pixels that a thread writes have no place in a fake one
+    torch.from_dlpack = lambda tensor: tensor
+    FakeTensor.numpy = lambda self: np.empty(self.shape, dtype=np.uint8)
+    source = index_folder(Path(folder), "data.train")
+    with fake_cuda.tensors(allow_real=True):
+        print(json.dumps({size: counted(source, size) for size in sizes}))
+
+
+def counted(source: Source, count: int) -> dict[str, dict]:
+    """What is done -> its launches, host syncs and copies, with batches of `count` images."""
+    found = {}
+    for name, options in TRAINING.items():
+        cfg = DataConfig(image_size=SIDE, **options)
+        loader = TrainLoader(source, cfg, StreamSampler(len(source), 0, count, count, 0, 1), GPU, *PIXELS)
+        found[name] = watched(lambda loader=loader: batch_of(loader, count))
+    loader = EvalLoader(source, DataConfig(image_size=SIDE), count, 0, 1, GPU, *PIXELS)
+    found["evaluation"] = watched(lambda: batch_of(loader, count))
+    # what the counts would be of memory that is not pinned
+    loader._pinned = lambda values: values
+    found["pageable"] = watched(lambda: batch_of(loader, count))
+
+    images, labels = torch.empty(count, 3, SIDE, SIDE, device=GPU), torch.empty(count, dtype=torch.int64, device=GPU)
+    logits = torch.empty(count, 10, device=GPU)
+    for options in ({"mixup": 0.8}, {"cutmix": 1.0}):
+        mixer = Mixer(DataConfig(**options), 10, count, 0, 0)
+        found[f"mix {options}"] = watched(lambda mixer=mixer: mixer(images, labels, 3, 0))
+    found["count_correct"] = watched(lambda: count_correct(logits, labels))
+    found["agreement"] = watched(lambda: tuple(logit_agreement(logits, logits).values()))
+    for batches in (1, 5):
+        given = [(images, labels)] * batches
+        found[f"evaluate {batches}"] = watched(lambda given=given: evaluate(lambda _: logits, given, GPU))
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(size) for size in sys.argv[2:]])
