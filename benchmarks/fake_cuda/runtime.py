@@ -97,7 +97,7 @@ def pretend() -> None:
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device="cuda": None,
-        "get_rng_state_all": list,
+        "get_rng_state_all": lambda: [],
         "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
     }
     for name, replacement in replaced.items():

@@ -27,8 +27,9 @@ def missing(needs: Iterable[str], dry: bool) -> list[str]:
             if not (dry or torch.cuda.is_available()):
                 lines.append("no CUDA device here: --dry-run walks the parts without one")
         elif not _is_there(need):
+            pack = f"pack_wheels.py pack {_PACKAGES.get(need, need)}"
             lines.append(
-                f"{need} is not installed: lay the pieces of `pack_wheels.py pack {_PACKAGES[need]}` beside the repository, "
-                "run `python benchmarks/pack_wheels.py join PIECES --into DIR`, and set PYTHONPATH=DIR"
+                f"{need} is not installed: lay the pieces of `{pack}` beside the repository, run `python "
+                "benchmarks/pack_wheels.py join PIECES --into DIR`, and set PYTHONPATH=DIR"
             )
     return lines
