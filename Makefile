@@ -36,7 +36,7 @@ help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
 	@echo "make test          ruff, import-linter and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
 	@echo "make test-slow     the minutes-long proofs"
-	@echo "make benchmark     the whole step and the kernels, against the published structure (on a GPU where there is one)"
+	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff and import-linter alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
@@ -137,7 +137,7 @@ endif
 quickstart: $(STAMP) fashion-mnist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/quickstart.py $(QUICKSTART_ARGS)
 
-# eight minutes, on a GPU or on a CPU; results and charts in benchmarks/results
+# at most nine minutes, on a GPU or on a CPU; results in benchmarks/results
 .PHONY: benchmark
 benchmark: $(STAMP)
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \

@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternating measurement, ceilings of this machine in the same run, results as JSON."""
+"""What every benchmark shares: the machine, its ceilings in the same run, results as JSON and tables; timing.py times."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 import torch.nn.functional as F
 
@@ -20,100 +21,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 # name -> type
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# -- time ----------------------------------------------------------------------------------------------------------
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits for the device; a CPU is never behind."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device, flush: torch.Tensor | None = None) -> float:
-    """Seconds of one call: between two events on a GPU, by the clock on a CPU.
-
-    Args:
-        call: What is measured.
-        device: Where it runs.
-        flush: A buffer larger than the last cache, written before the call, so that inputs come from memory as they do
-            inside a step. It also gives the host time to launch ahead.
-    """
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    if flush is not None:
-        flush.zero_()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
-
-
-def alternate(
-    variants: dict[str, Callable[[], Any]],
-    device: torch.device,
-    repeats: int,
-    warmup: int = 1,
-    flush: torch.Tensor | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of every call, one list a variant; each round runs them all, starting one further on than the last.
-
-    In turn, because a machine's clock drifts and neighbours come and go: a ratio is only good within a round.
-
-    Raises:
-        ValueError: No rounds.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}: it must be at least 1.")
-    for call in variants.values():
-        for _ in range(warmup):
-            call()
-    synchronise(device)
-    names, seconds = list(variants), {name: [] for name in variants}
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_of(variants[name], device, flush))
-    return seconds
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """median, p20 and p80, linear between the samples."""
-    p20, median, p80 = (
-        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    )
-    return {"median": median, "p20": p20, "p80": p80}
-
-
-def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """A variant's milliseconds."""
-    return {**quantiles([1e3 * s for s in seconds]), "runs": len(seconds), "unit": "ms"}
-
-
-def speedup(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times faster `fast` is, round by round."""
-    return quantiles([a / b for a, b in zip(slow, fast, strict=True)])
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that PyTorch's allocator held at most during one call.
-
-    None on a CPU: the resident set also counts what the C library keeps for reuse, and never falls.
-    """
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------
@@ -175,6 +82,20 @@ def flush_buffer(device: torch.device) -> torch.Tensor | None:
     return torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 is float32 within: PyTorch lets cuDNN's convolutions round their inputs to TF32 by default."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
 def ceilings(device: torch.device, repeats: int, dtypes: Iterable[str]) -> dict[str, float]:
     """What this machine can do at most, measured now.
 
@@ -186,13 +107,13 @@ def ceilings(device: torch.device, repeats: int, dtypes: Iterable[str]) -> dict[
     Returns:
         `copy_bytes_per_s`: Bytes read and written of a copy far larger than the caches.
         `matmul_flop_per_s/DTYPE`: The faster of a large square product and a 3x3 convolution (on some CPUs they go to
-            different libraries, one at half the speed of the other); fp32 products as PyTorch is set, which by default
-            is without TF32.
+            different libraries, one at half the speed of the other); fp32 is without TF32 in both.
     """
     cuda = device.type == "cuda"
     source = torch.randn((1 << 30 if cuda else 1 << 28) // 4, device=device)
     target = torch.randn_like(source)
-    times = alternate({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
+    copied = timing.alternate({"copy": lambda: target.copy_(source)}, device, repeats)
+    times = timing.seconds_of(copied)["copy"]
     found = {"copy_bytes_per_s": 2 * source.numel() * 4 / min(times)}
     side, batch, channels = (8192, 128, 1024) if cuda else (2048, 8, 256)
     for name in dtypes:
@@ -201,7 +122,8 @@ def ceilings(device: torch.device, repeats: int, dtypes: Iterable[str]) -> dict[
         w = torch.randn(channels, channels, 3, 3, device=device).to(DTYPES[name], memory_format=torch.channels_last)
         calls = {"product": lambda a=a, b=b: a @ b, "convolution": lambda x=x, w=w: F.conv2d(x, w, padding=1)}
         flop = {"product": 2 * side**3, "convolution": 2 * 9 * x.numel() * channels}
-        times = alternate(calls, device, repeats, warmup=2)
+        with without_tf32():
+            times = timing.seconds_of(timing.alternate(calls, device, repeats, warmup=2))
         found[f"matmul_flop_per_s/{name}"] = max(flop[kind] / min(times[kind]) for kind in calls)
     return found
 

@@ -3,7 +3,8 @@
 
 They alternate with the published order of operations, lean eager PyTorch, torch.compile and, for attention, SDPA. All are
 compared with the floor: the bytes that must move or the products that must be computed, over the ceilings that are measured
-in the same run. On a GPU every call starts with a cold cache.
+in the same run. On a GPU every call is replayed from a CUDA graph where it can be captured, and starts with a cold cache. A
+variant that raises is noted in its row. JSON and the attention's table are written after every shape.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import harness
-import published
+import kernel_variants
 import shapes
+import timing
 import torch
-import torch.nn.functional as F
 
-from scalekd_ds import kernels
-from scalekd_ds.kernels.cross_attention import reference as attention_reference
 from scalekd_ds.kernels.cross_attention import table
 
 # predicted ms of forward and backward at batch 128 in bf16 on one H100 80GB, written before anything was measured. For the dual
@@ -35,118 +36,10 @@ PREDICTIONS = {
     ("cap_attention", "beit_l-vit_b.s3"): {"triton": 0.58, "sdpa": 0.9},
 }
 
-DIRECTIONS = ("forward", "forward+backward")
-
-
-def eager_dual_view(spatial: list[torch.Tensor], frequency: list[torch.Tensor], t: torch.Tensor) -> torch.Tensor:
-    """The loss in eager PyTorch, written with the identity that dropping the DC term is subtracting the mean.
-
-    Args:
-        spatial: (B, P, D) student tokens of the spatial view, one tensor for each stage.
-        frequency: (B, P, D) student tokens of the frequency view, one tensor for each stage.
-        t: (B, P, D) teacher tokens.
-
-    Returns:
-        (stages, 2) losses of both views.
-    """
-    t = t.float()
-    t_unit, v_unit = F.normalize(t, dim=-1), F.normalize(t - t.mean(1, keepdim=True), dim=-1)
-    losses = []
-    for s, f in zip(spatial, frequency, strict=True):
-        s, f = s.float(), f.float()
-        u_unit = F.normalize(f - f.mean(1, keepdim=True), dim=-1)
-        losses.append(torch.stack([(F.normalize(s, dim=-1) - t_unit).square().sum(), (u_unit - v_unit).square().sum()]))
-    return torch.stack(losses) / len(t)
-
-
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """PyTorch's fused attention, with the tensors in the library's layout (B, tokens, N, d)."""
-    q = attention_reference.expand_groups(q, len(k))
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
-
-
-def published_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(QK^T)V by separate operations, where every image has its own copy of the query."""
-    return published.attention(*(x.flatten(2) for x in (q, k, v)), k.shape[2], scale)
-
-
-def dual_view_calls(
-    shape: shapes.DualView, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool
-) -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
-    """Variant -> (forward, the tensors that get gradients)."""
-    h, w = shape.grid
-
-    def tokens() -> torch.Tensor:
-        return torch.randn(batch, h * w, shape.channels, device=device).to(dtype)
-
-    spatial, frequency = ([tokens().requires_grad_() for _ in range(shape.stages)] for _ in range(2))
-    t, leaves, weights = tokens(), [*spatial, *frequency], [(1.0, 1.0)] * shape.stages
-    t_map = t.transpose(1, 2).unflatten(2, (h, w)).contiguous()
-
-    def as_published() -> torch.Tensor:
-        losses = [published.spatial_loss(s, t_map, 1.0) for s in spatial]
-        return torch.stack(losses + [published.frequency_loss(f, t_map, 1.0, 1) for f in frequency])
-
-    calls = {
-        "library": lambda: kernels.dual_view_loss(spatial, frequency, t, None, weights),
-        "published": as_published,
-        "eager": lambda: eager_dual_view(spatial, frequency, t),
-    }
-    if compiled:
-        compile_once = torch.compile(eager_dual_view, dynamic=False)
-        calls["compile"] = lambda: compile_once(spatial, frequency, t)
-    return {name: (call, leaves) for name, call in calls.items()}
-
-
-def attention_calls(
-    shape: shapes.Attention, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool
-) -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
-    """Variant -> (forward, the tensors that get gradients). Both views are stacked, so the batch is 2 B."""
-    stacked = 2 * batch
-    groups = 2 if shape.shared else stacked
-    scale = 5.0 * shape.head_size**-0.5
-
-    def leaf(*size: int) -> torch.Tensor:
-        return torch.randn(*size, shape.heads, shape.head_size, device=device).to(dtype).requires_grad_()
-
-    q, q_each, kv = leaf(groups, shape.queries), leaf(stacked, shape.queries), leaf(stacked, shape.keys, 2)
-    k, v = kv.unbind(2)
-    calls = {
-        "library": (lambda: kernels.cap_attention(q, k, v, scale), [q, kv]),
-        "published": (lambda: published_attention(q_each, k, v, scale), [q_each, kv]),
-        "eager": (lambda: attention_reference.cap_attention(q, k, v, scale), [q, kv]),
-        "sdpa": (lambda: sdpa(q, k, v, scale), [q, kv]),
-    }
-    if compiled:
-        compile_once = torch.compile(attention_reference.cap_attention, dynamic=False)
-        calls["compile"] = (lambda: compile_once(q, k, v, scale), [q, kv])
-    if device.type == "cuda":
-        # measured besides `library`, which may call SDPA, so that the table of the faster one can be written
-        from scalekd_ds.kernels.cross_attention import ops
-
-        if ops.supports(shape.head_size, shape.queries, shape.keys, dtype):
-            calls["triton"] = (lambda: ops.cap_attention(q, k, v, scale)[0], [q, kv])
-    return calls
-
-
-def calls_in(
-    direction: str, calls: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]
-) -> dict[str, Callable[[], Any]]:
-    """Variant -> a call of its forward without a graph, or of forward and backward with a random upstream gradient."""
-    if direction == "forward":
-        return {name: torch.no_grad()(call) for name, (call, _) in calls.items()}
-    upstream = {name: torch.randn_like(call().detach()) for name, (call, _) in calls.items()}
-
-    def both(name: str) -> Callable[[], Any]:
-        call, leaves = calls[name]
-        return lambda: torch.autograd.grad(call(), leaves, upstream[name])
-
-    return {name: both(name) for name in calls}
-
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that a call needs besides its inputs; None on a CPU."""
-    peak = harness.peak_memory(call, device)
+    peak = timing.peak_memory(call, device)
     return None if peak is None else peak - torch.cuda.memory_allocated(device)
 
 
@@ -165,14 +58,14 @@ def measure_shape(
         ceilings: What the device reaches at most, from `harness.ceilings`.
     """
     dtype, flush = harness.DTYPES[args.dtype], harness.flush_buffer(device)
-    build = dual_view_calls if isinstance(shape, shapes.DualView) else attention_calls
+    build = kernel_variants.dual_view_calls if isinstance(shape, shapes.DualView) else kernel_variants.attention_calls
     # torch.compile stops compiling a function after a number of shapes
     torch.compiler.reset()
     calls = build(shape, args.batch, dtype, device, shape.name in args.compile)
     rows = []
-    for direction in DIRECTIONS:
-        steps = calls_in(direction, calls)
-        seconds = harness.alternate(steps, device, args.repeats, warmup=3, flush=flush)
+    for direction in kernel_variants.DIRECTIONS:
+        steps = kernel_variants.calls_in(direction, calls)
+        readings = timing.alternate(steps, device, args.repeats, warmup=3, flush=flush, launched="ahead")
         work = shape.work(args.batch, dtype.itemsize, direction)
         floors = {
             "bytes": work["bytes"] / ceilings["copy_bytes_per_s"],
@@ -191,16 +84,17 @@ def measure_shape(
             "variants": {},
             "predicted_ms": predicted(shape, direction, args, device),
         }
-        for name, times in seconds.items():
-            spread = harness.summary(times)
-            row["variants"][name] = {
-                **spread,
-                "gb_per_s": work["bytes"] / spread["median"] / 1e6,
-                "tflop_per_s": work["flop"] / spread["median"] / 1e9,
-                "share_of_floor": row["floor_ms"] / spread["median"],
-                "extra_memory_bytes": extra_memory(steps[name], device),
-                "library_times_faster": harness.speedup(times, seconds["library"]),
-            }
+        for name, read in readings.items():
+            spread = row["variants"][name] = timing.summary(read)
+            if read.error is None:
+                spread |= {
+                    "gb_per_s": work["bytes"] / spread["median"] / 1e6,
+                    "tflop_per_s": work["flop"] / spread["median"] / 1e9,
+                    "share_of_floor": row["floor_ms"] / spread["median"],
+                    "extra_memory_bytes": extra_memory(steps[name], device),
+                }
+                if readings["library"].error is None:
+                    spread["library_times_faster"] = timing.speedup(read.seconds, readings["library"].seconds)
         rows.append(row)
     return rows
 
@@ -218,7 +112,8 @@ def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict
     """Which of `triton` and `sdpa` is faster, forward and backward together, by the keys of the library's table."""
     picks = {}
     for row in rows:
-        if row["direction"] != "forward+backward" or not {"triton", "sdpa"} <= row["variants"].keys():
+        measured = {name for name, variant in row["variants"].items() if "error" not in variant}
+        if row["direction"] != "forward+backward" or not {"triton", "sdpa"} <= measured:
             continue
         architecture, sizes = int(machine["sm"].replace(".", "")), row["sizes"]
         shape = (sizes["head_size"], sizes["queries"], sizes["keys"], sizes["shared"])
@@ -228,18 +123,37 @@ def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict
     return picks
 
 
-def report(result: dict[str, Any]) -> None:
+def report(rows: list[dict[str, Any]]) -> None:
     """Prints a line for each operation, shape, direction and variant."""
-    head = ["", "ms", "p20", "p80", "floor ms", "of floor", "GB/s", "TFLOP/s", "extra MiB", "library x", "predicted"]
-    table = []
-    for row in result["rows"]:
+    head = [
+        "",
+        "ms",
+        "p20",
+        "p80",
+        "floor ms",
+        "of floor",
+        "GB/s",
+        "TFLOP/s",
+        "extra MiB",
+        "library x",
+        "predicted",
+        "by",
+    ]
+    table, failed = [], []
+    for row in rows:
         for name, v in row["variants"].items():
-            extra = v["extra_memory_bytes"]
             label = f"{row['operation']} {row['shape']} {row['direction']} {name}"
+            if "error" in v:
+                failed.append(f"{label}: {v['error']}")
+                continue
+            extra, faster = v["extra_memory_bytes"], v.get("library_times_faster", {}).get("median")
             cells = [v["median"], v["p20"], v["p80"], row["floor_ms"], f"{v['share_of_floor']:.0%}"]
-            cells += [v["gb_per_s"], v["tflop_per_s"], extra and extra / 2**20, v["library_times_faster"]["median"]]
-            table.append([label, *cells, (row["predicted_ms"] or {}).get(name)])
+            cells += [v["gb_per_s"], v["tflop_per_s"], extra and extra / 2**20, faster]
+            by = v["timed_by"] + ("" if v.get("host_ahead", True) else ", host late")
+            table.append([label, *cells, (row["predicted_ms"] or {}).get(name), by])
     harness.print_table(head, table)
+    for line in failed:
+        print(f"left out: {line}", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -289,7 +203,7 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     Returns:
         The results, ready for JSON.
     """
-    device = torch.device(args.device)
+    device = timing.device_of(args.device)
     torch.manual_seed(0)
     result = {
         "benchmark": "kernels",
@@ -298,28 +212,43 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
         "ceilings": harness.ceilings(device, args.ceiling_repeats, [args.dtype]),
         "rows": [],
     }
-    for shape in shapes.ALL:
+    # those with a prediction first: a run may be cut short
+    for shape in sorted(shapes.ALL, key=lambda shape: (shape.operation, shape.name) not in PREDICTIONS):
         if shape.name in args.shapes:
-            result["rows"] += measure_shape(shape, args, device, result["ceilings"])
+            with harness.without_tf32() if args.dtype == "fp32" else nullcontext():
+                rows = measure_shape(shape, args, device, result["ceilings"])
+            result["rows"] += rows
+            report(rows)
             save(result)
     return result
+
+
+def json_path(out: Path, device: str) -> Path:
+    """The file of the results in the folder `out`."""
+    return out / f"kernels-{device.partition(':')[0]}.json"
+
+
+def save_to(out: Path, args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """A function that writes the results so far into the folder `out`, and the attention's picks with them."""
+
+    def save(result: dict[str, Any]) -> None:
+        harness.write_json(json_path(out, args.device), result)
+        if picks := attention_table(result["rows"], result["machine"]):
+            harness.write_json(out / "attention-table.json", picks)
+            if args.write_table:
+                harness.write_json(table.PATH, dict(sorted((table.measured() | picks).items())))
+
+    return save
 
 
 def main() -> None:
     try:
         args = parse()
         out = harness.results_dir(args.out)
-        path = out / f"kernels-{args.device.partition(':')[0]}.json"
-        result = measure(args, lambda so_far: harness.write_json(path, so_far))
+        measure(args, save_to(out, args))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report(result)
-    print(f"wrote {path}")
-    if picks := attention_table(result["rows"], result["machine"]):
-        harness.write_json(out / "attention-table.json", picks)
-        if args.write_table:
-            harness.write_json(table.PATH, dict(sorted((table.measured() | picks).items())))
-            print(f"wrote {table.PATH}")
+    print(f"wrote {json_path(out, args.device)}")
 
 
 if __name__ == "__main__":

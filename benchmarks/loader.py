@@ -20,6 +20,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import psutil
+import timing
 import torch
 from PIL import Image, ImageFilter
 from timm.data import create_loader
@@ -157,12 +158,12 @@ def ffcv_loader(
 LOADERS = {"ours": library_loader, "timm": timm_loader, "torchvision": torchvision_loader, "FFCV": ffcv_loader}
 
 
-def batches_to_time(batches: Iterator, args: argparse.Namespace) -> Callable[[], None]:
-    """A call that takes the batches of one turn."""
+def batches_to_time(batches: Iterator, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """A call that takes the batches of one turn to the device, where ours and timm's are already."""
 
     def run() -> None:
         for _ in range(args.batches):
-            images = next(batches)[0]
+            images = next(batches)[0].to(device)
             assert images.shape == (args.batch, 3, args.size, args.size)
 
     return run
@@ -186,12 +187,12 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
                 names = list(running)
                 for n in names[round_ % len(names) :] + names[: round_ % len(names)]:
                     drop_prepared(running[n])
-                    seconds[n].append(harness.seconds_of(batches_to_time(running[n], args), device))
+                    seconds[n].append(timing.wall_seconds(batches_to_time(running[n], args, device), device))
             images = args.batch * args.batches
             row = {"recipe": name, "workers": workers, "expected": EXPECTED[name], "loaders": {}}
             for n, times in seconds.items():
-                faster = harness.speedup(seconds["timm"], times)
-                row["loaders"][n] = {"images_per_s": images / harness.quantiles(times)["median"], "times_timm": faster}
+                faster = timing.speedup(seconds["timm"], times)
+                row["loaders"][n] = {"images_per_s": images / timing.quantiles(times)["median"], "times_timm": faster}
             result["rows"].append(row)
             del running
     return result
@@ -223,7 +224,7 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=0, help="measure memory over this many images instead of speed")
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = timing.device_of(args.device)
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or make_images(Path(made), args.images)
         if args.soak:

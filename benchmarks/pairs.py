@@ -51,6 +51,10 @@ PAIRS = {
     "beit_large-vit_base": lambda: _pair(
         _BEIT_L, "vit_base_patch16_224", _BEIT, OptimConfig("adamw"), student_kwargs={"patch_size": 14}
     ),
+    # DINOv2 was trained at 518 pixels; at 224 its grid is 16x16
+    "dinov2_large-convnext_tiny": lambda: _pair(
+        "vit_large_patch14_dinov2", "convnext_tiny", _BEIT, OptimConfig("adamw"), teacher_kwargs={"num_classes": 1000}
+    ),
     "tiny": _tiny,
 }
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
-import harness
 import published
+import timing
 import torch
 
 import scalekd_ds.distiller
@@ -26,13 +26,13 @@ class Clock:
         """A function that calls `call`, and adds its seconds to the part `name`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            harness.synchronise(self.device)
+            timing.synchronise(self.device)
             begin = time.perf_counter()
             self._open.append(0.0)
             try:
                 return call(*args, **kwargs)
             finally:
-                harness.synchronise(self.device)
+                timing.synchronise(self.device)
                 spent, inside = time.perf_counter() - begin, self._open.pop()
                 self.seconds[name] = self.seconds.get(name, 0.0) + spent - inside
                 if self._open:

@@ -12,6 +12,7 @@ import argparse
 from dataclasses import replace
 
 import harness
+import timing
 import torch
 
 from scalekd_ds.build import build_distiller
@@ -56,9 +57,9 @@ def main() -> None:
         # of the step's FLOP alone: nothing is sent, and memory costs no time
         free_memory = Assumptions(memory_gb_s=1e9)
         predicted[str(depth)] = step_time(measured, cfg, layout, [], args.batch, 1, free_memory, args.batch).total
-    seconds = harness.alternate(steps, device, args.repeats)
+    seconds = timing.seconds_of(timing.alternate(steps, device, args.repeats))
     fewer, more = map(str, args.depths)
-    ratio = harness.speedup(seconds[more], seconds[fewer])
+    ratio = timing.speedup(seconds[more], seconds[fewer])
     head = [f"teacher of {more} blocks over one of {fewer}", "median", "p20", "p80"]
     harness.print_table(
         head,

@@ -47,7 +47,8 @@ def _finish(figure: Any, axes: Any, title: str, path: Path) -> Path:
 
 def draw_step(result: dict[str, Any], path: Path) -> Path:
     """Draws the milliseconds of each variant's step by part, and its floor: its FLOP over the ceiling of its precision."""
-    variants = result["variants"]
+    # one that could not be measured has no bar
+    variants = {name: {"parts": {}} | v for name, v in result["variants"].items() if "error" not in v}
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(variants) + 1.4))
     labels = list(dict.fromkeys(part for v in variants.values() for part in v["parts"]))
     for y, variant in enumerate(variants.values()):
@@ -77,7 +78,7 @@ def draw_kernel(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path)
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         for x, row in enumerate(rows):
-            if name not in row["variants"]:
+            if "median" not in row["variants"].get(name, {}):
                 continue
             variant, at = row["variants"][name], x + (i - (len(names) - 1) / 2) * width
             axes.bar(at, variant["median"], width, yerr=_errors(variant), capsize=2, color=COLOURS[name])

@@ -3,34 +3,34 @@
 
 Variants run in turn in one process, on the same weights, images and optimizer: `ours-fp32`, `published-fp32` (as the
 published scripts run), and both under the same autocast, `ours-bf16` and `published-bf16`. Precision, memory formats and the
-host's allocator are set by the library's own calls, as its trainer makes them.
+host's allocator are set by the library's own calls, as its trainer makes them. Every step is timed with the optimizer and
+without it. On a GPU each precision has a process of its own, 16 bits first, so that memory that does not suffice for float32
+costs no other result. JSON is written after every stage.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import harness
 import pairs
 import parts
-import published
+import step_results
+import step_variants
+import timing
 import torch
+from step_variants import Variant
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_ds.build import build_distiller
-from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.cpu_precision import cpu_computes_in
 from scalekd_ds.engine.host_memory import keep_freed_memory
-from scalekd_ds.optim.optimizers import build_optimizer
-
-# ImageNet-1K's, and what timm builds by default
-CLASSES = 1000
 
 # written before anything was measured, and printed beside it
 PREDICTIONS = {
@@ -48,91 +48,23 @@ PREDICTIONS = {
 }
 
 
-def forward_of(
-    distiller: ScaleKD, batch: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
-) -> Callable[[], dict[str, torch.Tensor]]:
-    """The library's losses, as its trainer asks for them."""
-    images, labels = batch
-
-    def forward() -> dict[str, torch.Tensor]:
-        # outside of autocast, as in the trainer: the teacher has its own
-        targets = distiller.teacher_targets(images)
-        with _autocast(images.device, dtype):
-            return distiller(images, labels, targets)
-
-    return forward
-
-
-def published_forward_of(
-    distiller: ScaleKD, batch: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
-) -> Callable[[], dict[str, torch.Tensor]]:
-    """The losses in the published structure; `distiller` is of `published_distiller`."""
-    images, labels = batch
-
-    def forward() -> dict[str, torch.Tensor]:
-        with _autocast(images.device, dtype):
-            return published.losses(distiller, images, labels)
-
-    return forward
-
-
-def step_of(forward: Callable[[], dict[str, torch.Tensor]], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Forward, backward, optimizer."""
-
-    def step() -> None:
-        optimizer.zero_grad()
-        forward()["loss/total"].backward()
-        optimizer.step()
-
-    return step
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-@dataclass
-class Variant:
-    """One way to make the step; `distiller` has its own teacher, and the same trainable weights as the others'."""
-
-    distiller: ScaleKD
-    forward: Callable[[], dict[str, torch.Tensor]]
-    step: Callable[[], None]
-
-
-def build_variants(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Variant], torch.optim.Optimizer]:
-    """The variants by name, and the optimizer of all."""
-    cfg = pairs.config_of(args.pair, args.recipe)
-    distiller = build_distiller(cfg, CLASSES, verbose=True).to(device).train()
-    optimizer = build_optimizer(distiller, cfg.optim)
-    images = torch.randn(args.batch, 3, *distiller.image_size, device=device)
-    batch = images, torch.randint(CLASSES, (args.batch,), device=device)
-    variants = {}
-    for name in args.variants:
-        whose, _, precision = name.partition("-")
-        dtype = harness.DTYPES[precision]
-        if whose == "published":
-            used = published.published_distiller(distiller)
-            forward = published_forward_of(used, batch, dtype)
-        else:
-            used = distiller
-            if dtype != torch.float32:
-                used = published.with_teacher(distiller, copy.deepcopy(distiller.teacher).lower_precision(dtype))
-            forward = forward_of(used, batch, dtype)
-        variants[name] = Variant(used, forward, step_of(forward, optimizer))
-    return variants, optimizer
-
-
 @torch.no_grad()
 def losses_of(variants: dict[str, Variant]) -> dict[str, dict[str, float]]:
-    """Every variant's losses on the same weights."""
-    return {name: {k: v.item() for k, v in variant.forward().items()} for name, variant in variants.items()}
+    """Every variant's losses on the same weights; one that raises says so when it is timed."""
+    losses = {}
+    for name, variant in variants.items():
+        if (found := attempted(variant.forward)) is not None:
+            losses[name] = {term: value.item() for term, value in found.items()}
+    return losses
 
 
-def largest_difference(losses: dict[str, dict[str, float]]) -> float:
-    """Of any term between any two variants, relative to the term."""
-    terms = [list(values) for values in zip(*(found.values() for found in losses.values()), strict=True)]
-    return max((max(values) - min(values)) / max(map(abs, values)) for values in terms)
+def attempted(call: Callable[[], Any]) -> Any:
+    """What the call returns, or None where it raises: memory may not suffice for every variant and measurement."""
+    try:
+        return call()
+    except Exception as error:
+        print(f"left out: {timing.one_line(error)}", flush=True)
+        return None
 
 
 def memory_of(variants: dict[str, Variant], device: torch.device) -> dict[str, int | None]:
@@ -141,7 +73,7 @@ def memory_of(variants: dict[str, Variant], device: torch.device) -> dict[str, i
     total = sum({k: n for held in teachers.values() for k, n in held.items()}.values())
     peaks = {}
     for name, variant in variants.items():
-        peak = harness.peak_memory(variant.step, device)
+        peak = attempted(lambda step=variant.step: timing.peak_memory(step, device))
         peaks[name] = None if peak is None else peak - (total - sum(teachers[name].values()))
     return peaks
 
@@ -156,79 +88,102 @@ def flop_of(step: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything of one run, ready for JSON."""
-    device = torch.device(args.device)
+def timed(
+    calls: dict[str, Callable[[], None]], args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """(milliseconds of each variant, how many times faster ours is than each of the others)."""
+    readings = timing.alternate(calls, device, args.repeats, args.warmup)
+    seconds = {name: read.seconds for name, read in readings.items() if read.error is None}
+    compared = [(step_results.ours_of(args.variants), other) for other in seconds] + [("ours-fp32", "published-fp32")]
+    ratios = {
+        f"{ours}/{other}": timing.speedup(seconds[other], seconds[ours])
+        for ours, other in dict.fromkeys(compared)
+        if ours != other and {ours, other} <= seconds.keys()
+    }
+    return {name: timing.summary(read) for name, read in readings.items()}, ratios
+
+
+def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures all variants in this process.
+
+    Args:
+        args: The command line arguments.
+        save: Called with the results so far after each stage, so that a run that is interrupted leaves them.
+
+    Returns:
+        The results, ready for JSON.
+    """
+    device = timing.device_of(args.device)
     torch.manual_seed(0)
     if device.type == "cpu" and args.keep_freed_memory:
         keep_freed_memory()
-    variants, optimizer = build_variants(args, device)
-    ours = f"ours-{args.dtype}" if f"ours-{args.dtype}" in args.variants else "ours-fp32"
+    variants, optimizer = step_variants.build_variants(args, device)
+    precisions = list(dict.fromkeys(name.partition("-")[2] for name in args.variants))
+    ours = step_results.ours_of(args.variants)
     result: dict[str, Any] = {
         "benchmark": "step",
         "machine": harness.machine(device),
         "pair": args.pair or args.recipe,
         "batch": args.batch,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "variants")},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "variants", "argv")},
+        "ceilings": harness.ceilings(device, args.ceiling_repeats, precisions),
+        "losses": losses_of(variants),
+        "predictions": PREDICTIONS.get((args.pair, device.type)),
+        "variants": {},
+        "ratios": {},
+        "ratios_without_optimizer": {},
     }
-    precisions = dict.fromkeys(name.partition("-")[2] for name in args.variants)
-    before = harness.ceilings(device, args.ceiling_repeats, precisions)
-    result["losses"] = losses_of(variants)
-    result["losses_differ_by"] = largest_difference(result["losses"])
-    steps = {name: variant.step for name, variant in variants.items()}
-    seconds = harness.alternate(steps, device, args.repeats, args.warmup)
-    result["ceilings"] = harness.higher(before, harness.ceilings(device, args.ceiling_repeats, precisions))
-    flop = flop_of(steps[ours]) if ours in steps else None
-    memory = memory_of(variants, device)
+    result["losses_differ_by"] = step_results.largest_difference(result["losses"])
+    flop = attempted(lambda: flop_of(variants[ours].step)) if ours in variants else None
     result["flop_per_image"] = flop and flop / args.batch
-    result["variants"] = {}
-    for name, times in seconds.items():
-        spread = harness.summary(times)
-        ceiling = result["ceilings"].get(f"matmul_flop_per_s/{name.partition('-')[2]}")
-        result["variants"][name] = {
-            **spread,
-            "images_per_s": 1e3 * args.batch / spread["median"],
-            "mfu": flop and ceiling and flop / (spread["median"] / 1e3) / ceiling,
-            "floor_ms": flop and ceiling and 1e3 * flop / ceiling,
-            "peak_memory_bytes": memory[name],
-            "parts": parts.profile(
-                name, steps[name], variants[name].distiller, optimizer, device, args.profile_repeats
-            ),
-        }
-    result["ratios"] = {
-        f"{ours}/{other}": harness.speedup(seconds[other], seconds[ours])
-        for other in seconds
-        if ours in seconds and other != ours
-    }
-    if ours != "ours-fp32" and {"ours-fp32", "published-fp32"} <= seconds.keys():
-        result["ratios"]["ours-fp32/published-fp32"] = harness.speedup(seconds["published-fp32"], seconds["ours-fp32"])
-    result["predictions"] = PREDICTIONS.get((args.pair, device.type))
+    save(result)
+    steps = {name: variant.step for name, variant in variants.items()}
+    result["variants"], result["ratios"] = timed(steps, args, device)
+    step_results.against_ceilings(result)
+    save(result)
+    passes = {name: variant.passes for name, variant in variants.items()}
+    without, result["ratios_without_optimizer"] = timed(passes, args, device)
+    for name, found in without.items():
+        result["variants"][name]["without_optimizer"] = found
+    step_results.against_ceilings(result)
+    save(result)
+    memory = memory_of(variants, device)
+    for name, found in result["variants"].items():
+        variant, repeats = variants[name], args.profile_repeats
+        profile = attempted(
+            lambda n=name, v=variant, r=repeats: parts.profile(n, v.step, v.distiller, optimizer, device, r)
+        )
+        found |= {"peak_memory_bytes": memory[name], "parts": profile or {}}
+        save(result)
+    result["ceilings"] = harness.higher(result["ceilings"], harness.ceilings(device, args.ceiling_repeats, precisions))
+    step_results.against_ceilings(result)
+    save(result)
     return result
 
 
-def report(result: dict[str, Any]) -> None:
-    """The tables of one run."""
-    print(f"\n{result['pair']}, batch {result['batch']}; losses differ by {result['losses_differ_by']:.1e} at most")
-    head = ["", "ms", "p20", "p80", "images/s", "MFU", "floor ms", "peak GiB"]
-    rows = []
-    for name, v in result["variants"].items():
-        peak = v["peak_memory_bytes"] and v["peak_memory_bytes"] / 2**30
-        rows.append([name, v["median"], v["p20"], v["p80"], v["images_per_s"], v["mfu"], v["floor_ms"], peak])
-    harness.print_table(head, rows)
-    names = [n for v in result["variants"].values() for n in v["parts"]]
-    names = list(dict.fromkeys(names))
-    if names:
-        print("\nparts, ms (share)")
-        rows = [
-            [name, *(f"{p[n]['ms']:.1f} ({p[n]['share']:.0%})" if n in p else "-" for n in names)]
-            for name, v in result["variants"].items()
-            if (p := v["parts"])
-        ]
-        harness.print_table(["", *names], rows)
-    print()
-    predicted = result["predictions"] or {}
-    rows = [[k, r["median"], r["p20"], r["p80"], predicted.get(k)] for k, r in result["ratios"].items()]
-    harness.print_table(["times faster", "median", "p20", "p80", "expected"], rows)
+def measure_apart(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """`measure` with a process for each precision; a process that fails leaves what it had written.
+
+    Raises:
+        ValueError: No process measured anything.
+    """
+    results, failed = [], {}
+    with tempfile.TemporaryDirectory() as made:
+        for precision in dict.fromkeys(name.partition("-")[2] for name in args.variants):
+            names = [name for name in args.variants if name.endswith(f"-{precision}")]
+            out = Path(made) / precision
+            # the later of two equal flags counts
+            command = [sys.executable, __file__, *args.argv, "--no-apart", "--out", str(out), "--variants", *names]
+            status = subprocess.run(command).returncode
+            if (path := json_path(out, args)).is_file():
+                results.append(json.loads(path.read_text()))
+            if status:
+                failed[precision] = f"status {status}"
+            if results:
+                save(step_results.merged(results) | {"failed": failed})
+    if not results:
+        raise ValueError(f"no variant of {', '.join(args.variants)} could be measured.")
+    return step_results.merged(results) | {"failed": failed}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -257,8 +212,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="on a CPU, the trainer's setting of the C library's allocator; it holds for all variants",
     )
+    parser.add_argument(
+        "--apart",
+        action=argparse.BooleanOptionalAction,
+        help="a process for each precision; the default on a GPU, where one of them may need too much memory",
+    )
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    if args.apart is None:
+        args.apart = torch.device(args.device).type == "cuda"
     both = [f"{whose}-{dtype}" for dtype in (args.dtype, "fp32") for whose in ("ours", "published")]
     if args.variants is None:
         args.variants = both
@@ -270,16 +233,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def json_path(out: Path, args: argparse.Namespace) -> Path:
+    """The file of the results in the folder `out`."""
+    return out / f"step-{args.pair or args.recipe}-{args.device.partition(':')[0]}.json"
+
+
 def main() -> None:
     try:
         args = parse()
-        result = measure(args)
+        # before anything is measured
+        pairs.config_of(args.pair, args.recipe)
+        path = json_path(harness.results_dir(args.out), args)
+        result = (measure_apart if args.apart else measure)(args, lambda so_far: harness.write_json(path, so_far))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report(result)
-    path = harness.results_dir(args.out) / f"step-{result['pair']}-{args.device.partition(':')[0]}.json"
     harness.write_json(path, result)
+    step_results.report(result)
     print(f"wrote {path}")
+    if result.get("failed"):
+        sys.exit(f"error: {', '.join(f'{name} ({why})' for name, why in result['failed'].items())} did not finish.")
 
 
 if __name__ == "__main__":

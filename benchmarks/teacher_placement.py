@@ -11,6 +11,7 @@ import argparse
 import time
 
 import harness
+import timing
 import torch
 from deepspeed import comm as dist
 
@@ -50,7 +51,7 @@ def main() -> None:
         dist.barrier()
         begin = time.perf_counter()
         distiller(images, labels)["loss/total"].backward()
-        harness.synchronise(device)
+        timing.synchronise(device)
         dist.barrier()
         return time.perf_counter() - begin
 
@@ -61,8 +62,8 @@ def main() -> None:
         for placement, distiller in distillers.items():
             seconds[placement].append(seconds_of(distiller))
     if dist.get_rank() == 0:
-        ratio = harness.speedup(seconds["sharded"], seconds["replica"])
-        rows = [[name, *(1e3 * v for v in harness.quantiles(times).values())] for name, times in seconds.items()]
+        ratio = timing.speedup(seconds["sharded"], seconds["replica"])
+        rows = [[name, *(1e3 * v for v in timing.quantiles(times).values())] for name, times in seconds.items()]
         harness.print_table(["ms of a step", "median", "p20", "p80"], [*rows, ["times the replica's", *ratio.values()]])
     dist.barrier()
 

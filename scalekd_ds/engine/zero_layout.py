@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed import comm as dist
 from torch import nn
 
 
@@ -56,6 +54,9 @@ def shards_of(engine: Any) -> list[Shard]:
     Raises:
         RuntimeError: The installed DeepSpeed keeps its shards in other fields than the versions known here.
     """
+    # here, so that LAMB without an engine needs no DeepSpeed
+    import deepspeed
+
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     try:
         shards = {0: _replicated, 3: _stage3}.get(stage, _stage12)(zero if stage else engine.module)
@@ -76,12 +77,16 @@ def shards_of(engine: Any) -> list[Shard]:
 
 def _slice_of_rank(numel: int, held: int) -> tuple[int, int]:
     """(offset, count) of this rank's slice of a layer that is cut into slices of `held` elements, without padding."""
+    from deepspeed import comm as dist
+
     offset = dist.get_rank() * held
     return offset, min(held, max(0, numel - offset))
 
 
 def _replicated(module: nn.Module) -> list[Shard]:
     """The shards without ZeRO."""
+    from deepspeed import comm as dist
+
     shards = []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -92,6 +97,8 @@ def _replicated(module: nn.Module) -> list[Shard]:
 
 def _stage12(zero: Any) -> list[Shard]:
     """The shards of ZeRO-1 and ZeRO-2, which cut each flattened parameter group into one partition for each rank."""
+    from deepspeed import comm as dist
+
     shards = []
     groups = zip(
         zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True

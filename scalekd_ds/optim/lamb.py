@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed import comm as dist
 
 from scalekd_ds.engine.zero_layout import Segment, Shard, shards_of
 
@@ -51,6 +49,8 @@ class Lamb(torch.optim.Optimizer):
             # loading a checkpoint may have replaced the tensors
             self._shards = {id(shard.flat): shard for shard in shards_of(self._engine)}
         if id(parameter) not in self._shards:
+            import deepspeed
+
             raise RuntimeError(
                 f"LAMB got a shard that is not among the engine's in DeepSpeed {deepspeed.__version__}: use a version "
                 "that the tests cover."
@@ -104,6 +104,14 @@ class Lamb(torch.optim.Optimizer):
             first += len(shard.parameters)
         return loss
 
+    def _is_divided(self) -> bool:
+        """Whether other ranks hold parts of this rank's layers."""
+        if self._engine is None or self._engine.zero_optimization_stage() == 0:
+            return False
+        from deepspeed import comm as dist
+
+        return dist.get_world_size() > 1
+
     def _trust_ratios(self, work: list) -> torch.Tensor:
         """|w| / |update| of every layer in `work`, 1 where either is 0; on the device, without a host sync."""
         layers = sum(len(shard.parameters) for *_, shard in work)
@@ -117,7 +125,10 @@ class Lamb(torch.optim.Optimizer):
                 squares[0, first + segment.layer] += flat[part].norm().double().square()
                 squares[1, first + segment.layer] += step[part].norm().double().square()
             first += len(shard.parameters)
-        if self._engine is not None and self._engine.zero_optimization_stage() > 0 and dist.get_world_size() > 1:
+        if self._is_divided():
+            # here, so that an optimizer without an engine needs no DeepSpeed
+            from deepspeed import comm as dist
+
             # NCCL sends nothing from host memory, where the shards are with offload_optimizer
             sent = squares.to(self._engine.device)
             dist.all_reduce(sent)

@@ -20,6 +20,7 @@ PEAK_TFLOPS = {
     "NVIDIA A30": 165.0,
     "NVIDIA A10": 125.0,
     "NVIDIA L40S": 362.0,
+    "NVIDIA L40": 181.0,
     "NVIDIA L4": 121.0,
     "Tesla V100": 125.0,
     "NVIDIA GeForce RTX 4090": 165.2,

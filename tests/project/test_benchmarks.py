@@ -98,22 +98,6 @@ def test_published_teacher_is_a_plain_one_on_the_same_weights():
         published.published_distiller(lowered)
 
 
-def test_alternation_runs_every_variant_in_every_round():
-    calls = []
-    variants = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = harness.alternate(variants, torch.device("cpu"), repeats=3, warmup=1)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
-    assert all(len(s) == 3 and min(s) >= 0 for s in seconds.values())
-    with pytest.raises(ValueError, match="repeats is 0"):
-        harness.alternate(variants, torch.device("cpu"), repeats=0)
-
-
-def test_ratios_are_taken_within_a_round():
-    # the machine halves its speed in the second round: the ratio stays
-    assert harness.speedup([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
-    assert harness.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx({"median": 3.5, "p20": 2.0, "p80": 5.0})
-
-
 def test_work_of_the_kernels():
     # 8 tensor passes of 128 x 49 x 1536 in 16 bits at 3.0 TB/s are the 51 us that were predicted
     loss = shapes.DualView("x", (7, 7), 1536).work(128, 2, "forward+backward")

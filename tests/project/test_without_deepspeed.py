@@ -1,5 +1,6 @@
 """The method, the kernels and what builds them from a run's configuration need neither DeepSpeed nor DALI."""
 
+import json
 import subprocess
 import sys
 
@@ -37,6 +38,27 @@ losses = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]))
 losses["loss/total"].backward()
 assert losses["loss/total"].isfinite() and len(losses) == 7
 """
+OPTIMIZER = """
+import torch
+from scalekd_ds.config import OptimConfig
+from scalekd_ds.optim.optimizers import build_optimizer
+
+layer = torch.nn.Linear(3, 2)
+before = layer.weight.detach().clone()
+optimizer = build_optimizer(layer, OptimConfig("lamb"))
+layer(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+assert not torch.equal(layer.weight, before)
+"""
+BENCHMARK = """
+import runpy
+
+sys.path.insert(0, "benchmarks")
+sys.argv = ["step.py", "--pair", "tiny", "--batch", "1", "--repeats", "1", "--ceiling-repeats", "1", "--device", "cpu"]
+sys.argv += ["--profile-repeats", "0", "--variants", "ours-fp32", "published-fp32", "--out", OUT]
+runpy.run_path("benchmarks/step.py", run_name="__main__")
+assert not {"deepspeed", "nvidia.dali"} & sys.modules.keys()
+"""
 PIECES = {
     "the names of the package": "import scalekd_ds; scalekd_ds.ScaleKD, scalekd_ds.Teacher, scalekd_ds.Student",
     "the kernels": "from scalekd_ds.kernels import cap_attention, dual_view_loss",
@@ -44,6 +66,7 @@ PIECES = {
     "recipes": "from scalekd_ds.recipes import RECIPES; [make() for make in RECIPES.values()]",
     "plain weights of a checkpoint": "from scalekd_ds.checkpoint import consolidate",
     "exporting": "import scalekd_ds.export",
+    "LAMB without an engine": OPTIMIZER,
 }
 
 
@@ -61,6 +84,11 @@ def test_a_step_of_a_run_built_from_its_configuration():
     from tiny_run import SWIN
 
     run_hidden(f"SWIN = {SWIN!r}\n{STEP}")
+
+
+def test_the_whole_steps_benchmark(tmp_path):
+    run_hidden(f"OUT = {str(tmp_path)!r}\n{BENCHMARK}")
+    assert json.loads((tmp_path / "step-tiny-cpu.json").read_text())["ratios"].keys() == {"ours-fp32/published-fp32"}
 
 
 def test_what_hides_them_does_hide_them():

@@ -121,6 +121,7 @@ def test_peaks_by_the_names_that_drivers_give():
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
     assert peak_tflops("NVIDIA H100 PCIe") == 756.0
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0
+    assert [peak_tflops(f"NVIDIA {name}") for name in ("L40", "L40S", "L4")] == [181.0, 362.0, 121.0]
     assert peak_tflops("Tesla V100-SXM2-32GB") == 125.0
     assert peak_tflops("Some other card") is None
     cpu = torch.device("cpu")
