@@ -91,9 +91,11 @@ def _triton_forward(q, k, v, scale):
     out = torch.empty(B, Q, N, D, device=k.device, dtype=k.dtype)
     lse = torch.empty(B, N, Q, device=k.device, dtype=torch.float32)
     grid = (triton.cdiv(Q, tile.queries), N, B)
-    kernels.cap_forward_kernel[grid](
-        q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_launch_options(tile)
-    )  # fmt: skip
+    # Triton launches on the current device, whatever the tensors' own is
+    with torch.cuda.device_of(k):
+        kernels.cap_forward_kernel[grid](
+            q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_launch_options(tile)
+        )  # fmt: skip
     return out, lse
 
 
@@ -107,21 +109,22 @@ def _triton_backward(dout, q, k, v, out, lse, scale):
     dq = torch.empty(G * chunks, Q, N, D, device=q.device, dtype=q.dtype if chunks == 1 else torch.float32)
     dkv = torch.empty(B, S, 2, N, D, device=k.device, dtype=k.dtype)
     dk, dv = dkv.unbind(2)
-    if is_small(D, Q, S):
-        kernels.cap_backward_small_kernel[(N, G * chunks)](
-            q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_launch_options(tile),
-        )  # fmt: skip
-    else:
-        delta = torch.empty_like(lse)
-        kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
-            q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_launch_options(tile),
-        )  # fmt: skip
-        kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
-            q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
-            **sizes, **_launch_options(tile, by_keys=True),
-        )  # fmt: skip
+    with torch.cuda.device_of(k):
+        if is_small(D, Q, S):
+            kernels.cap_backward_small_kernel[(N, G * chunks)](
+                q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
+                H=chunk, **sizes, **_launch_options(tile),
+            )  # fmt: skip
+        else:
+            delta = torch.empty_like(lse)
+            kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
+                q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
+                H=chunk, **sizes, **_launch_options(tile),
+            )  # fmt: skip
+            kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
+                q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
+                **sizes, **_launch_options(tile, by_keys=True),
+            )  # fmt: skip
     if chunks > 1:
         dq = dq.unflatten(0, (G, chunks)).sum(1).to(q.dtype)
     return dq, dkv

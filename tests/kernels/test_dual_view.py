@@ -9,7 +9,7 @@ from dual_view_cases import CASES, basis_of, constant, run
 from interpreted import run_cases
 
 from scalekd_ds.kernels import dual_view_loss
-from scalekd_ds.kernels.dual_view import ops, reference, triton_kernels
+from scalekd_ds.kernels.dual_view import launch, ops, reference, triton_kernels
 from scalekd_ds.kernels.dual_view.api import implementation
 
 # of the gradient, by the dtype that it is stored in; sums are float32 throughout
@@ -112,11 +112,12 @@ SHAPES += [(49, 4, 2), (49, 36, 2), (121, 9, 2), (121, 100, 1), (196, 4, 2), (40
 
 
 def types_of(kernel, dtype):
-    wide = ("q_ptr", "sums_ptr", "coef_ptr", "upstream_ptr", "loss_ptr", "weights_ptr")
-    return {
-        n: ("*fp32" if n in wide else f"*{dtype}") if n.endswith("_ptr") else "i32" if n == "P" else "i64"
-        for n in kernel.arg_names
-    }
+    wide = ("q_ptr", "sums_ptr", "coef_ptr", "upstream_ptr", "loss_ptr")
+    kinds = {n: "*fp32" if n in wide else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
+    for parameter in kernel.params:
+        if parameter.name not in kinds:
+            kinds[parameter.name] = parameter.annotation_type or ("i32" if parameter.name == "P" else "fp32")
+    return kinds
 
 
 COMPILED = [(*s, "bf16") for s in SHAPES] + [
@@ -132,10 +133,10 @@ COMPILED = [(*s, "bf16") for s in SHAPES] + [
     ],
 )
 def test_compiles_without_spills(tokens, rank, stages, dtype, architectures):
-    kind, tile = ops.kind_of(tokens, rank), ops.tile_of(tokens, rank, 2 if dtype == "bf16" else 4)
+    kind, tile = launch.kind_of(tokens, rank), launch.tile_of(tokens, rank, 2 if dtype == "bf16" else 4)
     assert tile.stages == stages
     width = {triton_kernels.MEAN: 1, triton_kernels.DENSE: tokens}.get(kind, rank)
-    constants = {"C": 1024, "L": stages, "BP": tile.tokens, "BC": tile.channels, "R": width, "BR": ops.padded(width)}
+    constants = {"C": 1024, "L": stages, "BP": tile.tokens, "BC": tile.channels, "R": width, "BR": launch.padded(width)}
     constants |= {"KIND": kind, "DROPS_MEAN": True, "PRECISION": "tf32"}
     has_dot = kind in (triton_kernels.LOW_RANK, triton_kernels.DENSE)
     for kernel, more in (
