@@ -7,6 +7,7 @@ import torch
 from aot import ARCHITECTURES, aot, assert_sound
 from dual_view_cases import CASES, basis_of, constant, run
 from interpreted import run_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekd_ds.kernels import dual_view_loss
 from scalekd_ds.kernels.dual_view import launch, ops, reference, triton_kernels
@@ -183,6 +184,24 @@ def test_torch_compiles_it_without_a_break(path):
     compiled = torch.compile(loss, fullgraph=True)(a, b, t)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(torch.autograd.grad(compiled, (a, b)), gradients)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_torch_compiles_what_a_gpu_runs_without_a_break(filtered):
+    """Traced on tensors that only claim to be on a GPU."""
+    with FakeTensorMode():
+        s, f, t = (torch.empty(2, 49, 64, device="cuda") for _ in range(3))
+        basis = torch.empty(49, 4, device="cuda") if filtered else None
+    calls = []
+
+    def backend(graph, _):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(dual_view_loss, fullgraph=True, backend=backend)
+    assert compiled(s, f, t, basis, (0.5, 0.2)).shape == (2,)
+    assert any("scalekd_ds.dual_view" in call for call in calls)
 
 
 # -- dispatch and errors -------------------------------------------------------------------------------------------
