@@ -174,7 +174,11 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
         raise ValueError(f"q has head size {D}: the kernels take multiples of 8 from 8 to {MAX_HEAD_SIZE}.")
     if tokens > MAX_TOKENS:
         raise ValueError(f"q has {q.shape[1]} queries and k {k.shape[1]} keys: the kernels take at most {MAX_TOKENS}.")
-    return (_triton_forward if _runs_triton(q) else _torch_forward)(q, k, v, scale)
+    if _runs_triton(q):
+        return _triton_forward(q, k, v, scale)
+    # autocast would run products that are meant to be in float32 in 16 bits
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_forward(q, k, v, scale)
 
 
 @cap_attention.register_fake
@@ -194,7 +198,10 @@ def cap_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `cap_attention`: dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
-    return (_triton_backward if _runs_triton(q) else _torch_backward)(dout, q, k, v, out, lse, scale)
+    if _runs_triton(q):
+        return _triton_backward(dout, q, k, v, out, lse, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_backward(dout, q, k, v, out, lse, scale)
 
 
 @cap_attention_backward.register_fake

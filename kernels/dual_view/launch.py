@@ -127,7 +127,9 @@ def filter_of(basis: torch.Tensor | None) -> Filter:
         tokens, rank = basis.shape
         matrix, kind, width = basis.float().contiguous(), kind_of(tokens, rank), rank
         if kind == kernels.DENSE:
-            matrix, width = (torch.eye(tokens, device=basis.device) - matrix @ matrix.T).contiguous(), tokens
+            # in float64, a product that neither autocast nor tf32 rounds
+            wide = basis.double()
+            matrix, width = torch.eye(tokens, device=basis.device) - (wide @ wide.T).float(), tokens
         if len(_filter_cache) >= 16:
             _filter_cache.clear()
         # the basis is kept with its filter, so that no other tensor can get its id

@@ -94,8 +94,11 @@ def dual_view(
         The weighted losses (L, 2), and the coefficients (L, B, 4, P) of their gradients: alpha and beta of the spatial
         view, then of the frequency view; both in float32.
     """
-    forward = launch.forward if _runs_triton(t) else _torch_forward
-    return forward(s_spatial, s_frequency, t, basis, weights)
+    if _runs_triton(t):
+        return launch.forward(s_spatial, s_frequency, t, basis, weights)
+    # as in the reference: autocast would run the filter's products in 16 bits
+    with torch.autocast(t.device.type, enabled=False):
+        return _torch_forward(s_spatial, s_frequency, t, basis, weights)
 
 
 @dual_view.register_fake
@@ -118,8 +121,10 @@ def dual_view_backward(
     Returns:
         2 L contiguous tensors, first of the spatial and then of the frequency view, each in the dtype of its input.
     """
-    backward = launch.backward if _runs_triton(t) else _torch_backward
-    return backward(upstream, s_spatial, s_frequency, t, basis, coef)
+    if _runs_triton(t):
+        return launch.backward(upstream, s_spatial, s_frequency, t, basis, coef)
+    with torch.autocast(t.device.type, enabled=False):
+        return _torch_backward(upstream, s_spatial, s_frequency, t, basis, coef)
 
 
 @dual_view_backward.register_fake

@@ -15,6 +15,7 @@ from dual_view_cases import oracle as dual_view_oracle
 from scalekd_ds.kernels import cap_attention
 from scalekd_ds.kernels.cross_attention import ops as attention_ops
 from scalekd_ds.kernels.cross_attention.api import fused_attention
+from scalekd_ds.kernels.dual_view import launch, triton_kernels
 from scalekd_ds.kernels.dual_view import ops as dual_view_ops
 from scalekd_ds.losses import dual_view_losses
 
@@ -153,6 +154,35 @@ def test_the_dual_view_loss_takes_mixed_types_under_autocast(dtypes, autocast, d
     ours = torch.autograd.grad((losses.double() * upstream).sum(), (s, f))
     for x, gradient, theirs in zip((s, f), ours, gradients, strict=True):
         assert gradient.dtype == x.dtype and relative(gradient, theirs) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing_in_the_operators(device):
+    """The filter's matrix and float32 products are made where autocast is on."""
+    dense = [(row, column) for row in range(6) for column in range(6)]
+    s, f, t = (torch.randn(2, 49, 64, device=device) for _ in range(3))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (torch.randn(2, 49, 2, 32, device=device, dtype=dtype) for _ in range(3))
+    results = []
+    for autocast in (True, False):
+        leaves = [x.detach().requires_grad_() for x in (s, f, q, k, v)]
+        # a basis of its own, as its filter is kept
+        basis = basis_of(GRID, dense).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            losses = dual_view_ops.dual_view_stages(leaves[:1], leaves[1:2], t, basis, WEIGHTS[:1])
+            out = triton_attention(*leaves[2:], 0.2)
+            gradients = torch.autograd.grad(losses.sum() + out.float().sum(), leaves)
+        results.append((losses, out, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_matrix_of_a_dense_filter_is_exact_to_float32():
+    basis = basis_of(GRID, [(row, column) for row in range(6) for column in range(6)])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = launch.filter_of(basis)
+    assert made.kind == triton_kernels.DENSE and made.matrix.is_contiguous() and made.matrix.dtype == torch.float32
+    exact = torch.eye(49, dtype=torch.float64) - basis.double() @ basis.double().T
+    torch.testing.assert_close(made.matrix.double(), exact, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
