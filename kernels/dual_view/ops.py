@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from scalekd_ds.kernels.dual_view import launch
+from scalekd_ds.kernels.dual_view.launch import backward as _triton_backward
+from scalekd_ds.kernels.dual_view.launch import forward as _triton_forward
+from scalekd_ds.kernels.dual_view.launch import tile_for
 from scalekd_ds.kernels.dual_view.reference import EPS, NOISE, high_pass
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
@@ -95,7 +97,7 @@ def dual_view(
         view, then of the frequency view; both in float32.
     """
     if _runs_triton(t):
-        return launch.forward(s_spatial, s_frequency, t, basis, weights)
+        return _triton_forward(s_spatial, s_frequency, t, basis, weights)
     # as in the reference: autocast would run the filter's products in 16 bits
     with torch.autocast(t.device.type, enabled=False):
         return _torch_forward(s_spatial, s_frequency, t, basis, weights)
@@ -122,7 +124,7 @@ def dual_view_backward(
         2 L contiguous tensors, first of the spatial and then of the frequency view, each in the dtype of its input.
     """
     if _runs_triton(t):
-        return launch.backward(upstream, s_spatial, s_frequency, t, basis, coef)
+        return _triton_backward(upstream, s_spatial, s_frequency, t, basis, coef)
     with torch.autocast(t.device.type, enabled=False):
         return _torch_backward(upstream, s_spatial, s_frequency, t, basis, coef)
 
@@ -156,7 +158,7 @@ def dual_view_stages(
     weights: Sequence[Sequence[float]],
 ) -> torch.Tensor:
     """Weighted losses (L, 2) of any number of stages, in as many launches as their tile needs."""
-    per_launch = launch.tile_for([*s_spatial, *s_frequency, t], basis).stages
+    per_launch = tile_for([*s_spatial, *s_frequency, t], basis).stages
     losses = []
     for start in range(0, len(s_spatial), per_launch):
         part = slice(start, start + per_launch)
