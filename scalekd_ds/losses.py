@@ -28,18 +28,12 @@ def low_band(grid: tuple[int, int], cut: int) -> torch.Tensor:
     Raises:
         ValueError: A cut below 1, or above both sides of the grid.
     """
-    mask = torch.zeros(grid, dtype=torch.bool)
-    mask.view(-1)[list(_low_frequencies(tuple(grid), cut))] = True
-    return mask
-
-
-@functools.lru_cache(maxsize=64)
-def _low_frequencies(grid: tuple[int, int], cut: int) -> tuple[int, ...]:
-    """Numbers, row by row of the grid, of what `low_band` drops; kept, as each step asks for them."""
     h, w = grid
     if not 1 <= cut <= max(h, w):
         raise ValueError(f"cut is {cut}: it must be between 1 and {max(h, w)} on a {h}x{w} grid.")
-    return tuple(row * w + column for row in range(min(cut, h)) for column in range(min(cut, w)))
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    mask[:cut, :cut] = True
+    return mask
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,8 +52,7 @@ def frequency_filter(
 
     Args:
         grid: (h, w), with P = h * w tokens.
-        cut: Side of the lowest block of DCT frequencies to drop, or an (h, w) bool mask, True where dropped. A mask is
-            read at each call: on a GPU, each call would wait for it.
+        cut: Side of the lowest block of DCT frequencies to drop, or an (h, w) bool mask, True where dropped.
         device: Device of the tokens.
         dtype: Type that the losses are summed in: float32, or float64 in tests.
 
@@ -68,15 +61,12 @@ def frequency_filter(
     """
     if isinstance(cut, int) and cut == 1:
         return None
-    if isinstance(cut, int):
-        dropped = _low_frequencies(tuple(grid), cut)
-    else:
-        if tuple(cut.shape) != tuple(grid):
-            raise ValueError(f"cut has shape {tuple(cut.shape)}: a mask must have the grid's, {tuple(grid)}.")
-        dropped = tuple(cut.flatten().nonzero().flatten().tolist())
-    total = grid[0] * grid[1]
-    if not 0 < len(dropped) < total:
-        raise ValueError(f"cut drops {len(dropped)} of {total} frequencies: it must drop some and keep some.")
+    mask = low_band(grid, cut) if isinstance(cut, int) else cut
+    if tuple(mask.shape) != tuple(grid):
+        raise ValueError(f"cut has shape {tuple(mask.shape)}: a mask must have the grid's, {tuple(grid)}.")
+    dropped = tuple(mask.flatten().nonzero().flatten().tolist())
+    if not dropped or len(dropped) == mask.numel():
+        raise ValueError(f"cut drops {len(dropped)} of {mask.numel()} frequencies: it must drop some and keep some.")
     return _dct_basis(tuple(grid), dropped, device, dtype)
 
 
