@@ -18,6 +18,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing
+from scalekd_ds.models.rotary import keep_rotary_embeddings
 from scalekd_ds.teacher_families import (
     FAMILIES,
     Family,
@@ -121,6 +122,7 @@ class Teacher(nn.Module):
             self._resize(input_size)
         self.preprocessing = Preprocessing.of(model)
         self._check_patches()
+        keep_rotary_embeddings(model)
         self.family = family_of(model) if features else None
         # before it was compiled
         self._built_family: Family | None = None

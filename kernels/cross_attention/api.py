@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scalekd_ds.kernels.cross_attention import reference, table
 from scalekd_ds.kernels.cross_attention.arguments import check_arguments
+
+# largest head size whose backward cuDNN has on every GPU; PyTorch 2.11 picks cuDNN above it on Hopper all the same
+_CUDNN_HEAD_SIZE = 128
 
 
 def implementation(
@@ -34,14 +38,30 @@ def implementation(
     return "triton" if supports(*sizes, dtype) else "sdpa"
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`cap_attention` by PyTorch's scaled_dot_product_attention."""
+def _scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """PyTorch's attention of (B, N, tokens, D), by cuDNN only where cuDNN also has the backward."""
+    if not k.is_cuda or k.shape[3] <= _CUDNN_HEAD_SIZE:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if torch.compiler.is_compiling():
+        # the only way to choose that torch.compile can trace; it takes ten times as long as the one below
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`cap_attention` by PyTorch's scaled_dot_product_attention alone; takes and returns what that does."""
     q, k, v = (x.transpose(1, 2) for x in (reference.expand_groups(q, k.shape[0]), k, v))
     if k.device.type != "cpu" or k.dtype not in (torch.bfloat16, torch.float16):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        return _scaled_dot_product(q, k, v, scale).transpose(1, 2)
     # on CPUs, PyTorch's backward in 16 bits takes up to three times as long as in float32, with twice the error
     with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
+        out = _scaled_dot_product(q.float(), k.float(), v.float(), scale)
     return out.transpose(1, 2).to(k.dtype)
 
 
@@ -73,4 +93,4 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
             from scalekd_ds.kernels.cross_attention import ops
 
             return ops.cap_attention(q, k, v, scale)[0]
-    return _sdpa(q, k, v, scale)
+    return fused_attention(q, k, v, scale)

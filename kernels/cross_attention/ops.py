@@ -91,9 +91,11 @@ def _triton_forward(q, k, v, scale):
     out = torch.empty(B, Q, N, D, device=k.device, dtype=k.dtype)
     lse = torch.empty(B, N, Q, device=k.device, dtype=torch.float32)
     grid = (triton.cdiv(Q, tile.queries), N, B)
-    kernels.cap_forward_kernel[grid](
-        q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_launch_options(tile)
-    )  # fmt: skip
+    # Triton launches on the current device, whatever the tensors' own is
+    with torch.cuda.device_of(k):
+        kernels.cap_forward_kernel[grid](
+            q, k, v, out, lse, *strides, per_group, log2_scale, **sizes, **_launch_options(tile)
+        )  # fmt: skip
     return out, lse
 
 
@@ -107,21 +109,22 @@ def _triton_backward(dout, q, k, v, out, lse, scale):
     dq = torch.empty(G * chunks, Q, N, D, device=q.device, dtype=q.dtype if chunks == 1 else torch.float32)
     dkv = torch.empty(B, S, 2, N, D, device=k.device, dtype=k.dtype)
     dk, dv = dkv.unbind(2)
-    if is_small(D, Q, S):
-        kernels.cap_backward_small_kernel[(N, G * chunks)](
-            q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_launch_options(tile),
-        )  # fmt: skip
-    else:
-        delta = torch.empty_like(lse)
-        kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
-            q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
-            H=chunk, **sizes, **_launch_options(tile),
-        )  # fmt: skip
-        kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
-            q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
-            **sizes, **_launch_options(tile, by_keys=True),
-        )  # fmt: skip
+    with torch.cuda.device_of(k):
+        if is_small(D, Q, S):
+            kernels.cap_backward_small_kernel[(N, G * chunks)](
+                q, k, v, out, lse, dout, dq, dk, dv, *strides, *dk.stride()[:3], per_group, chunks, log2_scale, scale,
+                H=chunk, **sizes, **_launch_options(tile),
+            )  # fmt: skip
+        else:
+            delta = torch.empty_like(lse)
+            kernels.cap_backward_q_kernel[(triton.cdiv(Q, tile.queries), N, G * chunks)](
+                q, k, v, out, lse, dout, dq, delta, *strides, per_group, chunks, log2_scale, scale,
+                H=chunk, **sizes, **_launch_options(tile),
+            )  # fmt: skip
+            kernels.cap_backward_kv_kernel[(triton.cdiv(S, tile.queries), N, B)](
+                q, k, v, lse, dout, delta, dk, dv, *strides, *dk.stride()[:3], per_group, log2_scale, scale,
+                **sizes, **_launch_options(tile, by_keys=True),
+            )  # fmt: skip
     if chunks > 1:
         dq = dq.unflatten(0, (G, chunks)).sum(1).to(q.dtype)
     return dq, dkv
@@ -171,7 +174,11 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
         raise ValueError(f"q has head size {D}: the kernels take multiples of 8 from 8 to {MAX_HEAD_SIZE}.")
     if tokens > MAX_TOKENS:
         raise ValueError(f"q has {q.shape[1]} queries and k {k.shape[1]} keys: the kernels take at most {MAX_TOKENS}.")
-    return (_triton_forward if _runs_triton(q) else _torch_forward)(q, k, v, scale)
+    if _runs_triton(q):
+        return _triton_forward(q, k, v, scale)
+    # autocast would run products that are meant to be in float32 in 16 bits
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_forward(q, k, v, scale)
 
 
 @cap_attention.register_fake
@@ -191,7 +198,10 @@ def cap_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `cap_attention`: dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
-    return (_triton_backward if _runs_triton(q) else _torch_backward)(dout, q, k, v, out, lse, scale)
+    if _runs_triton(q):
+        return _triton_backward(dout, q, k, v, out, lse, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_backward(dout, q, k, v, out, lse, scale)
 
 
 @cap_attention_backward.register_fake

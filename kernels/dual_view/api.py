@@ -23,7 +23,7 @@ def implementation(device: str, dtypes: set[torch.dtype], tokens: int, rank: int
     if device != "cuda" or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return "reference"
     # imported here, so that Triton is not imported where there is no GPU to use it
-    from scalekd_ds.kernels.dual_view.ops import kind_of
+    from scalekd_ds.kernels.dual_view.launch import kind_of
 
     return "reference" if kind_of(tokens, rank) is None else "triton"
 

@@ -14,6 +14,7 @@ as F is symmetric. The backward needs alpha and beta of both views beside the in
 the channels of a token are named by their factors: `ss` is |s|^2, `st` is <s,t>, `uv` is <u,v>.
 
 Arguments such as `s0_b` and `s0_p` are strides: of the first stage's s, from one sample (b) or token (p) to the next.
+They are declared int64, so that a launch compiles the same kernel as the tests do, whatever the sizes of the tensors.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def _load_tile(ptr, b, stride_b, stride_p, tokens, channels, inside):
 @triton.jit
 def dual_view_sums_kernel(
     s0_ptr, f0_ptr, s1_ptr, f1_ptr, t_ptr, q_ptr, sums_ptr,
-    s0_b, s0_p, f0_b, f0_p, s1_b, s1_p, f1_b, f1_p, t_b, t_p,
+    s0_b: tl.int64, s0_p: tl.int64, f0_b: tl.int64, f0_p: tl.int64, s1_b: tl.int64, s1_p: tl.int64,
+    f1_b: tl.int64, f1_p: tl.int64, t_b: tl.int64, t_p: tl.int64,
     P, C: tl.constexpr, K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -167,12 +169,13 @@ def _coefficients(ss, tt, st, EPS: tl.constexpr):
 
 @triton.jit
 def dual_view_finish_kernel(
-    sums_ptr, coef_ptr, loss_ptr, weights_ptr, P,
+    sums_ptr, coef_ptr, loss_ptr, spatial_0, frequency_0, spatial_1, frequency_1, P,
     K: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """coef (L, B, 4, P): weighted alpha and beta of the spatial, then of the frequency view; loss (B, L, 2).
 
-    weights (L, 2) are already divided by B, and NOISE is the square of the reference's.
+    `spatial_0` to `frequency_1` are the weights of each stage and view, already divided by B: as arguments of the launch
+    they need no copy to the device. NOISE is the square of the reference's.
     """
     b = tl.program_id(0).to(tl.int64)
     batch = tl.num_programs(0)
@@ -194,8 +197,8 @@ def dual_view_finish_kernel(
         u_noise = uu <= NOISE * tl.max(ff, 0)
         uu = tl.where(u_noise, 0.0, uu)
         uv = tl.where(u_noise | v_noise, 0.0, uv)
-        w_spatial = tl.load(weights_ptr + 2 * stage)
-        w_frequency = tl.load(weights_ptr + 2 * stage + 1)
+        w_spatial = spatial_0 if stage == 0 else spatial_1
+        w_frequency = frequency_0 if stage == 0 else frequency_1
         loss, alpha, beta = _coefficients(ss, tt, st, EPS)
         coef = coef_ptr + (stage * batch + b) * 4 * P + tokens
         tl.store(coef, alpha * w_spatial, mask=valid)
@@ -236,7 +239,8 @@ def _gradients(
 @triton.jit
 def dual_view_backward_kernel(
     s0_ptr, f0_ptr, s1_ptr, f1_ptr, t_ptr, q_ptr, coef_ptr, upstream_ptr, ds0_ptr, df0_ptr, ds1_ptr, df1_ptr,
-    s0_b, s0_p, f0_b, f0_p, s1_b, s1_p, f1_b, f1_p, t_b, t_p,
+    s0_b: tl.int64, s0_p: tl.int64, f0_b: tl.int64, f0_p: tl.int64, s1_b: tl.int64, s1_p: tl.int64,
+    f1_b: tl.int64, f1_p: tl.int64, t_b: tl.int64, t_p: tl.int64,
     P, C: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
     R: tl.constexpr, BR: tl.constexpr, KIND: tl.constexpr, DROPS_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which a convolution or a matrix product computes with `x`, alone of its operands."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    # autocast leaves float64 as it is
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def patches_of(x: torch.Tensor) -> torch.Tensor | None:
@@ -18,7 +22,7 @@ def patches_of(x: torch.Tensor) -> torch.Tensor | None:
     None on accelerators and in float32, where the convolution itself is faster than patches and a matrix product. In 16
     bits on a CPU, the backward of the convolution took 2.7 times as long as that of the product at 7x7x2048.
     """
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return None
     h, w = x.shape[-2:]

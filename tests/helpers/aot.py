@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from typing import NamedTuple
 
 import triton
@@ -27,15 +28,23 @@ class Resources(NamedTuple):
     matrix: str | None
 
 
-def aot(kernel, types: dict[str, str], constants: dict, num_warps: int, arch: int, num_stages: int = 3) -> Resources:
-    """Compiles `kernel` for sm_`arch`; pointers and int64 arguments are taken as multiples of 16, as real ones are."""
+def aot(
+    kernel,
+    types: dict[str, str],
+    constants: dict,
+    num_warps: int,
+    arch: int,
+    num_stages: int = 3,
+    aligned: Collection[str] | None = None,
+) -> Resources:
+    """Compiles `kernel` for sm_`arch`; the arguments `aligned` are multiples of 16, or all pointers and int64 ones."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or signature[n] == "i64"
-    }
+    if aligned is None:
+        aligned = [n for n in names if signature[n][0] == "*" or signature[n] == "i64"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
     compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned),
+        ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )

@@ -56,7 +56,15 @@ def relative(ours, theirs) -> float:
     return ((ours.double() - theirs).norm() / theirs.norm()).item()
 
 
-def run(B, grid, C, L=1, dtype="float32", cut=1, dropped=None, magnitude=1.0, zeros=False, strided=False, device="cpu"):
+def strided_copies(x, layout):
+    """`x` in memory that is not contiguous: `aligned` to 16 elements, or `odd`, with rows that begin anywhere."""
+    C = x.shape[2]
+    if layout == "aligned":
+        return torch.cat([x, x], -1)[..., :C]
+    return torch.cat([x[..., :1], x], -1)[..., 1:]
+
+
+def run(B, grid, C, L=1, dtype="float32", cut=1, dropped=None, magnitude=1.0, zeros=False, strided=None, device="cpu"):
     """Errors relative to the oracle; the largest of the gradients, tokens with a clamped slope apart."""
     torch.manual_seed(0)
     P, dtype = grid[0] * grid[1], getattr(torch, dtype)
@@ -71,7 +79,7 @@ def run(B, grid, C, L=1, dtype="float32", cut=1, dropped=None, magnitude=1.0, ze
     if zeros:
         spatial[0][0, 1], t[0, 2] = 0, 0
     if strided:
-        spatial = [torch.cat([x, x], -1)[..., :C] for x in spatial]
+        spatial = [strided_copies(x, strided) for x in spatial]
         t = torch.stack([t, t], 1)[:, 1]
     upstream = torch.randn(L, 2, dtype=torch.float64).to(device)
     expected, gradients = oracle(spatial, frequency, t, grid, dropped, upstream)
@@ -117,7 +125,9 @@ CASES = {
     "zero tokens": {"B": 2, "grid": (7, 7), "C": 64, "zeros": True},
     "zero tokens, float16": {"B": 2, "grid": (7, 7), "C": 64, "zeros": True, "dtype": "float16"},
     "large": {"B": 2, "grid": (7, 7), "C": 64, "magnitude": 1e3},
-    "strided": {"B": 2, "grid": (6, 5), "C": 48, "L": 2, "strided": True},
+    "strided": {"B": 2, "grid": (6, 5), "C": 48, "L": 2, "strided": "aligned"},
+    "strided, odd": {"B": 2, "grid": (6, 5), "C": 48, "L": 2, "strided": "odd"},
+    "odd, bfloat16": {"B": 2, "grid": (5, 3), "C": 70, "L": 2, "dtype": "bfloat16", "strided": "odd"},
     "bfloat16": {"B": 2, "grid": (7, 7), "C": 192, "L": 2, "dtype": "bfloat16"},
     "float16": {"B": 2, "grid": (7, 7), "C": 192, "dtype": "float16"},
     "14x14": {"B": 1, "grid": (14, 14), "C": 40},

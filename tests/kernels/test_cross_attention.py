@@ -25,7 +25,7 @@ def check(case, errors):
         out, gradient = 1e-3, 1e-2
     assert errors["deterministic"] == 1
     # finite gradients instead of inf would hide an overflow from the loss scaler
-    assert errors.get("overflow_shows", 1) == 1
+    assert errors.get("overflows", 2) == errors.get("overflows_shown", 2) == 2
     assert errors["out"] < out
     if case["S"] == 1:
         # softmax over one key does not move: dq is zero, and its relative error means nothing
@@ -44,14 +44,29 @@ def test_the_operator_without_a_gpu_has_the_same_numbers(name):
     check(CASES[name], run(**CASES[name]))
 
 
+# The kernels take 16 bits, and scores of thousands need more. Kernels take seconds to compile for each case: float16,
+# whose kernels differ in how they round alone, runs each kind of backward once.
+ON_THE_GPU = [
+    pytest.param(case | {"dtype": "bfloat16"}, id=name)
+    for name, case in CASES.items()
+    if "magnitude" not in case and name not in ("bfloat16", "bfloat16, d 192", "float16", "float16, long")
+]
+ON_THE_GPU += [
+    pytest.param(CASES[name] | {"dtype": "float16"}, id=f"{name} in float16")
+    for name in ("float16", "float16, long", "d 192")
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", CASES)
-def test_numbers_on_the_gpu_are_those_of_float64(name, dtype):
-    if CASES[name].get("magnitude", 1) > 1:
-        pytest.skip("scores of thousands need more than 16 bits")
-    case = CASES[name] | {"dtype": dtype}
+@pytest.mark.parametrize("case", ON_THE_GPU)
+def test_numbers_on_the_gpu_are_those_of_float64(case):
     check(case, run(**case, device="cuda"))
+
+
+@pytest.mark.parametrize("case", ON_THE_GPU)
+def test_numbers_of_the_gpus_cases_are_those_of_float64_without_one(case):
+    """The same sizes, types and limits, on the operator's arithmetic in PyTorch: what fails here fails there."""
+    check(case, run(**case))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

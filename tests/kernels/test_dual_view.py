@@ -7,9 +7,10 @@ import torch
 from aot import ARCHITECTURES, aot, assert_sound
 from dual_view_cases import CASES, basis_of, constant, run
 from interpreted import run_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalekd_ds.kernels import dual_view_loss
-from scalekd_ds.kernels.dual_view import ops, reference, triton_kernels
+from scalekd_ds.kernels.dual_view import launch, ops, reference, triton_kernels
 from scalekd_ds.kernels.dual_view.api import implementation
 
 # of the gradient, by the dtype that it is stored in; sums are float32 throughout
@@ -112,11 +113,12 @@ SHAPES += [(49, 4, 2), (49, 36, 2), (121, 9, 2), (121, 100, 1), (196, 4, 2), (40
 
 
 def types_of(kernel, dtype):
-    wide = ("q_ptr", "sums_ptr", "coef_ptr", "upstream_ptr", "loss_ptr", "weights_ptr")
-    return {
-        n: ("*fp32" if n in wide else f"*{dtype}") if n.endswith("_ptr") else "i32" if n == "P" else "i64"
-        for n in kernel.arg_names
-    }
+    wide = ("q_ptr", "sums_ptr", "coef_ptr", "upstream_ptr", "loss_ptr")
+    kinds = {n: "*fp32" if n in wide else f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
+    for parameter in kernel.params:
+        if parameter.name not in kinds:
+            kinds[parameter.name] = parameter.annotation_type or ("i32" if parameter.name == "P" else "fp32")
+    return kinds
 
 
 COMPILED = [(*s, "bf16") for s in SHAPES] + [
@@ -132,10 +134,10 @@ COMPILED = [(*s, "bf16") for s in SHAPES] + [
     ],
 )
 def test_compiles_without_spills(tokens, rank, stages, dtype, architectures):
-    kind, tile = ops.kind_of(tokens, rank), ops.tile_of(tokens, rank, 2 if dtype == "bf16" else 4)
+    kind, tile = launch.kind_of(tokens, rank), launch.tile_of(tokens, rank, 2 if dtype == "bf16" else 4)
     assert tile.stages == stages
     width = {triton_kernels.MEAN: 1, triton_kernels.DENSE: tokens}.get(kind, rank)
-    constants = {"C": 1024, "L": stages, "BP": tile.tokens, "BC": tile.channels, "R": width, "BR": ops.padded(width)}
+    constants = {"C": 1024, "L": stages, "BP": tile.tokens, "BC": tile.channels, "R": width, "BR": launch.padded(width)}
     constants |= {"KIND": kind, "DROPS_MEAN": True, "PRECISION": "tf32"}
     has_dot = kind in (triton_kernels.LOW_RANK, triton_kernels.DENSE)
     for kernel, more in (
@@ -182,6 +184,24 @@ def test_torch_compiles_it_without_a_break(path):
     compiled = torch.compile(loss, fullgraph=True)(a, b, t)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(torch.autograd.grad(compiled, (a, b)), gradients)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_torch_compiles_what_a_gpu_runs_without_a_break(filtered):
+    """Traced on tensors that only claim to be on a GPU."""
+    with FakeTensorMode():
+        s, f, t = (torch.empty(2, 49, 64, device="cuda") for _ in range(3))
+        basis = torch.empty(49, 4, device="cuda") if filtered else None
+    calls = []
+
+    def backend(graph, _):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(dual_view_loss, fullgraph=True, backend=backend)
+    assert compiled(s, f, t, basis, (0.5, 0.2)).shape == (2,)
+    assert any("scalekd_ds.dual_view" in call for call in calls)
 
 
 # -- dispatch and errors -------------------------------------------------------------------------------------------

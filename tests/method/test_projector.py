@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from golden_files import golden, relative_error
 from golden_map import projector_name, projector_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalekd_ds.projector.convolution import patches_of
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
@@ -184,3 +185,31 @@ def test_a_pair_in_one_pass_equals_its_projectors(learned, norm):
         pair.load_state_dict(before, strict=False)
     for ours, theirs in zip(results[0] + results[1], results[2] + results[3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_weights_are_cast_before_they_are_joined(monkeypatch):
+    """The same numbers as autocast's own cast of all of them joined, bit for bit, without joining them in float32."""
+    pair = ProjectorPair({n: CrossAttentionProjector(8, 16, (6, 5), (4, 4), 4, 5.0) for n in ("spatial", "frequency")})
+    x, upstream = torch.randn(3, 8, 6, 5, requires_grad=True), torch.randn(2, 3, 16, 16)
+    joined = []
+
+    class Joins(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default) and out.numel() >= 2 * 16 * 8:
+                joined.append(out.dtype)
+            return out
+
+    def run():
+        joined.clear()
+        with Joins(), torch.autocast("cpu", torch.bfloat16):
+            out = pair.stacked(x)
+        return out, *torch.autograd.grad((out.float() * upstream).sum(), [x, *pair.parameters()])
+
+    ours = run()
+    # the queries, (16, 16) each, come before their product; positions are float32 in both
+    assert joined.count(torch.bfloat16) >= 7 and joined.count(torch.float32) == 2
+    monkeypatch.setattr("scalekd_ds.projector.pair._cast", lambda layers, name: [getattr(x, name) for x in layers])
+    theirs = run()
+    assert joined.count(torch.float32) > 7
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
