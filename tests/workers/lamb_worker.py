@@ -117,7 +117,9 @@ def start(cfg: OptimConfig, zero: dict):
     net = Layers()
     optimizer = build_optimizer(net, cfg)
     offload = {"zero_force_ds_cpu_optimizer": False} if "offload_optimizer" in zero else {}
-    engine = engine_of(net, optimizer, zero, {"train_micro_batch_size_per_gpu": 1} | offload)
+    # DeepSpeed clips at 1.0 where nothing is said
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0} | offload
+    engine = engine_of(net, optimizer, zero, config)
     lamb.attach(optimizer, engine)
     return engine, optimizer
 
