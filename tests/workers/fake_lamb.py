@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-
 import fake_cuda
 import timm
 import torch
