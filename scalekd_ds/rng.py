@@ -10,22 +10,34 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every random number generator of this process, as tensors and plain values that `torch.save` takes."""
+    """State of every random number generator of this process, as tensors and plain values that `torch.save` takes.
+
+    Of the GPUs' generators it has the current device's, where this process computes on one: to ask for another's would start
+    that GPU, and each rank draws from its own.
+    """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": [s.cpu() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state().cpu()] if torch.cuda.is_initialized() else [],
         "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` returned; those of GPUs only where this process sees as many GPUs as were saved."""
+    """Restores what `rng_state` returned.
+
+    What came from a GPU is for the current one; a process on CPUs leaves it. A GPU of which nothing was saved, since the run
+    was on CPUs or saw fewer GPUs, keeps the state that the seed gave it.
+    """
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_initialized():
+        saved = state["cuda"]
+        # earlier releases saved every GPU that the process saw
+        own = torch.cuda.current_device() if len(saved) > 1 else 0
+        if own < len(saved):
+            torch.cuda.set_rng_state(saved[own])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]

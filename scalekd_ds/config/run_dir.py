@@ -43,6 +43,8 @@ class RunDirConfig:
             known, and leaves `system/mfu` out on others.
         compile_teacher: Compile the frozen teacher with torch.compile, which takes minutes at the start; for long runs
             on GPUs.
+        deterministic: On GPUs, compute with algorithms only that give the same numbers again, bit for bit, which are
+            slower; an operator that has none ends the run. On CPUs all do.
     """
 
     dir: str = "runs/default"
@@ -64,6 +66,7 @@ class RunDirConfig:
     baseline_top1: float | None = None
     peak_tflops: float | None = None
     compile_teacher: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         require(self.log_every > 0, "run.log_every", self.log_every, "at least 1")

@@ -73,7 +73,10 @@ def merge(config: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, 
     """
     micro, accumulation = run.batches(world_size)
     merged = {k: v for k, v in config.items() if k not in MONITORS}
+    throughput = {"synchronized": False} | config.get("timers", {}).get("throughput", {})
     return merged | {
+        # DeepSpeed's own default waits for the device twice in every micro batch, for a rate that it prints once in a while
+        "timers": {"throughput": throughput},
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         # always written, because DeepSpeed clips at 1.0 by default

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.device_clipping import clip_on_device
 from scalekd_ds.engine.ds_config import stage_of
 from scalekd_ds.errors import UserError
 
@@ -51,4 +52,5 @@ def initialize(
         # the cut
         for parameter in engine.optimizer.persistent_parameters:
             parameter.is_external_param = True
+    clip_on_device(engine)
     return engine

@@ -14,25 +14,14 @@ from scalekd_ds.files.durable import write_json
 
 
 def skip_nonfinite(engine: Any) -> None:
-    """Makes `engine.step()` skip a step whose gradients hold a NaN or inf on any rank, as it does in fp16.
+    """Makes `engine.step()` skip a step whose gradients hold a NaN or inf on any rank, as DeepSpeed does with ZeRO.
 
-    DeepSpeed checks the gradients by itself with ZeRO-1 and ZeRO-2, but not with ZeRO-3 in fp32 and not without ZeRO.
+    This is the one time in a step that the host waits for the device: with ZeRO it is DeepSpeed's own question, whether the
+    norm of the gradients is finite.
     """
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        _skip_unsharded(engine)
-    elif stage == 3:
-
-        def check(update_scale: bool = True) -> bool:
-            optimizer.overflow = False
-            optimizer.check_overflow()
-            return optimizer._loss_scale_update_and_overflow_cleanup() if update_scale else optimizer.overflow
-
-        optimizer._overflow_check_and_loss_scale_update = check
-
-
-def _skip_unsharded(engine: Any) -> None:
-    """The same without ZeRO, where the optimizer is torch's own."""
+    if engine.zero_optimization_stage() > 0:
+        return
+    # without ZeRO, the optimizer is torch's own
     optimizer = engine.optimizer
     step = optimizer.step
 

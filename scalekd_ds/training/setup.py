@@ -27,6 +27,7 @@ from scalekd_ds.data.sources.source import Source
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import ds_config
 from scalekd_ds.engine.cpu_precision import slow_precision_notice
+from scalekd_ds.engine.determinism import choose_algorithms
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.errors import say
@@ -77,6 +78,7 @@ def build(cfg: RunConfig) -> Run:
         say(line)
     train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
     device = start_processes()
+    choose_algorithms(cfg.run.deterministic, device.type)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     ds_config.check_memory(ds_merged, device, cfg.run.ds_config)

@@ -1,0 +1,49 @@
+"""LAMB against plain loops over layers, and the number of kernels that a step of it starts on a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+from forking import forked_ranks
+from launching import LIMIT, ROOT, WORKERS, result_of
+
+WORKER = WORKERS / "lamb_worker.py"
+CASES = [f"{zero} no_decay {names}" for names in ("none", "1d") for zero in ("zero0", "zero1", "zero2", "zero3")]
+OFFLOAD = [f"zero1 offload no_decay {names}" for names in ("none", "1d")]
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import fake_cuda  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def lamb(request):
+    """case -> launches and errors, as the worker measured them on so many ranks."""
+    return result_of(forked_ranks(WORKER, ranks=request.param))
+
+
+@pytest.mark.parametrize("case", CASES + OFFLOAD)
+def test_a_step_is_that_of_plain_loops(lamb, case):
+    assert lamb[case]["error"] < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES + OFFLOAD)
+def test_a_state_in_other_memory_is_taken(lamb, case):
+    """The moments lie in one piece of memory, which loading a checkpoint gives up."""
+    assert lamb[case]["error after a load"] < 2e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resnet50s_layers_take_few_launches(lamb, case):
+    """Of 161 layers, a dozen launches for each were 2,000."""
+    assert 0 < sum(lamb[case]["launches"]) < 60
+
+
+@pytest.mark.skipif(bool(fake_cuda.available()), reason="needs the stand-ins for CUDA")
+def test_on_a_gpu_nothing_is_waited_for_and_nothing_copied(tmp_path):
+    """On CUDA tensors without a GPU, which also have to be of one device."""
+    env = fake_cuda.environment(tmp_path)
+    command = [sys.executable, str(WORKERS / "fake_lamb.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
+    found = result_of(done)
+    assert (found["syncs"], found["copies"]) == ({}, {})
+    assert 0 < found["launches"]["lamb"] < 60
