@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from scalekd_ds.cluster.doctor.agent import follow_nccl
-from scalekd_ds.cluster.ranks import join_ranks, ranks_on_this_node
+from scalekd_ds.cluster.ranks import free_port, join_ranks, ranks_on_this_node
 from scalekd_ds.cluster.rendezvous import check_meeting_place, meeting
 from scalekd_ds.engine.build_locks import clear_build_locks
 from scalekd_ds.engine.host_memory import keep_freed_memory
@@ -74,8 +74,12 @@ def end_processes() -> None:
         return
     closed = threading.Event()
     threading.Thread(target=_end_unless, args=(closed,), name="closing", daemon=True).start()
+    alone = dist.get_world_size() == 1
     dist.destroy_process_group()
     closed.set()
+    if alone:
+        # the store serves at its port for as long as anything of the last run refers to it
+        os.environ["MASTER_PORT"] = str(free_port())
 
 
 def _end_unless(closed: threading.Event) -> None:

@@ -141,8 +141,8 @@ def test_a_node_whose_name_is_a_loopback_address_is_named(tmp_path, monkeypatch)
         []
         if not address.startswith("127.")
         else [
-            f"its name {socket.gethostname()} resolves to {address} there, which no other node reaches, and gloo takes: correct "
-            "its /etc/hosts, or name the interface with --write-env GLOO_SOCKET_IFNAME=eth0"
+            f"its name {socket.gethostname()} resolves to {address} there, which no other node reaches, and gloo takes: "
+            "correct its /etc/hosts, or name the interface with --write-env GLOO_SOCKET_IFNAME=eth0"
         ]
     )
     assert report.problems_of("node2") == expected and report.problems_of("node1") == []
