@@ -220,7 +220,8 @@ def test_gpus_get_more_time(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_all_reduce_is_over_gloo_and_nccl_on_a_gpu(tmp_path):
-    report = look(tmp_path, {"node1": 1}, {}, skip=("bandwidth",), limits=replace(EASY, gpu_free=0))
+    gpu = {"node1": {"env": {"DS_ACCELERATOR": "cuda"}}}
+    report = look(tmp_path, {"node1": 1}, gpu, skip=("bandwidth",), limits=replace(EASY, gpu_free=0))
     assert report.problems == [] and report.backend == "nccl" and report.all_reduce_s > 0
 
 
