@@ -185,13 +185,16 @@ class Heartbeat:
             stopping = self._stopped.wait(_INTERVAL_S)
 
     def _find_lost(self, timeout: float, include_failed: bool) -> list[str]:
-        """A description of each rank without a heartbeat for `timeout` seconds, or that failed if those are included."""
+        """A description of each rank without a heartbeat for `timeout` seconds, or that failed: so long ago, or ever.
+
+        NCCL's collectives of the others go on waiting for a rank that failed, and raise nothing.
+        """
         now = time.monotonic()
         if now - self._store_answered_at > timeout and self.rank != 0:
             return [f"rank 0's store at {os.environ.get('MASTER_ADDR', '?')} does not answer"]
         found = []
         for rank, (beat, received_at) in sorted(self._received.items()):
-            if beat.end not in (None, "done") and include_failed:
+            if beat.end not in (None, "done") and (include_failed or now - received_at > timeout):
                 found.append(f"rank {rank} {beat} failed: {beat.end}")
             elif beat.end is None and now - received_at > timeout:
                 found.append(f"rank {rank} {beat} is dead or cannot be reached")

@@ -141,6 +141,28 @@ def test_broken_connections_of_ranks_that_all_live_end_the_job(tmp_path, capfd):
     assert "NCCL reports COMM_ERROR, and no rank is lost: look at the network" in capfd.readouterr().err
 
 
+def failing(folder, port, number):
+    heartbeat._INTERVAL_S = 0.1
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=number == 0, timeout=timedelta(seconds=20))
+    with Heartbeat(store, number, 2, folder, 1.0, 0.0) as own:
+        for step in range(10 if number else 600):
+            own.progress(step)
+            time.sleep(0.05)
+        raise KeyError("weights")
+
+
+def test_a_rank_that_failed_is_named_by_those_that_still_wait_for_it(tmp_path, capfd):
+    """As under NCCL, whose collectives raise no error."""
+    port = free_port()
+    ranks = [_FORKS.Process(target=failing, args=(tmp_path, port, number)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [EXIT_LOST, 1]
+    assert "failed: KeyError: 'weights': no word for 1 s." in capfd.readouterr().err
+
+
 def unheard(folder, port, number):
     heartbeat._INTERVAL_S, heartbeat._FIRST_BEAT_S = 0.1, 1.0
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=number == 0, timeout=timedelta(seconds=20))
