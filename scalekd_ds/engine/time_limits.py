@@ -59,7 +59,11 @@ def nccl_error() -> str | None:
     for group in list(distributed_c10d._world.pg_map):
         if device not in group._device_types or torch.distributed.get_backend(group) != "nccl":
             continue
-        error = group._get_backend(device).get_error()
+        try:
+            error = group._get_backend(device).get_error()
+        except RuntimeError:
+            # a backend that does not tell
+            continue
         # a limit that the user has kept is no error of the network
         if error.name in ("COMM_ERROR", "REMOTE_ERROR"):
             return f"NCCL reports {error.name} of process group {group.group_name}"
