@@ -99,6 +99,8 @@ class Heartbeat:
         self._network_error, self._broken_since = network_error, None
         self.step = 0
         self._progress, self._end = 0, None
+        # the error for which lost ranks were looked for already
+        self._searched: BaseException | None = None
         # the last new heartbeat of each other rank, and when it came
         self._received: dict[int, tuple[Beat, float]] = {}
         self._began_at = self._store_answered_at = self._progress_at = time.monotonic()
@@ -117,15 +119,18 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        # a collective with a lost rank fails with an error of the transport, which does not name the rank
-        found = self.lost_ranks(wait=8.0) if isinstance(error, RuntimeError) else None
-        ending = RankLostError(f"{found}. {_HINT}") if found else error
+        ending = error
+        if isinstance(error, RuntimeError) and error is not self._searched:
+            try:
+                self.raise_if_lost(error)
+            except RankLostError as lost:
+                ending = lost
         first = " ".join(str(ending).split())[:200] if ending is not None else ""
         self._end = "done" if ending is None else f"{type(ending).__name__}: {first}"
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * _INTERVAL_S)
-        if found:
+        if ending is not error:
             raise ending from error
 
     def progress(self, step: int | None = None) -> None:
@@ -140,6 +145,19 @@ class Heartbeat:
     def shorten_timeout(self) -> None:
         """Lowers the rank timeout to 5 s, since other ranks end soon after a signal to stop."""
         self.rank_timeout = min(self.rank_timeout, 5.0)
+
+    def raise_if_lost(self, error: RuntimeError) -> None:
+        """Replaces `error` with the reason, if it was caused by another rank that failed or disappeared.
+
+        A collective with a lost rank fails with an error of the transport, which does not name the rank. The launcher soon
+        sends a signal where a rank has died: call it where signals are handled, if it is not to end this process first.
+
+        Raises:
+            RankLostError: Other ranks are lost; the message names them.
+        """
+        self._searched = error
+        if found := self.lost_ranks(wait=8.0):
+            raise RankLostError(f"{found}. {_HINT}") from error
 
     def lost_ranks(self, wait: float = 0.0) -> str | None:
         """Describes the ranks that failed or have sent no heartbeat for 3 s; None if there are none.

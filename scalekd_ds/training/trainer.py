@@ -109,6 +109,12 @@ def _train(run: Run) -> dict[str, Any]:
             except Preempted:
                 results = _stop(run, reporter)
             run.saver.finish(Path(cfg.run.dir) / "student.safetensors" if run.shipped_step == run.step else None)
+        except UserError:
+            raise
+        # here, where a signal does not end the process before it has said which rank is lost
+        except RuntimeError as error:
+            run.heartbeat.raise_if_lost(error)
+            raise
         finally:
             reporter.close()
             run.train_loader.close()
