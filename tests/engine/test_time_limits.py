@@ -48,7 +48,8 @@ def test_a_hang_ends_by_its_own_limit_though_that_of_collectives_is_shorter(data
     assert "no rank got on for 16 s (rank 0 at step 3, rank 1 at step 3)" in done.stderr
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     stacks = [(tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in range(2)]
-    assert "in faulty" in stacks[1] and "in _loop" in stacks[0]
+    # rank 1 may have ended a moment before, at which the collective of rank 0 failed
+    assert "in faulty" in stacks[1] and ("in _loop" in stacks[0] or "in raise_if_lost" in stacks[0])
 
 
 def test_a_rank_that_is_stopped_while_models_are_built_is_named(data, tmp_path):
