@@ -225,7 +225,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         text = "".join(traceback.format_exception(error))
         message = one_line(str(error))
         print(f"{text}error{rank_and_host()}: {type(error).__name__}: {message}\n", end="", file=sys.stderr, flush=True)
-        sys.exit(1)
+        # NCCL's threads would wait at a normal exit for collectives in which this rank's peers wait for it
+        sys.stdout.flush()
+        os._exit(1)
     if failure := output.failure():
         print(f"error: standard output cannot be written: {output.reason(failure)}.", file=sys.stderr, flush=True)
         status = status or UserError.status

@@ -15,7 +15,8 @@ from scalekd_ds.checkpoint.plain_weights import write_student
 from scalekd_ds.checkpoint.recovery_script import write_recovery_script
 from scalekd_ds.checkpoint.saver import Saver
 from scalekd_ds.checkpoint.shard_files import ENGINE, engine_state, shard_file, snapshot
-from scalekd_ds.engine.gather import gather_to_cpu, student_state, synchronise_buffers
+from scalekd_ds.engine.gather import gather_all, student_state, synchronise_buffers
+from scalekd_ds.engine.host_copies import now
 from scalekd_ds.files.durable import save_tensors, sync, write_json
 from scalekd_ds.rng import rng_state
 
@@ -37,7 +38,7 @@ def save_checkpoint(
         state: Contents of `state.json`: at least `step`, `world_size` and `zero_stage`, and `top1` where it was
             measured.
         card: The student's card.
-        average: State dict and card of the student's moving average, where the run keeps one.
+        average: State dict and card of the student's moving average, where the run keeps one; on rank 0 alone it is read.
 
     Returns:
         The folder of the checkpoint, which exists once it is finished.
@@ -47,22 +48,24 @@ def save_checkpoint(
     # the last checkpoint is written from the memory that the copies go to
     saver.wait_written()
     generators, counters = rng_state(), engine_state(engine)
+    # rank 0 alone writes whole weights: at ZeRO-3 the others take part in gathering them, and else they copy none
+    is_first = rank == 0
     # ZeRO-3 gathers the weights with collectives, so they are copied here; at other stages they do not change before
     # the next update, and are copied in `capture`
-    whole = student_state(engine.module, saver.copies) if engine.zero_optimization_stage() == 3 else None
+    is_sharded = engine.zero_optimization_stage() == 3
+    whole = student_state(engine.module, saver.copies, is_first) if is_sharded else None
     state_dict = engine.module.state_dict(keep_vars=True)
-    untrained = {
-        name: gather_to_cpu(tensor, saver.copies, f"untrained {name}")
-        for name, tensor in state_dict.items()
-        if not tensor.requires_grad
-    }
+    frozen = {name: tensor for name, tensor in state_dict.items() if not tensor.requires_grad}
+    untrained = gather_all(frozen, saver.copies, is_first, "untrained ")
     # the statistics of BatchNorm change in the next forward pass, so the student gets those of the copy
     prefix = "student."
     statistics = {name.removeprefix(prefix): t for name, t in untrained.items() if name.startswith(prefix)}
+    ready = now(engine.device)
 
     def capture() -> Callable[[Path], None]:
-        shards = snapshot(engine, saver.copies)
-        weights = student_state(engine.module, saver.copies) if whole is None else whole
+        with saver.copies.beside(ready):
+            shards = snapshot(engine, saver.copies)
+            weights = student_state(engine.module, saver.copies, is_first) if whole is None else whole
         return functools.partial(write, shards, weights | statistics)
 
     def write(shards: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,12 @@ EXIT_LOST = 70
 _INTERVAL_S = 1.0
 # seconds by which a thread that waits is late only where its process was stopped
 _STOPPED_S = 3.0
+# least seconds without progress, until there was some: models are built and kernels compiled before the first step is done
+_FIRST_STEP_S = 1800.0
+# least seconds for the first sign of life of a rank, which has met the others
+_FIRST_BEAT_S = 10.0
+# seconds by which a lost rank is sooner noticed than the broken connections to it
+_NETWORK_S = 5.0
 _HINT = "The last checkpoint is intact: start again with --run.resume auto."
 
 
@@ -61,7 +68,9 @@ class RankLostError(UserError):
 
 
 class Heartbeat:
-    """Monitors all ranks of a job from each of them; use as a context manager around training.
+    """Monitors all ranks of a job from each of them; use as a context manager around building and training.
+
+    An error of the transport that leaves the context is replaced by a `RankLostError` where a lost rank has caused it.
 
     Args:
         store: The run's key-value store, or None for a single rank, where only hangs are detected.
@@ -70,19 +79,31 @@ class Heartbeat:
         folder: Where a hanging rank writes the stacks of its threads.
         rank_timeout: Seconds without a heartbeat from another rank after which this one exits.
         hang_timeout: Seconds without progress on any rank, though all of them send heartbeats, after which each writes
-            its stacks and exits; 0 waits for ever.
+            its stacks and exits; 0 waits for ever. Until there was any progress it is half an hour at least.
+        network_error: What is wrong with the connections that collectives use, or None; called every second. A rank exits
+            where it tells of an error for longer than `rank_timeout`, and no rank is lost.
     """
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, folder: Path, rank_timeout: float, hang_timeout: float
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        folder: Path,
+        rank_timeout: float,
+        hang_timeout: float,
+        network_error: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.rank, self.world_size, self.folder = rank, world_size, folder
         self.rank_timeout, self.hang_timeout = rank_timeout, hang_timeout
+        self._network_error, self._broken_since = network_error, None
         self.step = 0
         self._progress, self._end = 0, None
+        # the error for which lost ranks were looked for already
+        self._searched: BaseException | None = None
         # the last new heartbeat of each other rank, and when it came
         self._received: dict[int, tuple[Beat, float]] = {}
-        self._store_answered_at = self._progress_at = time.monotonic()
+        self._began_at = self._store_answered_at = self._progress_at = time.monotonic()
         self._last_progress = (-1, -1)
         self._stopped = threading.Event()
         # a connection of its own, so that a heartbeat never waits for another thread's request to the store
@@ -98,11 +119,19 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        first = " ".join(str(error).split())[:200] if error is not None else ""
-        self._end = "done" if kind is None else f"{kind.__name__}: {first}"
+        ending = error
+        if isinstance(error, RuntimeError) and error is not self._searched:
+            try:
+                self.raise_if_lost(error)
+            except RankLostError as lost:
+                ending = lost
+        first = " ".join(str(ending).split())[:200] if ending is not None else ""
+        self._end = "done" if ending is None else f"{type(ending).__name__}: {first}"
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * _INTERVAL_S)
+        if ending is not error:
+            raise ending from error
 
     def progress(self, step: int | None = None) -> None:
         """Records that this rank has done a step, a batch of an evaluation, or a part of a checkpoint.
@@ -117,12 +146,16 @@ class Heartbeat:
         """Lowers the rank timeout to 5 s, since other ranks end soon after a signal to stop."""
         self.rank_timeout = min(self.rank_timeout, 5.0)
 
-    def raise_if_lost(self, error: BaseException) -> None:
+    def raise_if_lost(self, error: RuntimeError) -> None:
         """Replaces `error` with the reason, if it was caused by another rank that failed or disappeared.
+
+        A collective with a lost rank fails with an error of the transport, which does not name the rank. The launcher soon
+        sends a signal where a rank has died: call it where signals are handled, if it is not to end this process first.
 
         Raises:
             RankLostError: Other ranks are lost; the message names them.
         """
+        self._searched = error
         if found := self.lost_ranks(wait=8.0):
             raise RankLostError(f"{found}. {_HINT}") from error
 
@@ -170,16 +203,22 @@ class Heartbeat:
             stopping = self._stopped.wait(_INTERVAL_S)
 
     def _find_lost(self, timeout: float, include_failed: bool) -> list[str]:
-        """A description of each rank without a heartbeat for `timeout` seconds, or that failed if those are included."""
+        """A description of each rank without a heartbeat for `timeout` seconds, or that failed: so long ago, or ever.
+
+        NCCL's collectives of the others go on waiting for a rank that failed, and raise nothing.
+        """
         now = time.monotonic()
         if now - self._store_answered_at > timeout and self.rank != 0:
             return [f"rank 0's store at {os.environ.get('MASTER_ADDR', '?')} does not answer"]
         found = []
         for rank, (beat, received_at) in sorted(self._received.items()):
-            if beat.end not in (None, "done") and include_failed:
+            if beat.end not in (None, "done") and (include_failed or now - received_at > timeout):
                 found.append(f"rank {rank} {beat} failed: {beat.end}")
             elif beat.end is None and now - received_at > timeout:
                 found.append(f"rank {rank} {beat} is dead or cannot be reached")
+        if now - self._began_at > max(timeout, _FIRST_BEAT_S):
+            silent = (r for r in range(self.world_size) if r != self.rank and r not in self._received)
+            found += [f"rank {rank} has met the others, and has not been heard of since" for rank in silent]
         return found
 
     def _monitor(self) -> None:
@@ -190,22 +229,35 @@ class Heartbeat:
             looked_at = time.monotonic()
             if self._store is not None and (found := self._find_lost(self.rank_timeout, include_failed=False)):
                 self._exit(f"{'; '.join(found)}: no word for {self.rank_timeout:.0f} s.")
+            self._exit_if_broken()
             progress = (self._progress, sum(beat.progress for beat, _ in self._received.values()))
+            limit = self.hang_timeout if any(progress) else max(self.hang_timeout, _FIRST_STEP_S)
             if progress != self._last_progress:
                 self._last_progress, self._progress_at = progress, time.monotonic()
-            elif self.hang_timeout and time.monotonic() - self._progress_at > self.hang_timeout:
+            elif self.hang_timeout and time.monotonic() - self._progress_at > limit:
                 steps = {self.rank: self.step} | {r: beat.step for r, (beat, _) in self._received.items()}
                 listed = ", ".join(f"rank {r} at step {s}" for r, s in sorted(steps.items()))
-                self._exit(
-                    f"no rank got on for {self.hang_timeout:.0f} s ({listed}); stacks: {escape(self._dump_stacks())}."
-                )
+                self._exit(f"no rank got on for {limit:.0f} s ({listed}); stacks: {escape(self._dump_stacks())}.")
+
+    def _exit_if_broken(self) -> None:
+        """Ends this process where its collectives cannot end any more, though all ranks are alive."""
+        error = self._network_error()
+        if error is None:
+            self._broken_since = None
+            return
+        self._broken_since = self._broken_since or time.monotonic()
+        if time.monotonic() - self._broken_since > self.rank_timeout + _NETWORK_S:
+            self._exit(f"{error}, and no rank is lost: look at the network (NCCL_DEBUG=WARN says more).")
 
     def _excuse(self, seconds: float) -> None:
         """Does not count the time for which this process was stopped: a scheduler that suspends a job stops all ranks."""
         if seconds < _STOPPED_S:
             return
+        self._began_at += seconds
         self._store_answered_at += seconds
         self._progress_at += seconds
+        if self._broken_since is not None:
+            self._broken_since += seconds
         for rank, (beat, received_at) in list(self._received.items()):
             self._received[rank] = (beat, received_at + seconds)
 

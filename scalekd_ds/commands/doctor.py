@@ -40,6 +40,13 @@ def parser() -> Parser:
     options.add_argument(
         "--skip", nargs="+", choices=("bandwidth", "all-reduce"), default=[], help="leave these checks out"
     )
+    options.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="seconds for the all-reduce, from the moment when its ranks have loaded torch (20 on CPUs, 60 on GPUs, and half "
+        "a second for each node)",
+    )
     options.add_argument("--json", metavar="FILE", help="also write the whole report as JSON, with the nodes that pass")
     defaults = Limits()
     for flag, field, what in (
@@ -141,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "no --hostfile is given: launch/hosts, or a file of your own with one `NAME slots=GPUS` a line."
         )
+    if arguments.timeout is not None and not 1 <= arguments.timeout <= 3600:
+        raise UserError(f"--timeout is {arguments.timeout:g}: it must be 1 to 3600 seconds.")
     limits = Limits(**{name: getattr(arguments, name) for name in ("memory", "disk", "gpu_free", "skew", "bandwidth")})
     for name, value in vars(limits).items():
         if not 0 <= value < float("inf"):
@@ -154,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     from scalekd_ds.cluster.doctor.examine import examine
     from scalekd_ds.cluster.doctor.report import print_report
 
-    report = examine(hosts, ssh, exported(here), data, run_dir, limits, arguments.skip)
+    report = examine(hosts, ssh, exported(here), data, run_dir, limits, arguments.skip, arguments.timeout)
     # rich takes 80 columns for a file, where the table would wrap
     print_report(Console(width=None if sys.stdout.isatty() else 200), report)
     if arguments.json:

@@ -134,9 +134,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
         # before DeepSpeed is imported, since it prints to standard output
         claim_stdout()
+    from scalekd_ds.engine.processes import end_processes
     from scalekd_ds.training.trainer import train
 
     train(cfg)
+    end_processes()
     return None
 
 

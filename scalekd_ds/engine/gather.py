@@ -42,7 +42,9 @@ def average_over_ranks(buffers: list[torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def student_state(distiller: ScaleKD, copies: HostCopies | None = None) -> dict[str, torch.Tensor]:
+def student_state(
+    distiller: ScaleKD, copies: HostCopies | None = None, is_kept: bool = True
+) -> dict[str, torch.Tensor]:
     """The student's whole state dict on the CPU, from any ZeRO stage; collective.
 
     Buffers are those of this rank: call `synchronise_buffers` first.
@@ -50,12 +52,31 @@ def student_state(distiller: ScaleKD, copies: HostCopies | None = None) -> dict[
     Args:
         distiller: The engine's module.
         copies: Host memory that is used again for the copies; None allocates new memory.
+        is_kept: Whether this rank gets the state; without it, it only takes part, and gets an empty dict.
     """
-    copies = copies or HostCopies()
-    return {
-        name: gather_to_cpu(tensor, copies, name)
-        for name, tensor in distiller.student.state_dict(keep_vars=True).items()
-    }
+    return gather_all(distiller.student.state_dict(keep_vars=True), copies, is_kept)
+
+
+@torch.no_grad()
+def gather_all(
+    tensors: dict[str, torch.Tensor], copies: HostCopies | None = None, is_kept: bool = True, prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Copies of whole parameters and buffers on the CPU by their names; collective where ZeRO-3 shards one.
+
+    Args:
+        tensors: Name -> parameter or buffer of the engine's module.
+        copies: Host memory that is used again for the copies; None allocates new memory.
+        is_kept: Whether this rank gets them; without it, it only takes part, and gets an empty dict.
+        prefix: Put before the names in `copies`.
+    """
+    copies, found = copies or HostCopies(), {}
+    for name, tensor in tensors.items():
+        if is_kept:
+            found[name] = gather_to_cpu(tensor, copies, f"{prefix}{name}")
+        else:
+            with _gathered_in_place(tensor):
+                pass
+    return found
 
 
 @contextmanager

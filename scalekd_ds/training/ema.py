@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from scalekd_ds.checkpoint.layout import WEIGHTS
-from scalekd_ds.engine.gather import average_over_ranks, gather_to_cpu
+from scalekd_ds.engine.gather import average_over_ranks, gather_all
 from scalekd_ds.engine.zero_layout import shards_of
 from scalekd_ds.errors import UserError
 from scalekd_ds.names import utf8_path
@@ -136,22 +136,26 @@ class StudentEma:
             self.started = True
 
     @torch.no_grad()
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, is_kept: bool = True) -> dict[str, torch.Tensor]:
         """The averaged student's whole state dict on the CPU, with timm's names; collective.
 
         The averaged statistics of BatchNorm are set to their mean over the ranks.
+
+        Args:
+            is_kept: Whether this rank gets the state; without it, it only takes part, and gets an empty dict.
         """
         pieces, buffers = self._averages_by_name()
         average_over_ranks(list(buffers.values()))
         state, wholes = {}, {}
         for name, tensor in self.student.state_dict(keep_vars=True).items():
             if id(tensor) not in self._averaged:
-                source = buffers.get(name, tensor)
-                state[name] = gather_to_cpu(source)
+                state |= gather_all({name: buffers.get(name, tensor)}, is_kept=is_kept)
                 continue
             if id(tensor) not in wholes:
-                wholes[id(tensor)] = self._gather_average(tensor, pieces.get(name, []))
-            state[name] = wholes[id(tensor)].clone()
+                whole = self._gather_average(tensor, pieces.get(name, []))
+                wholes[id(tensor)] = whole.cpu() if is_kept else None
+            if is_kept:
+                state[name] = wholes[id(tensor)].clone()
         return state
 
     def _averages_by_name(self) -> tuple[dict[str, list], dict[str, torch.Tensor]]:
@@ -162,7 +166,7 @@ class StudentEma:
         return pieces, dict(zip(self._buffers, self._averages[count:], strict=True))
 
     def _gather_average(self, parameter: nn.Parameter, pieces: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """The whole average of one parameter on the CPU, from the pieces of all ranks; collective."""
+        """The whole average of one parameter, from the pieces of all ranks; collective."""
         shape = getattr(parameter, "ds_shape", parameter.shape)
         # one rank has each element and the others have 0; a sum of the bits as integers is exact, even for -0.0
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self.engine.device)
@@ -170,7 +174,7 @@ class StudentEma:
             bits[offset : offset + average.numel()] = average.view(torch.int32).to(bits.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(bits)
-        return bits.view(torch.float32).view(shape).cpu()
+        return bits.view(torch.float32).view(shape)
 
     @torch.no_grad()
     def load(self, weights: Path) -> None:

@@ -34,7 +34,7 @@ def begin_checkpoint(run: Run, watch: Watch) -> Path:
         "config": run.cfg.as_dict(),
         **run.record,
     }
-    average = None if run.ema is None else (run.ema.state(), card_of(run, "ema"))
+    average = None if run.ema is None else (run.ema.state(is_kept=dist.get_rank() == 0), card_of(run, "ema"))
     return save_checkpoint(run.engine, run.saver, state, card_of(run, "student"), average)
 
 
@@ -67,7 +67,11 @@ def ship(run: Run) -> str | None:
     file = Path(run.cfg.run.dir) / "student.safetensors"
     if run.shipped_step == run.step:
         return problem_of_rank_0(lambda: write_json(card_path(file), card_of(run, run.shipped_weights)))
-    weights = run.ema.state() if run.shipped_weights == "ema" else student_state(run.distiller)
+    is_first = dist.get_rank() == 0
+    if run.shipped_weights == "ema":
+        weights = run.ema.state(is_first)
+    else:
+        weights = student_state(run.distiller, is_kept=is_first)
     problem = problem_of_rank_0(lambda: write_student(file, weights, card_of(run, run.shipped_weights)))
     run.shipped_step = None if problem else run.step
     return problem

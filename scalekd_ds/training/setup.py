@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from scalekd_ds.engine.cpu_precision import slow_precision_notice
 from scalekd_ds.engine.determinism import choose_algorithms
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
+from scalekd_ds.engine.time_limits import lift_time_limits, nccl_error
 from scalekd_ds.errors import say
 from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
@@ -60,8 +62,12 @@ from scalekd_ds.watching.continued_logs import continue_wandb
 from scalekd_ds.watching.monitor import Monitor
 
 
-def build(cfg: RunConfig) -> Run:
+def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     """Opens the data, joins the processes, builds models and engine, and loads the checkpoint of a run; collective.
+
+    Args:
+        cfg: The run.
+        supervised: Gets the run's heartbeat, which watches from the meeting of the ranks on; None starts none.
 
     Raises:
         UserError: A setting, the data, the weights, the DeepSpeed JSON or the checkpoint cannot be used.
@@ -80,6 +86,12 @@ def build(cfg: RunConfig) -> Run:
     device = start_processes()
     choose_algorithms(cfg.run.deterministic, device.type)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = job_store()
+    limits = cfg.run.rank_timeout, cfg.run.hang_timeout
+    heartbeat = Heartbeat(store, rank, world_size, run_dir / "stacks", *limits, nccl_error)
+    if supervised is not None:
+        supervised.enter_context(heartbeat)
+        lift_time_limits()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
     if device.type == "cpu" and rank == 0:
@@ -135,10 +147,8 @@ def build(cfg: RunConfig) -> Run:
     sampler = StreamSampler(
         len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels, images_before
     )
-    store = job_store()
     if rank == 0 and monitors.get("wandb", {}).get("enabled"):
         continue_wandb(run_dir)
-    heartbeat = Heartbeat(store, rank, world_size, run_dir / "stacks", cfg.run.rank_timeout, cfg.run.hang_timeout)
     return Run(
         cfg,
         device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.cluster.ranks import join_ranks
 from scalekd_ds.config import RunConfig
+from scalekd_ds.engine.time_limits import lift_time_limits
 from scalekd_ds.errors import UserError, cure_of
 from scalekd_ds.evaluation.left_out import LeftOutError
 from scalekd_ds.files.durable import write_json
@@ -79,13 +81,15 @@ def train(cfg: RunConfig) -> dict[str, Any]:
     check_hostfile()
     join_ranks()
     check_apart(cfg)
-    with held_run_dir(Path(cfg.run.dir)):
-        return _train(build(cfg))
+    with held_run_dir(Path(cfg.run.dir)), ExitStack() as supervised:
+        return _train(build(cfg, supervised))
 
 
 def _train(run: Run) -> dict[str, Any]:
-    """Trains a run that is built; as `train`."""
+    """Trains a run that is built, and whose heartbeat watches; as `train`."""
     cfg = run.cfg
+    # with those of the groups that the engine and the preemption have made
+    lift_time_limits()
     last = min(run.total_steps, cfg.run.stop_after or run.total_steps)
     if dist.get_rank() == 0:
         if run.step < last:
@@ -94,7 +98,7 @@ def _train(run: Run) -> dict[str, Any]:
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
     signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
-    with run.heartbeat, run.preemption, Watch(run) as watch:
+    with run.preemption, Watch(run) as watch:
         try:
             try:
                 if run.is_elsewhere and run.step >= last:
@@ -107,7 +111,7 @@ def _train(run: Run) -> dict[str, Any]:
             run.saver.finish(Path(cfg.run.dir) / "student.safetensors" if run.shipped_step == run.step else None)
         except UserError:
             raise
-        # a collective with a lost rank fails with an error of the transport, which does not name the rank
+        # here, where a signal does not end the process before it has said which rank is lost
         except RuntimeError as error:
             run.heartbeat.raise_if_lost(error)
             raise

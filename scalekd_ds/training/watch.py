@@ -134,7 +134,11 @@ class Watch:
         return self.run.seconds_before + time.perf_counter() - self.started
 
     def joules(self) -> float | None:
-        """Energy of all ranks in joules, with that of earlier starts; None where no rank can measure it. Collective."""
+        """Energy of all ranks in joules, with that of earlier starts; None where no rank can measure it, or one no more.
+
+        Collective.
+        """
         own = self.energy.update()
-        total, known = (sum_over_ranks(v, self.run.device) for v in (own or 0.0, float(own is not None)))
-        return total + self.run.joules_before if known else None
+        values = own or 0.0, float(own is not None), float(self.energy.is_lost)
+        total, known, lost = (sum_over_ranks(value, self.run.device) for value in values)
+        return total + self.run.joules_before if known and not lost else None

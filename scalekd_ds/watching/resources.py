@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,14 +37,15 @@ class Energy:
     """Energy that this rank's hardware has used since this object was made.
 
     On a GPU it is that of the GPU (read by NVML). On a CPU the first rank of each node counts all CPUs of the node (read by
-    RAPL), and other ranks count nothing.
+    RAPL), and other ranks count nothing. A counter that fails later ends nothing: the energy is not known from then on.
 
     Args:
         device: The device of this rank.
         powercap: The kernel's folder of RAPL counters.
 
     Attributes:
-        joules: The energy, or None if no counter can be read.
+        joules: The energy, or None if no counter can be read, or one could no more.
+        is_lost: Whether a counter that could be read cannot any more.
     """
 
     def __init__(self, device: torch.device, powercap: Path = _POWERCAP) -> None:
@@ -57,6 +59,7 @@ class Energy:
                     self._packages.append((folder / "energy_uj", _read_number(limit) or 0))
         self._last = self._read()
         self.joules: float | None = 0.0 if self._last else None
+        self.is_lost = False
 
     def update(self) -> float | None:
         """Adds the energy since the last call, and returns `joules`.
@@ -64,16 +67,22 @@ class Energy:
         A CPU's counter may wrap at most once in between, which takes about an hour at full load.
         """
         now = self._read()
-        if self.joules is not None and len(now) == len(self._last):
+        if self.joules is not None and len(now) != len(self._last):
+            self.joules, self.is_lost = None, True
+            print(
+                "warning: the energy counter cannot be read any more: joules are not known", file=sys.stderr, flush=True
+            )
+        if self.joules is not None:
             for (value, size), (before, _) in zip(now, self._last, strict=True):
                 self.joules += (value - before if value >= before else value - before + size) / 1e6
             self._last = now
         return self.joules
 
     def _read(self) -> list[tuple[int, int]]:
-        """(microjoules, value at which the counter wraps) of each counter."""
+        """(microjoules, value at which the counter wraps) of each counter that answers."""
         if self._gpu_millijoules is not None:
-            return [(self._gpu_millijoules() * 1000, 0)]
+            millijoules = self._gpu_millijoules()
+            return [] if millijoules is None else [(millijoules * 1000, 0)]
         values = [(_read_number(path), size) for path, size in self._packages]
         return [(value, size) for value, size in values if value is not None]
 
@@ -85,15 +94,22 @@ def _read_number(path: Path) -> int | None:
         return None
 
 
-def _nvml_counter(device: torch.device) -> Callable[[], int] | None:
-    """A function that reads the GPU's millijoules since its driver was loaded, or None if they cannot be read."""
+def _nvml_counter(device: torch.device) -> Callable[[], int | None]:
+    """A function that reads the GPU's millijoules since its driver was loaded; it gives None where they cannot be read."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    # there is no pynvml, no driver, or a GPU before Volta, which has no counter
+    # there is no pynvml, no driver, or no GPU of that name
     except Exception:
-        return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return lambda: None
+
+    def millijoules() -> int | None:
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        # a GPU before Volta has no counter; one that is lost, or whose driver is loaded anew, answers no more
+        except pynvml.NVMLError:
+            return None
+
+    return millijoules

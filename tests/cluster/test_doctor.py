@@ -1,5 +1,6 @@
 """The doctor on simulated nodes: a command that stands in for ssh runs each node's agent here, with faults of its own."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,106 @@ def test_a_healthy_machine_passes_with_a_real_all_reduce(tmp_path):
     assert set(report.rates) == {("node1", "node2"), ("node2", "node1")}
     # one machine has one clock: what is seen of a difference lies within the question's way there and back
     assert all(abs(ahead) <= trip for ahead, trip in report.offsets.values())
+
+
+def test_a_rank_that_does_not_come_is_waited_for_and_the_part_is_named(tmp_path):
+    """The time counts from when a rank has loaded torch, and `--timeout` sets it."""
+    alone = {"node2": {"env": {"GLOO_SOCKET_IFNAME": "eth77"}}}
+    report = look(tmp_path, {"node1": 1, "node2": 1}, alone, skip=("bandwidth",), reduce_timeout=4.0)
+    assert any("eth77" in text or "Unable to find address" in text for text in report.problems_of("node2"))
+    assert "all-reduce: the meeting of the ranks is not done within 4 s" in report.problems_of("node1")
+
+
+def test_a_node_whose_name_is_a_loopback_address_is_named(tmp_path, monkeypatch):
+    name = {"node2": {"env": {"GLOO_SOCKET_IFNAME": ""}}}
+    report = look(tmp_path, {"node1": 1, "node2": 1}, name)
+    address = socket.gethostbyname(socket.gethostname())
+    expected = (
+        []
+        if not address.startswith("127.")
+        else [
+            f"its name {socket.gethostname()} resolves to {address} there, which no other node reaches, and gloo takes: "
+            "correct its /etc/hosts, or name the interface with --write-env GLOO_SOCKET_IFNAME=eth0"
+        ]
+    )
+    assert report.problems_of("node2") == expected and report.problems_of("node1") == []
+    # a job on this node alone needs no other address
+    assert look(tmp_path, {"node2": 1}, name).problems == []
+    # what is set for the launcher reaches no node
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth5")
+    everywhere = {node: {"env": {"GLOO_SOCKET_IFNAME": ""}} for node in ("node1", "node2")}
+    (text,) = look(tmp_path, {"node1": 1, "node2": 1}, everywhere).problems_of(examine.HERE)
+    assert "GLOO_SOCKET_IFNAME is eth5 here" in text and "--write-env GLOO_SOCKET_IFNAME=eth5" in text
+
+
+@pytest.mark.parametrize(
+    ("address", "is_problem"),
+    [("127.0.1.1", True), ("127.0.0.1", True), ("::1", True), ("10.0.0.3", False), ("eth0", False), ("lo", False)],
+)
+def test_gloo_is_reached_by_other_nodes_unless_it_listens_on_a_loopback_address(address, is_problem):
+    facts = {"node1": {"gloo": address, "hostname": "gpu07"}, "node2": {"gloo": "10.0.0.4", "hostname": "gpu08"}}
+    found = [problem.host for problem in checks.gloo_problems({"node1": 8, "node2": 8}, facts)]
+    assert found == (["node1"] if is_problem else [])
+
+
+@pytest.mark.parametrize(
+    ("nccl", "gloo", "taken"),
+    [
+        ("eth0", None, "eth0"),
+        ("=ib0", None, "ib0"),
+        ("eth0", "ib0", "ib0"),
+        ("eth0", "", "eth0"),
+        # a beginning of names, a list, an exclusion, and what this machine does not have
+        ("eth", None, None),
+        ("eth0,ib0", None, None),
+        ("^docker0", None, None),
+        ("eth7", None, None),
+        (None, None, None),
+    ],
+)
+def test_gloo_follows_nccl_to_an_interface(nccl, gloo, taken):
+    given = {"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": gloo}
+    environment = {name: value for name, value in given.items() if value is not None}
+    agent.follow_nccl(environment, ["lo", "eth0", "ib0"])
+    assert environment.get("GLOO_SOCKET_IFNAME") == taken
+
+
+def test_the_result_is_found_among_what_nccl_prints():
+    """Lines as NCCL 2.27 prints them."""
+    said = [
+        "gpu07:12:12 [0] NCCL INFO Bootstrap: Using eth0:10.0.0.3<0>",
+        "gpu07:12:12 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [RO]; OOB eth0:10.0.0.3<0>",
+        '{"seconds": 0.25}',
+        "gpu07:12:12 [0] NCCL INFO comm 0x5 rank 0 nranks 2 - Destroy COMPLETE",
+    ]
+    other = ['{"seconds": 0.5}']
+    found = agent.reduced(["\n".join(said), "\n".join(other)])
+    assert found == {"seconds": 0.5, "nccl": "[0]mlx5_0:1/IB [RO]; OOB eth0:10.0.0.3<0>"}
+    assert agent.reduced(["\n".join(other)]) == {"seconds": 0.5, "nccl": None}
+    assert agent.reduced(["\n".join(other), "killed"]) == {"error": "a rank ended without its result"}
+
+
+def test_gpus_get_more_time(tmp_path, monkeypatch):
+    asked = []
+
+    async def ask(node, action, timeout, /, **request):
+        asked.append((action, timeout, request.get("env", {}).get("DOCTOR_SECONDS")))
+        return {"port": 1} if action == "free_port" else {"seconds": 0.1, "nccl": None}
+
+    monkeypatch.setattr(examine.Node, "ask", ask)
+    for gpus, seconds in (([], 21.0), ([{"name": "H200"}], 61.0)):
+        report = examine.Report({"a": 1, "b": 1})
+        report.facts = {name: {"gpus": gpus, "accelerator": None, "master": "10.0.0.1"} for name in ("a", "b")}
+        asyncio.run(examine._all_reduce(report, [examine.Node(name, []) for name in ("a", "b")], None))
+        assert asked[1:] == [("reduce", seconds + examine.START_TIMEOUT_S + 5, str(seconds))] * 2
+        asked.clear()
+
+
+@pytest.mark.gpu
+def test_the_all_reduce_is_over_gloo_and_nccl_on_a_gpu(tmp_path):
+    gpu = {"node1": {"env": {"DS_ACCELERATOR": "cuda"}}}
+    report = look(tmp_path, {"node1": 1}, gpu, skip=("bandwidth",), limits=replace(EASY, gpu_free=0))
+    assert report.problems == [] and report.backend == "nccl" and report.all_reduce_s > 0
 
 
 def test_a_node_that_never_answers_is_given_up(tmp_path, monkeypatch):

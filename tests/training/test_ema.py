@@ -47,6 +47,12 @@ def test_all_ranks_together_hold_one_copy_of_the_student(two_ranks, stage):
     assert two_ranks[stage]["held"] == fc1 + norm + fc2 + tied_bias + head + 2 * statistics
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_rank_that_writes_whole_weights_copies_them(two_ranks, stage):
+    """Another rank would pin as much host memory as the student takes, for nothing."""
+    assert two_ranks[stage]["copied"] == 0
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Six steps in one go and cut in the middle; and one at ZeRO-3 under autocast that ships the weights themselves."""

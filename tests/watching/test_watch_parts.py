@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,61 @@ def test_energy_of_two_sockets_whose_counter_turns_over(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Energy(cpu, tmp_path).update() is None
     assert 0.05 < memory(cpu)["system/host_rss_gib"] < 100
+
+
+class Nvml:
+    """NVIDIA's library as far as the energy meter uses it, for a GPU that is lost after some readings."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, readings):
+        self.readings = iter(readings)
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-1234"
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        reading = next(self.readings, None)
+        if reading is None:
+            raise self.NVMLError("GPU is lost")
+        return reading
+
+
+@pytest.mark.parametrize("readings", [[], [1_000], [1_000, 3_500]])
+def test_a_gpu_whose_counter_fails_ends_nothing(monkeypatch, capsys, readings):
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(readings))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1234"))
+    energy = Energy(torch.device("cuda", 0))
+    assert energy.joules == (0.0 if readings else None)
+    for reading in readings[1:]:
+        assert energy.update() == pytest.approx((reading - readings[0]) / 1e3)
+    # and a counter that answers again, from another beginning, is not believed
+    for _ in range(3):
+        assert energy.update() is None
+    assert energy.is_lost == bool(readings)
+    said = capsys.readouterr().err.count("warning: the energy counter cannot be read any more")
+    assert said == (1 if readings else 0)
+
+
+@pytest.mark.gpu
+def test_energy_of_a_gpu_at_work_grows():
+    pytest.importorskip("pynvml")
+    device = torch.device("cuda", 0)
+    energy = Energy(device)
+    if energy.joules is None:
+        pytest.skip("this GPU has no energy counter")
+    a = torch.randn(4096, 4096, device=device)
+    for _ in range(200):
+        a = torch.nn.functional.normalize(a @ a)
+    torch.cuda.synchronize()
+    # the driver updates the counter every tenth of a second or so
+    time.sleep(0.5)
+    assert 0.1 < energy.update() < 10_000
 
 
 def test_one_switch_chooses_the_monitors(tmp_path, monkeypatch):

@@ -114,6 +114,9 @@ def case(zero: dict, oracle: dict[str, torch.Tensor], folder: Path) -> dict:
     saver = Saver(folder, 1, 0, job_store())
     saved = save_checkpoint(engine, saver, state, {}, (ema.state(), {"weights": "ema"}))
     saver.finish()
+    # keys of shards have an offset and a slash
+    copied = torch.tensor(float(sum("/" not in key for key in saver.copies.keys())))  # noqa: SIM118
+    dist.broadcast(copied, 1)
     train(engine, ema, data[SAVED:])
     whole = ema.state()
     held = torch.tensor(float(sum(average.numel() for average in ema._averages)))
@@ -136,6 +139,7 @@ def case(zero: dict, oracle: dict[str, torch.Tensor], folder: Path) -> dict:
             torch.equal(whole[k].view(-1).view(torch.uint8), other[k].view(-1).view(torch.uint8)) for k in whole
         ),
         "held": int(held.item()),
+        "copied": int(copied.item()),
     }
 
 

@@ -191,6 +191,38 @@ def own_address():
     return first_address()
 
 
+def follow_nccl(environment, interfaces=None):
+    """Sets GLOO_SOCKET_IFNAME to the interface that NCCL_SOCKET_IFNAME names, where it is not set; ranks do the same.
+
+    A job on GPUs reduces over NCCL, and needs gloo as well, for the flags of its signals. NCCL looks for an interface by
+    itself, while gloo takes the one whose address this machine's name resolves to. NCCL takes lists, exclusions and
+    beginnings of names, too, which are left alone.
+
+    Args:
+        environment: `os.environ`, or variables that are laid over it.
+        interfaces: Names of this machine's interfaces; None asks the system.
+    """
+    named = environment.get("NCCL_SOCKET_IFNAME", "")
+    named = named[1:] if named.startswith("=") else named
+    if environment.get("GLOO_SOCKET_IFNAME") or not re.fullmatch(r"[A-Za-z0-9_.-]+", named):
+        return
+    known = [name for _, name in socket.if_nameindex()] if interfaces is None else interfaces
+    if named in known:
+        environment["GLOO_SOCKET_IFNAME"] = named
+
+
+def gloo_address():
+    """What gloo takes to connect the ranks: the interface that is set, else the address of this machine's name."""
+    environment = dict(os.environ)
+    follow_nccl(environment)
+    if environment.get("GLOO_SOCKET_IFNAME"):
+        return environment["GLOO_SOCKET_IFNAME"]
+    with contextlib.suppress(OSError):
+        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+    # where nobody knows the name
+    return "127.0.0.1"
+
+
 def facts(request):
     """Answers `facts`: everything about this node that the doctor checks."""
     found, error = gpus()
@@ -208,6 +240,8 @@ def facts(request):
         "data": data(request["data"], request["data_seconds"]),
         "address": own_address(),
         "master": first_address(),
+        "gloo": gloo_address(),
+        "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
     }
 
 
@@ -293,40 +327,57 @@ def free_port(address):
         return {"port": probe.getsockname()[1]}
 
 
-def reduce(code, ranks, env, seconds):
+def reduce(code, ranks, env, seconds, start_seconds):
     """Answers `reduce`: runs the program that takes part in an all-reduce, one process for each rank of this node.
 
     Args:
         code: The program's source, that of doctor/reduce.py.
         ranks: (rank, local rank) of each process.
         env: Variables for the processes.
-        seconds: Time after which they are killed.
+        seconds: Time for the all-reduce, which the program counts itself from the moment when it has loaded torch.
+        start_seconds: Time for that.
 
     Returns:
-        The `seconds` of the slowest, or an `error`.
+        The `seconds` of the slowest, and `nccl`, the network that NCCL says it takes, or None; or an `error`.
     """
+    signal.alarm(int(seconds + start_seconds) + 120)
+    base = {**os.environ, **env}
+    follow_nccl(base)
+    if env["DOCTOR_BACKEND"] == "nccl" and "NCCL_DEBUG" not in base:
+        base["NCCL_DEBUG"], base["NCCL_DEBUG_SUBSYS"] = "INFO", "INIT,NET"
     workers = []
     for rank, local_rank in ranks:
-        worker_env = {**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        worker_env = {**base, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         workers.append(subprocess.Popen([sys.executable, "-c", code], env=worker_env, text=True, **pipes))
-    deadline = time.monotonic() + seconds
-    results = []
+    # a process that hangs says itself in which part, a moment before it is killed
+    deadline = time.monotonic() + seconds + start_seconds
+    outputs = []
     try:
         for worker in workers:
             output, _ = worker.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            last_line = (output.strip().splitlines() or ["no output"])[-1]
             if worker.returncode:
-                return {"error": last_line[-300:]}
-            results.append(json.loads(last_line))
+                return {"error": (output.strip().splitlines() or ["no output"])[-1][-300:]}
+            outputs.append(output)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {seconds:.0f} s"}
+        return {"error": f"not done within {seconds + start_seconds:.0f} s"}
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
             worker.wait()
-    return {"seconds": max(result["seconds"] for result in results)}
+    return reduced(outputs)
+
+
+def reduced(outputs):
+    """The answer of `reduce` from what its processes have printed, NCCL among it."""
+    # a library may print at its end, after the result
+    lines = [line for output in outputs for line in output.splitlines()]
+    results = [json.loads(line) for line in lines if line.startswith('{"seconds"')]
+    if len(results) != len(outputs):
+        return {"error": "a rank ended without its result"}
+    network = next((found for line in lines if (found := re.search(r"NET/\w+ ?: Using (.+)", line))), None)
+    return {"seconds": max(r["seconds"] for r in results), "nccl": network[1].strip()[:100] if network else None}
 
 
 def main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -172,6 +173,30 @@ def data_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
                 lambda node, k=key, p=part: node["data"][k][p],
                 lambda value: str(value)[:12],
             )
+
+
+def gloo_problems(hosts: Mapping[str, int], facts: Mapping[str, Facts]) -> Iterator[Problem]:
+    """Yields nodes of several at which gloo, which a job on GPUs needs too, would listen where no other node reaches it."""
+    if len(hosts) < 2:
+        return
+    for name, node in facts.items():
+        # an interface's name is no address
+        if node["gloo"] == "::1" or re.fullmatch(r"127\.\d+\.\d+\.\d+", node["gloo"]):
+            yield Problem(
+                name,
+                f"its name {node['hostname']} resolves to {node['gloo']} there, which no other node reaches, and gloo takes: "
+                "correct its /etc/hosts, or name the interface with --write-env GLOO_SOCKET_IFNAME=eth0",
+            )
+
+
+def export_problem(facts: Mapping[str, Facts], here: str | None) -> str | None:
+    """What to do where GLOO_SOCKET_IFNAME is set to `here` on this machine alone, since the launcher does not pass it on."""
+    if not here or not facts or any(node["gloo_interface"] for node in facts.values()):
+        return None
+    return (
+        f"GLOO_SOCKET_IFNAME is {here} here, and no node gets it, since the launcher passes on NCCL's variables alone: "
+        f"--write-env GLOO_SOCKET_IFNAME={here}"
+    )
 
 
 def bandwidth_problems(rates: Mapping[tuple[str, str], float], limits: Limits) -> Iterator[Problem]:

@@ -1,11 +1,12 @@
 """Examines all nodes at once: their facts and clocks, then transfers in a ring, then one all-reduce.
 
-Each part has a time limit, and together they take less than a minute.
+Each part has a time limit, and together they take less than a minute on CPUs, and a minute or two on GPUs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import time
@@ -18,8 +19,12 @@ from scalekd_ds.cluster.doctor import checks, reduce
 from scalekd_ds.cluster.doctor.checks import Facts, Limits, Problem
 from scalekd_ds.cluster.doctor.remote import Node, NodeError, command_for
 
-# time limits of connecting and collecting facts, of a transfer, and of the all-reduce; and how long a node sends
-FACTS_TIMEOUT_S, TRANSFER_TIMEOUT_S, REDUCE_TIMEOUT_S = 25.0, 10.0, 20.0
+# time limits of connecting and collecting facts, and of a transfer; and how long a node sends
+FACTS_TIMEOUT_S, TRANSFER_TIMEOUT_S = 25.0, 10.0
+# of the all-reduce on CPUs and on GPUs, whose contexts are made first, and further seconds for each node
+REDUCE_TIMEOUT_S, GPU_REDUCE_TIMEOUT_S, NODE_TIMEOUT_S = 20.0, 60.0, 0.5
+# of loading torch before that, which many processes of a node read from a shared disk at once
+START_TIMEOUT_S = 60.0
 SEND_S = 1.0
 _CLOCK_ROUNDS = 5
 # stands for a node's name in problems of the machine that the doctor runs on
@@ -38,7 +43,8 @@ class Report:
         offsets: Node -> (seconds that its clock is ahead of this machine's, uncertainty in seconds).
         rates: (from, to) -> Gbit/s.
         all_reduce_s: Seconds of the all-reduce on the slowest node, or None if it was left out or failed.
-        backend: `nccl` or `gloo`, or None without an all-reduce.
+        backend: `nccl`, beside which gloo was tried as well, or `gloo`; None without an all-reduce.
+        networks: Node -> the network that NCCL took there, where it says so.
         problems: What is wrong.
         seconds: How long the examination took.
     """
@@ -49,6 +55,7 @@ class Report:
     rates: dict[tuple[str, str], float] = field(default_factory=dict)
     all_reduce_s: float | None = None
     backend: str | None = None
+    networks: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,7 +83,7 @@ class Report:
             },
             "problems_here": self.problems_of(HERE),
             "bandwidth": [{"from": a, "to": b, "gbit_per_s": rate} for (a, b), rate in self.rates.items()],
-            "all_reduce": {"backend": self.backend, "seconds": self.all_reduce_s},
+            "all_reduce": {"backend": self.backend, "seconds": self.all_reduce_s, "nccl_networks": self.networks},
             "passed": list(self.passed),
             "seconds": self.seconds,
         }
@@ -90,6 +97,7 @@ def examine(
     run_dir: str = ".",
     limits: Limits | None = None,
     skip: Iterable[str] = (),
+    reduce_timeout: float | None = None,
 ) -> Report:
     """Examines every node of a hosts file at once, to find out whether a job can start there.
 
@@ -101,6 +109,8 @@ def examine(
         run_dir: The run's folder.
         limits: The limits; None takes the defaults.
         skip: Checks to leave out: `bandwidth`, `all-reduce`.
+        reduce_timeout: Seconds for the all-reduce, from the moment when the ranks have loaded torch; None takes 20 s on
+            CPUs and 60 s on GPUs, and half a second for each node.
 
     Returns:
         What was found. Failures of nodes are problems in the report, and raise nothing.
@@ -111,7 +121,7 @@ def examine(
         report.problems.append(
             Problem(HERE, "pdsh is not installed, and the launcher starts the nodes with it: install it")
         )
-    asyncio.run(_examine(report, ssh, exports, data, run_dir, limits or Limits(), set(skip)))
+    asyncio.run(_examine(report, ssh, exports, data, run_dir, limits or Limits(), set(skip), reduce_timeout))
     report.seconds = time.monotonic() - started
     return report
 
@@ -124,6 +134,7 @@ async def _examine(
     run_dir: str,
     limits: Limits,
     skip: set[str],
+    reduce_timeout: float | None,
 ) -> None:
     nodes = {name: Node(name, command_for(name, ssh, exports)) for name in report.hosts}
 
@@ -137,12 +148,14 @@ async def _examine(
         report.facts = {name: facts for name, (facts, _) in answers.items()}
         report.offsets = {name: offset for name, (_, offset) in answers.items()}
         report.problems += _problems_from_facts(report, limits)
+        if unexported := checks.export_problem(report.facts, os.environ.get("GLOO_SOCKET_IFNAME")):
+            report.problems.append(Problem(HERE, unexported))
         reachable = [nodes[name] for name in report.facts]
         if "bandwidth" not in skip and len(reachable) > 1:
             await _measure_bandwidth(report, reachable)
             report.problems += checks.bandwidth_problems(report.rates, limits)
         if "all-reduce" not in skip and reachable:
-            await _all_reduce(report, reachable)
+            await _all_reduce(report, reachable, reduce_timeout)
     finally:
         await asyncio.gather(*(node.close() for node in nodes.values()))
 
@@ -185,6 +198,7 @@ def _problems_from_facts(report: Report, limits: Limits) -> list[Problem]:
         *checks.capacity_problems(hosts, facts, limits),
         *checks.clock_problems(report.offsets, limits),
         *checks.data_problems(facts),
+        *checks.gloo_problems(hosts, facts),
     ]
 
 
@@ -227,10 +241,12 @@ async def _measure_bandwidth(report: Report, nodes: list[Node]) -> None:
             report.rates[source, target] = transferred["bytes"] * 8e-9 / max(transferred["seconds"], 1e-9)
 
 
-async def _all_reduce(report: Report, nodes: list[Node]) -> None:
+async def _all_reduce(report: Report, nodes: list[Node], seconds: float | None) -> None:
     """One all-reduce over all ranks on GPUs, or over one rank of each node on CPUs, at the master address of a real job."""
     gpus = checks.needs_gpus(report.hosts, report.facts)
     report.backend = "nccl" if gpus else "gloo"
+    if seconds is None:
+        seconds = (GPU_REDUCE_TIMEOUT_S if gpus else REDUCE_TIMEOUT_S) + NODE_TIMEOUT_S * len(nodes)
     first = nodes[0]
     master = report.facts[first.name]["master"] if len(nodes) > 1 else "127.0.0.1"
     if master is None:
@@ -252,14 +268,15 @@ async def _all_reduce(report: Report, nodes: list[Node]) -> None:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
         "DOCTOR_BACKEND": report.backend,
-        "DOCTOR_SECONDS": str(REDUCE_TIMEOUT_S - 2),
+        "DOCTOR_SECONDS": str(seconds),
     }
     code = Path(reduce.__file__).read_text()
 
-    async def join(node: Node) -> float:
-        request = {"code": code, "ranks": ranks[node.name], "env": env, "seconds": REDUCE_TIMEOUT_S}
-        return (await node.ask("reduce", REDUCE_TIMEOUT_S + 5, **request))["seconds"]
+    async def join(node: Node) -> dict[str, Any]:
+        request = {"code": code, "ranks": ranks[node.name], "env": env, "seconds": seconds}
+        return await node.ask("reduce", seconds + START_TIMEOUT_S + 5, **request, start_seconds=START_TIMEOUT_S)
 
     joined = await _on_all_nodes(report, [node for node in nodes if ranks[node.name]], join, "all-reduce: ")
+    report.networks = {name: answer["nccl"] for name, answer in joined.items() if answer["nccl"]}
     if len(joined) == len(nodes):
-        report.all_reduce_s = max(joined.values())
+        report.all_reduce_s = max(answer["seconds"] for answer in joined.values())

@@ -1,10 +1,35 @@
-"""Program that the agent runs by `python -c`, once for each rank: one all-reduce over all ranks; prints its seconds as JSON."""
+"""Program that the agent runs by `python -c`, once for each rank: an all-reduce over all ranks; prints its seconds as JSON.
+
+On GPUs it makes one over gloo first, whose connections a job needs beside those of NCCL.
+"""
 
 import datetime
 import json
 import os
 import sys
+import threading
 import time
+
+# what the program does at the moment, for the line of one that hangs
+part = ["the meeting of the ranks"]
+
+
+def give_up(seconds):
+    """Ends this process, inside of a library that hangs."""
+    print(f"{part[0]} is not done within {seconds:.0f} s", flush=True)
+    os._exit(1)
+
+
+def reduce(dist, numbers, world_size, group=None):
+    """Seconds of an all-reduce of 1 MiB; the first one also makes the connections."""
+    started = time.monotonic()
+    dist.all_reduce(numbers, group=group)
+    lowest, highest = numbers.min().item(), numbers.max().item()
+    seconds = time.monotonic() - started
+    expected = world_size * (world_size + 1) / 2
+    if lowest != expected or highest != expected:
+        sys.exit(f"{part[0]}: wrong sum: {lowest} to {highest} where {expected} was due")
+    return seconds
 
 
 def main() -> None:
@@ -13,22 +38,26 @@ def main() -> None:
 
     backend, timeout = os.environ["DOCTOR_BACKEND"], float(os.environ["DOCTOR_SECONDS"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    # twice, since the first one also makes the connections
+    # counted from here, where a node that reads torch for the first time has done so
+    limit = threading.Timer(timeout, give_up, (timeout,))
+    limit.daemon = True
+    limit.start()
+    # the limit above says more than a time-out of theirs
+    later = datetime.timedelta(seconds=2 * timeout)
+    dist.init_process_group("gloo", timeout=later)
+    part[0] = "the all-reduce over gloo"
     for _ in range(2):
-        numbers = torch.full((1 << 18,), float(rank + 1), device=device)
-        started = time.monotonic()
-        dist.all_reduce(numbers)
-        lowest, highest = numbers.min().item(), numbers.max().item()
-        seconds = time.monotonic() - started
-        expected = world_size * (world_size + 1) / 2
-        if lowest != expected or highest != expected:
-            sys.exit(f"wrong sum: {lowest} to {highest} where {expected} was due")
+        seconds = reduce(dist, torch.full((1 << 18,), float(rank + 1)), world_size)
+    if backend == "nccl":
+        part[0] = "the all-reduce over NCCL"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl", timeout=later)
+        for _ in range(2):
+            seconds = reduce(dist, torch.full((1 << 18,), float(rank + 1), device=device), world_size, group)
+    part[0] = "the end of the ranks"
     dist.destroy_process_group()
-    print(json.dumps({"seconds": seconds}))
+    print(json.dumps({"seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,21 @@ def print_report(console: Console, report: Report) -> None:
     console.print(table)
     if report.all_reduce_s is not None:
         console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.all_reduce_s:.1f} ms", highlight=False)
+    if len(report.facts) > 1:
+        ways = [f"{host} {_ways(report, host)}" for host in report.facts]
+        console.print(f"gloo connects by {', '.join(ways)}", markup=False, highlight=False, soft_wrap=True)
     for problem in report.problems:
         # unwrapped, so that grep finds whole problems
         console.print(f"{problem.host}: {escape(one_line(problem.text))}", highlight=False, soft_wrap=True)
     count = len(report.problems)
     verdict = "a job can start" if not count else f"{count} problem{'s' if count > 1 else ''}"
     console.print(f"{len(report.passed)} of {len(report.hosts)} nodes pass: {verdict}", highlight=False)
+
+
+def _ways(report: Report, host: str) -> str:
+    """The interface or address that gloo takes on a node, and the network that NCCL takes."""
+    network = report.networks.get(host)
+    return one_line(report.facts[host]["gloo"] + (f" (NCCL by {network})" if network else ""))
 
 
 def _row(report: Report, host: str) -> list[str]:
