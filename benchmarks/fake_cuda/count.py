@@ -25,7 +25,6 @@ _SYNC = {
     "aten::is_nonzero",
     "aten::equal",
     "aten::bincount",
-    "aten::repeat_interleave.Tensor",
 }
 # operators that launch nothing, beside views
 _NO_KERNEL = {
@@ -35,7 +34,6 @@ _NO_KERNEL = {
     "aten::new_empty",
     "aten::empty_strided",
     "aten::new_empty_strided",
-    "aten::empty.memory_format",
     "aten::_unsafe_view",
     "aten::alias",
     "aten::lift_fresh",
@@ -114,7 +112,7 @@ class Watch(TorchDispatchMode):
         on_gpu = any(device.type == "cuda" for device in devices)
         if on_gpu and len(devices) > 1 and name not in ("aten::copy_", "aten::_to_copy"):
             raise RuntimeError(f"{name} gets tensors of {sorted(map(str, devices))} at {self._place()}")
-        if on_gpu and (name in _SYNC or str(func) in _SYNC or _has_mask(name, args)):
+        if on_gpu and (name in _SYNC or _has_mask(name, args)):
             self.syncs[f"{self._place()} {name}"] += 1
         if name == "aten::_local_scalar_dense":
             try:
@@ -138,10 +136,10 @@ class Watch(TorchDispatchMode):
         if kwargs.get("pin_memory") or name == "aten::_pin_memory":
             self._pinned.update(t.untyped_storage() for t in outputs)
         if on_gpu or any(t.device.type == "cuda" for t in outputs):
-            self._count(func, name, args, kwargs, inputs, outputs)
+            self._count(func, name, args, kwargs, outputs)
         return out
 
-    def _count(self, func: Any, name: str, args: Any, kwargs: dict, inputs: list, outputs: list) -> None:
+    def _count(self, func: Any, name: str, args: Any, kwargs: dict, outputs: list) -> None:
         if name in ("aten::copy_", "aten::_to_copy"):
             source, target = (args[1], args[0]) if name == "aten::copy_" else (args[0], outputs[0])
             if source.device != target.device:
@@ -156,7 +154,7 @@ class Watch(TorchDispatchMode):
                     self.copies[f"{self._place()} {shape} {why}"] += 1
         if "_scaled_dot_product_" in name and "backward" not in name:
             self.attention[name.removeprefix("aten::"), args[0].shape[-1]] += 1
-        if name in _NO_KERNEL or str(func).replace(".default", "") in _NO_KERNEL or _is_view(func):
+        if name in _NO_KERNEL or _is_view(func):
             return
         count = 1
         if name.startswith(("aten::_foreach", "aten::_fused")):

@@ -25,7 +25,7 @@ def test_every_option_is_tried_at_another_value_than_its_default():
 
 @pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
 def test_a_step_mixes_no_devices_and_waits_for_nothing(found, name):
-    check_step(found[name], CASES[name].accumulation)
+    check_step(found[name])
     assert found[name]["devices"] == [f"cuda:{CASES[name].device}"]
 
 

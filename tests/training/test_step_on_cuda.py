@@ -26,7 +26,7 @@ def found(tmp_path_factory):
     return run_cases(list(PAIRS), tmp_path_factory.mktemp("pretending"))
 
 
-def check_step(found, accumulation=1):
+def check_step(found):
     """What must hold of every step."""
     assert "error" not in found, found["error"]
     where = {place.partition(":")[0] for place in found["syncs"]}
