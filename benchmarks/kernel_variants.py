@@ -9,10 +9,10 @@ import published
 import shapes
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scalekd_ds import kernels
 from scalekd_ds.kernels.cross_attention import reference as attention_reference
+from scalekd_ds.kernels.cross_attention.api import fused_attention
 
 DIRECTIONS = ("forward", "forward+backward")
 # the forward of a variant, and the tensors that get gradients
@@ -38,16 +38,6 @@ def eager_dual_view(spatial: list[torch.Tensor], frequency: list[torch.Tensor], 
         u_unit = F.normalize(f - f.mean(1, keepdim=True), dim=-1)
         losses.append(torch.stack([(F.normalize(s, dim=-1) - t_unit).square().sum(), (u_unit - v_unit).square().sum()]))
     return torch.stack(losses) / len(t)
-
-
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """PyTorch's fused attention, with the tensors in the library's layout (B, tokens, N, d)."""
-    q, k, v = (x.transpose(1, 2) for x in (attention_reference.expand_groups(q, len(k)), k, v))
-    if not q.is_cuda or not 128 < q.shape[-1] < 256:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    # torch 2.11 would call cuDNN, whose backward does not take these head sizes on sm_90
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def published_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -104,7 +94,7 @@ def attention_calls(
         "library": with_kv(kernels.cap_attention, q),
         "published": with_kv(published_attention, q_each),
         "eager": with_kv(attention_reference.cap_attention, q),
-        "sdpa": with_kv(sdpa, q),
+        "sdpa": with_kv(fused_attention, q),
     }
     if compiled:
         calls["compile"] = with_kv(torch.compile(attention_reference.cap_attention, dynamic=False), q)

@@ -16,6 +16,7 @@ import torch
 
 from scalekd_ds.build import build_distiller
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.determinism import choose_algorithms
 from scalekd_ds.optim.optimizers import build_optimizer
 
 # ImageNet-1K's, and what timm builds by default
@@ -94,6 +95,8 @@ class Variant:
 def build_variants(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Variant], torch.optim.Optimizer]:
     """The variants by name, and the optimizer of all."""
     cfg = pairs.config_of(args.pair, args.recipe)
+    # as the trainer: on a GPU, cuDNN tries its convolutions for each shape
+    choose_algorithms(False, device.type)
     distiller = build_distiller(cfg, CLASSES, verbose=True).to(device).train()
     optimizer = build_optimizer(distiller, cfg.optim)
     images = torch.randn(args.batch, 3, *distiller.image_size, device=device)

@@ -93,23 +93,6 @@ def positions_in(names: Sequence[str], where: Sequence[str]) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def first_difference(names: Sequence[str], others: Sequence[str], here: str, there: str) -> str | None:
-    """How two lists differ, in one line; None where they are equal.
-
-    Args:
-        names: One list.
-        others: The other.
-        here: What has `names`, for the line.
-        there: What has `others`.
-    """
-    if list(names) == list(others):
-        return None
-    for position, (one, other) in enumerate(zip(names, others, strict=False)):
-        if one != other:
-            return f"class {position} is {one!r} in {here} and {other!r} in {there}"
-    return f"{here} has {len(names)} classes and {there} {len(others)}"
-
-
 def match_classes(
     known: KnownClasses, outputs: int, data: Sequence[str], model_is: str, data_is: str, subset: bool = False
 ) -> Matched:

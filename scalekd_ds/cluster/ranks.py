@@ -216,10 +216,31 @@ def first_node(nodes: str) -> str | None:
 
 
 def ranks_on_this_node(environment: Mapping[str, str]) -> int:
-    """LOCAL_WORLD_SIZE where it can be that of this job, which another one may have left over; else WORLD_SIZE."""
-    world_size, text = int(environment["WORLD_SIZE"]), environment.get("LOCAL_WORLD_SIZE", "")
-    here = int(text) if re.fullmatch(r"\d{1,9}", text.strip()) else 0
-    return here if 0 < here <= world_size else world_size
+    """Ranks of this job on this node, as its launcher says; WORLD_SIZE where none does, or what it says is another job's."""
+    world_size = int(environment["WORLD_SIZE"])
+    said = [environment.get(name, "") for name in ("LOCAL_WORLD_SIZE", *(n.local_size for n in _MPI if n.local_size))]
+    for text in (*said, _slurm_tasks_here(environment)):
+        here = int(text) if re.fullmatch(r"\d{1,9}", text.strip()) else 0
+        if 0 < here <= world_size:
+            return here
+    return world_size
+
+
+def _slurm_tasks_here(environment: Mapping[str, str]) -> str:
+    """Tasks of a step of srun on this node; empty where there is none. `4(x2),3` is two nodes of 4 and one of 3."""
+    node, listed = environment.get("SLURM_NODEID", ""), environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    found = re.findall(r"(\d+)(?:\(x(\d{1,6})\))?", listed)
+    counts = [tasks for tasks, nodes in found for _ in range(int(nodes or 1))]
+    return counts[int(node)] if re.fullmatch(r"\d{1,6}", node) and int(node) < len(counts) else ""
+
+
+def cores_of_this_rank(environment: Mapping[str, str]) -> int:
+    """Cores that this rank has for itself: those that it may use, or its share where all ranks of the node may use them."""
+    cores = len(os.sched_getaffinity(0))
+    # srun gives each task cores of its own, where it is asked for their number
+    if environment.get("SLURM_CPUS_PER_TASK", "") == str(cores) and _slurm_tasks_here(environment):
+        return cores
+    return max(1, cores // ranks_on_this_node(environment))
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

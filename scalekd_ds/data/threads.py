@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from scalekd_ds.cluster.ranks import ranks_on_this_node
+from scalekd_ds.cluster.ranks import cores_of_this_rank
 from scalekd_ds.config import DataConfig
 
 # what is taken unasked: eight threads apply RandAugment to 4,700 images/s, which is more than an H100 trains on
@@ -20,8 +20,9 @@ def pool_threads(cfg: DataConfig) -> int:
     if cfg.threads is not None:
         return cfg.threads
     # a verb that runs alone may find the variables of another job
-    ranks = ranks_on_this_node(os.environ) if torch.distributed.is_initialized() else 1
-    return min(max(_LEAST, len(os.sched_getaffinity(0)) // ranks - 1), _MOST)
+    has_ranks = torch.distributed.is_initialized()
+    cores = cores_of_this_rank(os.environ) if has_ranks else len(os.sched_getaffinity(0))
+    return min(max(_LEAST, cores - 1), _MOST)
 
 
 def decoder_threads(cfg: DataConfig, on_gpu: bool) -> int:

@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from scalekd_ds.cluster.doctor.agent import follow_nccl
-from scalekd_ds.cluster.ranks import free_port, join_ranks, ranks_on_this_node
+from scalekd_ds.cluster.ranks import cores_of_this_rank, free_port, join_ranks
 from scalekd_ds.cluster.rendezvous import check_meeting_place, meeting
 from scalekd_ds.engine.build_locks import clear_build_locks
 from scalekd_ds.engine.host_memory import keep_freed_memory
@@ -41,7 +41,7 @@ def start_processes() -> torch.device:
     join_ranks()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node(os.environ)))
+        torch.set_num_threads(cores_of_this_rank(os.environ))
     is_own = not torch.distributed.is_initialized()
     if is_own:
         check_meeting_place()

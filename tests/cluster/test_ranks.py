@@ -12,7 +12,14 @@ import tiny_run
 from forking import forked_with
 from launching import LIMIT, ROOT, environment, free_port
 
-from scalekd_ds.cluster.ranks import first_node, join_ranks, rank_variables, ranks_on_this_node, shell_of_one_task
+from scalekd_ds.cluster.ranks import (
+    cores_of_this_rank,
+    first_node,
+    join_ranks,
+    rank_variables,
+    ranks_on_this_node,
+    shell_of_one_task,
+)
 from scalekd_ds.commands.dispatch import dispatch
 from scalekd_ds.commands.train import launcher_command
 from scalekd_ds.errors import UserError
@@ -236,3 +243,28 @@ def test_a_port_of_our_own_is_opened_in_a_shell_under_torchrun(monkeypatch, give
     for _ in range(2):
         join_ranks()
         assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == str(given is TORCH)
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks"),
+    [
+        ({"SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, 4),
+        ({"SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, 3),
+        ({"SLURM_NODEID": "3", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, 11),
+        ({"SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "?"}, 11),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "5"}, 5),
+        ({"LOCAL_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "5"}, 2),
+        ({"LOCAL_WORLD_SIZE": "64", "MPI_LOCALNRANKS": "5"}, 5),
+    ],
+)
+def test_other_launchers_say_how_many_ranks_a_node_has(said, ranks):
+    assert ranks_on_this_node({"WORLD_SIZE": "11"} | said) == ranks
+
+
+def test_a_task_of_srun_has_the_cores_that_it_was_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    task = {"WORLD_SIZE": "4", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4"}
+    assert cores_of_this_rank(task) == 2
+    assert cores_of_this_rank(task | {"SLURM_CPUS_PER_TASK": "8"}) == 8
+    # all tasks may use all of the node's cores
+    assert cores_of_this_rank(task | {"SLURM_CPUS_PER_TASK": "2"}) == 2
