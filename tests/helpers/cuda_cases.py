@@ -24,6 +24,7 @@ class Case:
         attention: The attention that the table names for every shape.
         steps: Steps that are made, of which the last is counted: 2 where the first one makes what stays.
         evaluates: Student and teacher are evaluated, too.
+        has_state: The optimizer has its state and the average its first value, as after a first step.
     """
 
     cfg: RunConfig
@@ -37,6 +38,7 @@ class Case:
     attention: str = "sdpa"
     steps: int = 1
     evaluates: bool = False
+    has_state: bool = False
 
 
 _ADAMW, _SGD, _LAMB = OptimConfig("adamw"), OptimConfig("sgd", lr=0.01), OptimConfig("lamb", lr=5e-3)
@@ -73,19 +75,20 @@ MEASURED = {
     "DINOv2-L → ConvNeXt-T": _pair("vit_large_patch14_dinov2", "convnext_tiny", teacher_image_size=224, **_NO_KD),
 }
 # every family of teachers, with few blocks: more of them would run the same lines
+_FOUR = {"student_kwargs": {"depth": 4}}
 SHALLOW = {
-    "Swin v2 → EfficientNet": _shallow("swinv2_base_window8_256", "efficientnet_b0", size=256, depth=(2, 2, 2, 2)),
-    "EVA-02 → DeiT III": _shallow("eva02_large_patch14_224", "deit3_small_patch16_224", depth=12, **_NO_KD),
-    "DINOv3 → ViT-S": _shallow("vit_large_patch16_dinov3", "vit_small_patch16_224", depth=12, **_NO_KD),
-    "SigLIP → MobileNet v3": _shallow("vit_base_patch16_siglip_224", "mobilenetv3_large_100", depth=6, **_NO_KD),
-    "CLIP → MobileNet v1": _shallow("vit_base_patch16_clip_224", "mobilenetv1_100", depth=6, **_NO_KD),
-    "DeiT → ResNet-18": _shallow("deit_base_patch16_224", "resnet18", _SGD, depth=6),
-    "ConvNeXt → ResNet-18": _shallow("convnext_base", "resnet18", _SGD, depth=(2, 2, 3, 2)),
-    "PVT v2 → GhostNet": _shallow("pvt_v2_b5", "ghostnet_100", depth=(2, 2, 2, 2)),
+    "Swin v2 → ResNet-18-D": _shallow("swinv2_base_window8_256", "resnet18d", size=256, depth=(1, 1, 2, 2)),
+    "EVA-02 → DeiT III": _shallow("eva02_large_patch14_224", "deit3_small_patch16_224", depth=4, **_FOUR, **_NO_KD),
+    "DINOv3 → ViT-S": _shallow("vit_large_patch16_dinov3", "vit_small_patch16_224", depth=4, **_FOUR, **_NO_KD),
+    "SigLIP → MobileNet v3": _shallow("vit_base_patch16_siglip_224", "mobilenetv3_small_100", depth=4, **_NO_KD),
+    "CLIP → MobileNet v1": _shallow("vit_base_patch16_clip_224", "mobilenetv1_100", depth=4, **_NO_KD),
+    "DeiT → ResNet-18": _shallow("deit_base_patch16_224", "resnet18", depth=4),
+    "ConvNeXt → ResNet-18": _shallow("convnext_base", "resnet18", depth=(1, 1, 2, 2)),
+    "PVT v2 → RegNet": _shallow("pvt_v2_b5", "regnetx_002", depth=(1, 1, 2, 2)),
 }
-PAIRS = {name: Case(cfg) for name, cfg in (MEASURED | SHALLOW).items()}
-# the rotary embedding is made in the first step
-PAIRS["DINOv3 → ViT-S"].steps = 2
+PAIRS = {name: Case(cfg, has_state=True) for name, cfg in MEASURED.items()}
+# the optimizer of these is counted above
+PAIRS |= {name: Case(replace(cfg, optim=OptimConfig("sgd", momentum=0.0))) for name, cfg in SHALLOW.items()}
 PAIRS["DeiT → ResNet-18"].evaluates = True
 
 _TINY = _pair(
@@ -118,6 +121,8 @@ OPTIONS = {
     "without TPP": _with(tpp=False),
     "a wider cut": replace(_with(cut=2), steps=2),
 }
+# heads of 8 channels, which the kernels take
+_TRITON = replace(_with(heads_s3=3, heads_s4=6), attention="triton")
 # what else changes a step
 OTHERS = {
     "float32": Case(_TINY, dtype=None),
@@ -128,12 +133,11 @@ OTHERS = {
     "without labels": Case(_TINY, unlabelled=True),
     "without a teacher": Case(replace(_TINY, teacher="none")),
     "two micro batches": Case(_TINY, accumulation=2),
-    "Triton's attention": Case(_TINY, attention="triton"),
-    "Triton's attention, a wider cut": replace(_with(cut=2), attention="triton", steps=2),
+    "Triton's attention": _TRITON,
     "the second GPU": Case(_TINY, device=1, evaluates=True),
-    "Triton's attention on the second GPU": Case(_TINY, device=1, attention="triton"),
-    "LAMB": Case(replace(_TINY, optim=_LAMB)),
-    "AdamW": Case(replace(_TINY, optim=_ADAMW)),
+    "Triton's attention on the second GPU": replace(_TRITON, device=1),
+    "LAMB": Case(replace(_TINY, optim=_LAMB), has_state=True),
+    "AdamW": Case(replace(_TINY, optim=_ADAMW), has_state=True),
     "models on the GPU before": Case(_pair("vit_base_patch16_224", "resnet18"), moved_first=True, dtype=None),
     "models on the second GPU before": Case(
         _pair("deit_tiny_patch16_224", "resnet18"), moved_first=True, dtype=None, device=1

@@ -18,6 +18,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import fake_cuda
+import timm
 import torch
 from cuda_cases import CASES, Case
 
@@ -76,22 +77,23 @@ class Engine:
         self.micro += 1
 
 
-def build(case: Case, device: torch.device) -> ScaleKD:
-    """The distiller of a case on the device, as the trainer builds and moves it, or as an own loop may."""
-    dtype = case.dtype and getattr(torch, case.dtype)
-    if not case.moved_first:
+def build(case: Case) -> ScaleKD:
+    """The distiller of a case as the trainer builds it, without memory."""
+    with torch.device("meta"):
         distiller = build_distiller(case.cfg, CLASSES, verbose=False)
-        if dtype is not None and distiller.teacher is not None:
-            distiller.teacher.lower_precision(dtype)
-        return distiller.to(device).train()
-    import timm
+        if case.dtype is not None and distiller.teacher is not None:
+            distiller.teacher.lower_precision(getattr(torch, case.dtype))
+        return distiller
 
+
+def build_there(case: Case, device: torch.device) -> ScaleKD:
+    """The distiller of models that are on the GPU already, as an own loop may build it."""
     student, teacher = (timm.create_model(name, num_classes=CLASSES) for name in (case.cfg.student, case.cfg.teacher))
-    return ScaleKD(student.to(device), teacher.to(device), verbose=False).train()
+    return ScaleKD(student.to(device), teacher.to(device), verbose=False)
 
 
 def make_state(distiller: ScaleKD, optimizer: Any, ema: Any) -> None:
-    """What the first step makes, and later ones find: the optimizer's moments, and the average."""
+    """Makes what the first step makes and later ones find: the optimizer's moments, and the average."""
     for parameter in distiller.parameters():
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
@@ -107,8 +109,19 @@ def run_case(case: Case) -> dict[str, Any]:
     losses.dct_matrix.cache_clear()
     launch._filter_cache.clear()
     table.measured = lambda: _Everything(case.attention)
+    distiller = None if case.moved_first else build(case)
+    with fake_cuda.tensors():
+        return count_step(case, distiller, device)
+
+
+def count_step(case: Case, distiller: ScaleKD | None, device: torch.device) -> dict[str, Any]:
+    """As `run_case`, with models on the meta device, or None where they are on the GPU before."""
     with fake_cuda.Watch():
-        distiller = build(case, device)
+        if distiller is None:
+            distiller = build_there(case, device)
+        else:
+            fake_cuda.materialise(device, *filter(None, (distiller, distiller.teacher)))
+        distiller.train()
         optimizer = build_optimizer(distiller, case.cfg.optim)
         engine = Engine(distiller, optimizer, case.dtype and getattr(torch, case.dtype), case.accumulation)
         skip_nonfinite(engine)
@@ -126,7 +139,8 @@ def run_case(case: Case) -> dict[str, Any]:
             step=0,
             grad_norm=None,
         )
-        make_state(distiller, optimizer, run.ema)
+        if case.has_state:
+            make_state(distiller, optimizer, run.ema)
     answers: dict[str, torch.Tensor] = {}
     for _ in range(case.steps):
         watch = fake_cuda.Watch()
@@ -173,14 +187,13 @@ class _Everything(dict):
 def main() -> None:
     start_processes()
     fake_cuda.pretend()
-    with fake_cuda.tensors():
-        for name in sys.argv[1:]:
-            try:
-                found = run_case(CASES[name])
-            except Exception as error:
-                place = traceback.format_exc(limit=-6)
-                found = {"error": f"{type(error).__name__}: {error}", "traceback": place}
-            print(json.dumps({"case": name, **found}), flush=True)
+    for name in sys.argv[1:]:
+        try:
+            found = run_case(CASES[name])
+        except Exception as error:
+            place = traceback.format_exc(limit=-6)
+            found = {"error": f"{type(error).__name__}: {error}", "traceback": place}
+        print(json.dumps({"case": name, **found}), flush=True)
 
 
 if __name__ == "__main__":
