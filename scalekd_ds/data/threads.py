@@ -19,8 +19,8 @@ def pool_threads(cfg: DataConfig) -> int:
     """`data.threads`, or where that is None the cores that this rank has on its node, but one for the training itself."""
     if cfg.threads is not None:
         return cfg.threads
-    # a verb that runs alone may find the variables of another job
-    has_ranks = torch.distributed.is_initialized()
+    # a verb that runs alone may find the variables of another job, and a process group may be begun without any
+    has_ranks = torch.distributed.is_initialized() and os.environ.get("WORLD_SIZE")
     cores = cores_of_this_rank(os.environ) if has_ranks else len(os.sched_getaffinity(0))
     return min(max(_LEAST, cores - 1), _MOST)
 

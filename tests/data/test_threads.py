@@ -30,12 +30,21 @@ def test_a_rank_takes_its_share_of_the_cores(monkeypatch, cores, ranks, pool, be
 
 def test_a_verb_that_runs_alone_is_not_misled_by_the_variables_of_another_job(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     for text in ("64", "no number"):
         monkeypatch.setenv("WORLD_SIZE", text)
         assert pool_threads(DataConfig()) == 5
 
 
+def test_a_process_group_that_no_launcher_has_begun_names_no_ranks_of_a_node(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert pool_threads(DataConfig()) == 5
+
+
 def test_a_loader_has_these_threads(source, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
     loader = train_loader(source, DataConfig(image_size=32))
     assert loader._build_pipeline(lambda: None).num_threads == 4

@@ -96,7 +96,7 @@ _TINY = _pair(
     "resnet18",
     _SGD,
     size=64,
-    teacher_kwargs={"patch_size": 4, "window_size": 4, "embed_dim": 24, "depths": [1, 2], "num_heads": [2, 4]},
+    teacher_kwargs={"patch_size": 4, "window_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4]},
     student_kwargs={"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 64], "stem_type": "deep", "stem_width": 16},
 )
 
@@ -121,6 +121,10 @@ OPTIONS = {
     "without TPP": _with(tpp=False),
     "a wider cut": replace(_with(cut=2), steps=2),
 }
+# with other means and standard deviations
+_MOVED = Case(
+    _pair("vit_base_patch16_224", "resnet18", _SGD, teacher_kwargs={"depth": 4}), moved_first=True, dtype=None
+)
 # heads of 8 channels, which the kernels take
 _TRITON = replace(_with(heads_s3=3, heads_s4=6), attention="triton")
 # what else changes a step
@@ -138,9 +142,7 @@ OTHERS = {
     "Triton's attention on the second GPU": replace(_TRITON, device=1),
     "LAMB": Case(replace(_TINY, optim=_LAMB), has_state=True),
     "AdamW": Case(replace(_TINY, optim=_ADAMW), has_state=True),
-    "models on the GPU before": Case(_pair("vit_base_patch16_224", "resnet18"), moved_first=True, dtype=None),
-    "models on the second GPU before": Case(
-        _pair("deit_tiny_patch16_224", "resnet18"), moved_first=True, dtype=None, device=1
-    ),
+    "models on the GPU before": _MOVED,
+    "models on the second GPU before": replace(_MOVED, device=1),
 }
 CASES = PAIRS | OPTIONS | OTHERS

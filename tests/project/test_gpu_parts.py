@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from launching import LIMIT, ROOT
+from launching import LIMIT, ROOT, environment
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -21,8 +20,7 @@ commands, correct, needs = (importlib.import_module(f"gpu_parts.{name}") for nam
 
 def run_gpu(*arguments, **extra):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=LIMIT)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**extra), timeout=LIMIT)
 
 
 def contents_of(folder):

@@ -88,7 +88,9 @@ def build(case: Case) -> ScaleKD:
 
 def build_there(case: Case, device: torch.device) -> ScaleKD:
     """The distiller of models that are on the GPU already, as an own loop may build it."""
-    student, teacher = (timm.create_model(name, num_classes=CLASSES) for name in (case.cfg.student, case.cfg.teacher))
+    cfg = case.cfg
+    student = timm.create_model(cfg.student, num_classes=CLASSES, **cfg.student_kwargs)
+    teacher = timm.create_model(cfg.teacher, num_classes=CLASSES, **cfg.teacher_kwargs)
     return ScaleKD(student.to(device), teacher.to(device), verbose=False)
 
 
