@@ -114,12 +114,13 @@ class Watch(TorchDispatchMode):
             raise RuntimeError(f"{name} gets tensors of {sorted(map(str, devices))} at {self._place()}")
         if on_gpu and (name in _SYNC or _has_mask(name, args)):
             self.syncs[f"{self._place()} {name}"] += 1
-        if name == "aten::_local_scalar_dense":
+        if name in ("aten::_local_scalar_dense", "aten::equal"):
             try:
                 # a number that the host knows
                 return func(*args, **kwargs)
             except DataDependentOutputException:
-                return {torch.bool: True}.get(inputs[0].dtype, 1.0 if inputs[0].is_floating_point() else 1)
+                is_bool = name == "aten::equal" or inputs[0].dtype == torch.bool
+                return True if is_bool else 1.0 if inputs[0].is_floating_point() else 1
         if name == "aten::index" and _has_mask(name, args):
             # as if every row were taken
             args = (args[0], [_all_rows(i) for i in args[1]])
