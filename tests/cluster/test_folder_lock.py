@@ -30,7 +30,10 @@ def short_times(monkeypatch):
 def owner_elsewhere(folder, **more):
     """The file of an owner on another machine."""
     owner = {"host": "node7", "pid": 77, "since": "yesterday", "boot": "another", "start": "1", "count": 1} | more
-    (folder / NAME).write_text(json.dumps(owner).ljust(512))
+    # in one write, as an owner does: who reads the file meanwhile never finds it empty, and so nobody's
+    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT)
+    os.pwrite(file, json.dumps(owner).ljust(512).encode(), 0)
+    os.close(file)
 
 
 def hold(folder, ready):
