@@ -121,31 +121,40 @@ def test_torch_still_knows_the_variables_of_its_watchdog():
         assert content.find(HANDLING.encode()) >= 0 and content.find(MONITORING.encode()) >= 0
 
 
+# without a heartbeat, after which a rank is lost; a machine under load may keep one waiting for a second
+QUIET_S = 3.0
+
+
+def ends_of(rank, folder):
+    """The exit statuses of two processes that are ranks, each by `rank(folder, port, number)`."""
+    port = free_port()
+    ranks = [_FORKS.Process(target=rank, args=(folder, port, number)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    return [process.exitcode for process in ranks]
+
+
 def broken(folder, port, number):
     heartbeat._INTERVAL_S, heartbeat._NETWORK_S = 0.1, 0.5
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=number == 0, timeout=timedelta(seconds=20))
     seen = iter([None] * 5)
-    with Heartbeat(store, number, 2, folder, 1.0, 0.0, lambda: next(seen, "NCCL reports COMM_ERROR")) as own:
+    with Heartbeat(store, number, 2, folder, QUIET_S, 0.0, lambda: next(seen, "NCCL reports COMM_ERROR")) as own:
         for step in range(600):
             own.progress(step)
             time.sleep(0.05)
 
 
 def test_broken_connections_of_ranks_that_all_live_end_the_job(tmp_path, capfd):
-    port = free_port()
-    ranks = [_FORKS.Process(target=broken, args=(tmp_path, port, number)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert EXIT_LOST in [process.exitcode for process in ranks]
+    assert EXIT_LOST in ends_of(broken, tmp_path)
     assert "NCCL reports COMM_ERROR, and no rank is lost: look at the network" in capfd.readouterr().err
 
 
 def failing(folder, port, number):
     heartbeat._INTERVAL_S = 0.1
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=number == 0, timeout=timedelta(seconds=20))
-    with Heartbeat(store, number, 2, folder, 1.0, 0.0) as own:
+    with Heartbeat(store, number, 2, folder, QUIET_S, 0.0) as own:
         for step in range(10 if number else 600):
             own.progress(step)
             time.sleep(0.05)
@@ -154,14 +163,8 @@ def failing(folder, port, number):
 
 def test_a_rank_that_failed_is_named_by_those_that_still_wait_for_it(tmp_path, capfd):
     """As under NCCL, whose collectives raise no error."""
-    port = free_port()
-    ranks = [_FORKS.Process(target=failing, args=(tmp_path, port, number)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [EXIT_LOST, 1]
-    assert "failed: KeyError: 'weights': no word for 1 s." in capfd.readouterr().err
+    assert ends_of(failing, tmp_path) == [EXIT_LOST, 1]
+    assert "failed: KeyError: 'weights': no word for 3 s." in capfd.readouterr().err
 
 
 def unheard(folder, port, number):
@@ -170,19 +173,13 @@ def unheard(folder, port, number):
     if number == 1:
         # it has met the others, and ends before its first heartbeat
         return
-    with Heartbeat(store, number, 2, folder, 1.0, 0.0):
+    with Heartbeat(store, number, 2, folder, QUIET_S, 0.0):
         time.sleep(60)
 
 
 def test_a_rank_that_is_never_heard_of_is_named(tmp_path, capfd):
-    port = free_port()
-    ranks = [_FORKS.Process(target=unheard, args=(tmp_path, port, number)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert ranks[0].exitcode == EXIT_LOST
-    assert "rank 1 has met the others, and has not been heard of since: no word for 1 s" in capfd.readouterr().err
+    assert ends_of(unheard, tmp_path)[0] == EXIT_LOST
+    assert "rank 1 has met the others, and has not been heard of since: no word for 3 s" in capfd.readouterr().err
 
 
 def test_the_first_step_may_take_longer_than_a_hang(tmp_path, monkeypatch):

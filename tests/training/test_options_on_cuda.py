@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from cuda_cases import CASES, OPTIONS, OTHERS
 from pretending import run_cases, skip_reason
-from test_step_on_cuda import check_step
+from test_step_on_cuda import check_evaluation, check_step
 
 from scalekd_ds.config import DistillConfig
 
@@ -26,6 +26,8 @@ def test_every_option_is_tried_at_another_value_than_its_default():
 @pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
 def test_a_step_mixes_no_devices_and_waits_for_nothing(found, name):
     check_step(found[name])
+    if CASES[name].evaluates:
+        check_evaluation(found[name])
     assert found[name]["devices"] == [f"cuda:{CASES[name].device}"]
 
 

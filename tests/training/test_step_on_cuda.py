@@ -44,17 +44,17 @@ def check_step(found):
 def check_evaluation(found):
     """An evaluation waits once, at its end: all of its counts are fetched together."""
     assert found["evaluation"]["copies"] == {}
-    # (one wait of the host, four numbers) for the student and again for the teacher
-    assert {re.sub(r":\d+", "", place) for place in found["evaluation"]["syncs"]} <= {
-        "scalekd_ds/evaluation/accuracy.py aten::_local_scalar_dense"
+    # four numbers, of the student and again of the teacher
+    assert {re.sub(r":\d+", "", place): count for place, count in found["evaluation"]["syncs"].items()} == {
+        "scalekd_ds/evaluation/accuracy.py aten::_local_scalar_dense": 8
     }
-    assert sum(found["evaluation"]["syncs"].values()) <= 8
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_step_of_a_pair_mixes_no_devices_and_waits_for_nothing(found, name):
     check_step(found[name])
-    check_evaluation(found[name])
+    if PAIRS[name].evaluates:
+        check_evaluation(found[name])
 
 
 @pytest.mark.parametrize("name", PAIRS)
