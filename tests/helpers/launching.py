@@ -103,7 +103,9 @@ def wait_until(found: Callable[[], object], process: subprocess.Popen, log: Path
 def result_of(done: subprocess.CompletedProcess[str]) -> Any:
     """What a script of tests/workers told by `ranks.tell`."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ", 1)[1])
+    told = next(line for line in done.stdout.splitlines() if "RESULT " in line).split("RESULT ", 1)[1]
+    # another rank may have printed into the rest of the line
+    return json.JSONDecoder().raw_decode(told)[0]
 
 
 def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:

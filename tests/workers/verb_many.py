@@ -1,9 +1,13 @@
-"""`scalekd train` several times in one process: a file holds a JSON list of argument lists. Tells what is left of each."""
+"""`scalekd train` several times in one process: a file holds a JSON list of argument lists.
+
+Each rank writes what is left after each run beside that file: what two ranks print may meet in one line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -23,7 +27,7 @@ def main() -> None:
     for arguments in json.loads(given.runs.read_text()):
         train(arguments)
         left.append(torch.distributed.is_initialized())
-    print("RESULT " + json.dumps(left), flush=True)
+    given.runs.with_name(f"left-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(left))
 
 
 if __name__ == "__main__":
