@@ -38,6 +38,7 @@ help:
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
+	@echo "make diagrams      draw the diagrams of the documents again"
 	@echo "make lint          ruff and import-linter alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make clean         remove .venv, builds and caches"
@@ -153,6 +154,11 @@ ablation: $(STAMP) fashion-mnist
 	@mkdir -p runs/ablation
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
+
+# the diagrams of the documents, with shapes that are traced through the package
+.PHONY: diagrams
+diagrams: $(STAMP)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/diagrams/draw.py
 
 .PHONY: clean
 clean:
