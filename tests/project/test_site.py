@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,10 @@ QUESTIONS = {
     "dual-view": "method.html",
     "use without labels": "own_loop.html",
     "load weights into timm": "export.html",
+    "register_family": "own_loop.html",
+    "what is TPP": "method.html",
+    "tensorboard": "watching.html",
+    "install cuda 12": "install.html",
 }
 
 
@@ -77,6 +82,67 @@ def address(site):
 def driver(tmp_path_factory):
     with browser.browser(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
+
+
+def test_the_diagrams_show_the_shapes_and_parts_that_the_package_has(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DIAGRAMS)
+    import draw
+    import step_figure
+
+    from scalekd_ds.watching.timing import PARTS
+
+    assert step_figure.PARTS == PARTS
+    draw.main(tmp_path)
+    for name in draw.FIGURES:
+        assert (tmp_path / name).read_text() == (DIAGRAMS / name).read_text(), f"{name} is out of date: make diagrams"
+
+
+def test_the_reference_of_the_command_line_is_that_of_the_parsers():
+    spec = importlib.util.spec_from_file_location("commands_page", ROOT / "docs" / "site" / "commands.py")
+    commands = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(commands)
+    page = commands.page()
+    assert {"`--optim.lr`", "`--data`", "`--hostfile`"} <= set(re.findall(r"^\| (`--[\w.-]+`)", page, re.M))
+    assert page == (ROOT / "docs" / "commands.md").read_text(), "docs/commands.md is out of date: make commands"
+
+
+@needs_mkdocs
+def test_links_out_of_the_documents_lead_into_the_repository_and_broken_ones_end_the_build(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "README.md").write_text("[back](../docs/index.md)\n")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").write_text("")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "index.md"
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        "site_name: links\nrepo_url: https://example.org/a/b/\ntheme: mkdocs\nuse_directory_urls: false\n"
+        f"plugins: []\nhooks: [{ROOT / 'docs' / 'site' / 'hooks.py'}]\n"
+    )
+    page.write_text("[`train`](../launch/train.py#L3) [all](../launch) [figures](../benchmarks/README.md)\n")
+    done = build(config, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "site" / "index.html").read_text()
+    for link in ("https://example.org/a/b/blob/main/launch/train.py#L3", "https://example.org/a/b/tree/main/launch"):
+        assert f'href="{link}"' in html
+    assert 'href="benchmarks.html"' in html
+    assert 'href="index.html"' in (tmp_path / "site" / "benchmarks.html").read_text()
+
+    page.write_text("[gone](../launch/no.py) [missing](missing.md)\n")
+    done = build(config, tmp_path / "site")
+    assert done.returncode != 0
+    assert "docs/index.md links to launch/no.py, and there is no launch/no.py in the repository" in done.stderr
+    assert "'missing.md'" in done.stderr
+
+
+def test_make_docs_without_the_extra_and_without_a_network(tmp_path):
+    command = ["make", "--no-print-directory", "docs", "STAMP=", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    assert line == (
+        f"error: the site needs the extra docs, which pip could not install: {tmp_path}/pip install -e '.[docs]' says why"
+    )
 
 
 # every request that a page makes, and what it says as an error, noted before its own scripts run
