@@ -20,7 +20,7 @@ PAGES = {"benchmarks/README.md": "benchmarks.md"}
 IMAGES = ("png", "svg", "jpg")
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]*)((?:#[^)\s]*)?\))")
 CODE = re.compile(r"(```.*?```)", re.S)
-# a command below a point of a numbered list: GitHub counts from the point's text, and Python-Markdown wants two times four blanks
+# a command below a point of a list: GitHub counts from the text of the point, and Python-Markdown wants eight blanks
 COMMAND_IN_LIST = re.compile(r"^ {7}(?=\S)", re.M)
 
 # start of a page's place -> how much its words count in the search: a page that explains comes before one that lists
