@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 import sysconfig
 import venv
 from collections.abc import Iterable
-from importlib.metadata import Distribution, distributions
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 from declared import closure, declared
@@ -15,28 +17,48 @@ from launching import LIMIT
 from packaging.utils import canonicalize_name
 
 
-def link_distributions(found: Iterable[Distribution], site: Path) -> None:
+@cache
+def owners() -> tuple[dict[tuple[str, ...], set[str]], dict[str, Path]]:
+    """Who owns what is installed here.
+
+    Returns:
+        Path of a file or folder below site-packages, in parts -> names of the distributions that own files there; and name
+        of a distribution -> its site-packages.
+    """
+    found: dict[tuple[str, ...], set[str]] = {}
+    homes = {}
+    for one in distributions():
+        name = canonicalize_name(one.name)
+        homes[name] = Path(str(one.locate_file("")))
+        # not `one.files`, which makes an object of each of a hundred thousand files
+        for row in csv.reader((one.read_text("RECORD") or "").splitlines()):
+            parts = tuple(row[0].split("/"))
+            if parts[0] != ".." and not parts[0].endswith(".pth"):
+                for depth in range(1, len(parts) + 1):
+                    found.setdefault(parts[:depth], set()).add(name)
+    return found, homes
+
+
+def providers() -> dict[str, set[str]]:
+    """Name of a module at the top -> names of the distributions that have it."""
+    found: dict[str, set[str]] = {}
+    for parts, names in owners()[0].items():
+        if len(parts) == 1:
+            found.setdefault(parts[0].split(".")[0], set()).update(names)
+    return found
+
+
+def link_distributions(names: Iterable[str], site: Path) -> None:
     """Links the files of distributions into the folder `site`, as few links as tell them from others' files.
 
     Several distributions share a folder such as nvidia/; only that is made anew, and what is in it linked.
     """
-    wanted = {canonicalize_name(one.name) for one in found}
-    # path of a file or folder below site-packages -> names of those that own files there
-    owners: dict[tuple[str, ...], set[str]] = {}
-    homes: dict[tuple[str, ...], Path] = {}
-    for one in distributions():
-        home = Path(str(one.locate_file("")))
-        for file in one.files or []:
-            if ".." in file.parts or file.suffix == ".pth":
-                continue
-            for depth in range(1, len(file.parts) + 1):
-                owners.setdefault(file.parts[:depth], set()).add(canonicalize_name(one.name))
-                homes[file.parts[:depth]] = home
-    for parts, names in owners.items():
-        whole = names <= wanted
-        above_is_whole = len(parts) > 1 and owners[parts[:-1]] <= wanted
-        source = homes[parts].joinpath(*parts)
-        if whole and not above_is_whole and source.exists():
+    wanted = set(names)
+    found, homes = owners()
+    for parts, names_here in found.items():
+        linked_above = len(parts) > 1 and found[parts[:-1]] <= wanted
+        source = homes[next(iter(names_here))].joinpath(*parts)
+        if names_here <= wanted and not linked_above and source.exists():
             target = site.joinpath(*parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source)
@@ -47,7 +69,7 @@ def environment_with(wheel: Path, folder: Path) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    link_distributions(closure(declared()).values(), site)
+    link_distributions(closure(declared()), site)
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-index", "--no-deps", wheel]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT)

@@ -9,13 +9,14 @@ import sys
 import tarfile
 import zipfile
 from email.parser import Parser
-from importlib.metadata import distributions, packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import tiny_run
 from declared import closure, constraints, declared, optional, read_constraints
 from launching import LIMIT, ROOT, environment
+from linked_environment import environment_with, providers
 from packaging.utils import canonicalize_name
 from test_packaging import copy_of_repo
 
@@ -64,8 +65,6 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
     """The Python of an environment with the wheel and what it declares."""
-    from linked_environment import environment_with
-
     return environment_with(built[1], tmp_path_factory.mktemp("empty") / "venv")
 
 
@@ -141,7 +140,7 @@ def test_the_version_is_in_one_place(built):
 def test_what_the_code_imports_is_declared():
     """Also what a function imports: nothing may be there by the luck of another package's requirements."""
     known = {canonicalize_name(one.name) for one in declared()} | optional()
-    owners = packages_distributions()
+    owners = providers()
     undeclared = {}
     for path in [*(ROOT / "scalekd_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -149,8 +148,7 @@ def test_what_the_code_imports_is_declared():
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.split(".")[0] for name in names} - {"scalekd_ds", *sys.stdlib_module_names}:
                 # mlxtend is in no environment of the tests where Fashion-MNIST is
-                providers = {canonicalize_name(owner) for owner in owners.get(name, [name])}
-                if not providers & known:
+                if not owners.get(name, {name}) & known:
                     undeclared.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     assert undeclared == {}
 
