@@ -18,7 +18,7 @@ from typing import Any
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError
-from scalekd_ds.names import escape
+from scalekd_ds.names import escape, shell_word
 
 METHODS = {"ce": "CE (no teacher)", "kd": "CE + logit KD", "scalekd": "ScaleKD"}
 # images that a student sees
@@ -90,13 +90,16 @@ def place_images(data: Path, out: Path) -> tuple[Path, str, int]:
     return root, described, count
 
 
-def table(rows: list[tuple[str, float, list[float], list[float]]], teacher: dict[str, Any], seeds: int) -> str:
+def table(
+    rows: list[tuple[str, float, list[float], list[float]]], teacher: dict[str, Any], seeds: int, seen: str
+) -> str:
     """The results as plain text.
 
     Args:
         rows: (student, epochs, top-1 in percent of each seed, CPU seconds of each seed); the first row is the baseline.
         teacher: Result of the teacher's run.
         seeds: Number of seeds.
+        seen: How many images the teacher saw, in words.
     """
     header = ("student", "epochs", "test top-1", "CPU s", "over CE")
     baseline = statistics.mean(rows[0][2])
@@ -110,7 +113,7 @@ def table(rows: list[tuple[str, float, list[float], list[float]]], teacher: dict
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     note = "one seed: a difference below a point may be chance; --seeds 3 gives the spread" if seeds == 1 else ""
-    teacher_line = f"teacher (Swin, all training images): {teacher['top1']:.2f}, {teacher['cpu_seconds']:.0f} CPU s"
+    teacher_line = f"teacher (Swin, {seen} images): {teacher['top1']:.2f}, {teacher['cpu_seconds']:.0f} CPU s"
     return "\n".join([*lines, teacher_line, *([note] if note else [])])
 
 
@@ -193,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     root, described, count = place_images(args.data, out)
     start_run = fashion_runner(root, out)
-    quick_teacher = [*QUICK_TEACHER, str(min(QUICK_TEACHER_IMAGES, count))] if args.quick else []
+    teacher_images = min(QUICK_TEACHER_IMAGES, count) if args.quick else count
+    seen = f"{teacher_images:,}" if teacher_images < count else "all training"
+    quick_teacher = [*QUICK_TEACHER, str(teacher_images)] if args.quick else []
 
     with runs_shown() as (begin, end):
 
@@ -203,18 +208,21 @@ def main(argv: list[str] | None = None) -> None:
             end(name, f"top-1 {result['top1']:.2f}  {result['cpu_seconds']:.0f} CPU s")
             return result
 
-        print("training the teacher: a Swin on all training images", flush=True)
+        print(f"training the teacher: a Swin on {seen} images", flush=True)
         teacher = run("fashion-teacher", "teacher", cores(), *quick_teacher)
         print("distilling: one thread a run, as many runs at once as there are cores (at most 4)", flush=True)
         rows = run_rows(run, args, out / "teacher" / "student.safetensors", count)
 
     shipped = out / "scalekd-seed0" / "student.safetensors"
     check_plain_weights(shipped)
-    text = table(rows, teacher, args.seeds)
+    text = table(rows, teacher, args.seeds, seen)
     print(f"\n{described}; students see {min(IMAGES, count):,} images; {args.seeds} seed(s)\n\n{text}\n")
     (out / "table.txt").write_text(text + "\n")
     print(f"took {(time.time() - started) / 60:.1f} minutes")
     print(f"plain weights, loaded strictly by timm: {escape(shipped)}")
-    print(f"curves of every loss term: tensorboard --logdir {escape(out)}")
-    print(f"next, one run with your own settings: scalekd train --recipe fashion-scalekd --data.root {escape(root)} \\")
-    print(f"  --teacher {escape(out / 'teacher' / 'student.safetensors')} --run.dir runs/mine --optim.lr 1e-3")
+    print(f"curves of every loss term: tensorboard --logdir {shell_word(out)}")
+    teacher_file = shell_word(out / "teacher" / "student.safetensors")
+    few = " --data.train_images null" if count < IMAGES else ""
+    print("next, one run with a setting of your own, of which `scalekd train --help` lists all:")
+    print(f"scalekd train --recipe fashion-scalekd --data.root {shell_word(root)} --teacher {teacher_file}{few} \\")
+    print("  --run.dir runs/mine --optim.lr 1e-3")

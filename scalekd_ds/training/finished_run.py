@@ -21,20 +21,13 @@ from scalekd_ds.recipes.command_line import parse_run
 TRAIN = (sys.executable, "-P", "-m", "scalekd_ds", "train")
 
 
-def place_fashion(data: Path, download: bool = False, **more: str) -> None:
+def place_fashion(data: Path) -> None:
     """Writes Fashion-MNIST into the folder `data` unless it is there already, and says in a line what is there.
 
-    Args:
-        data: The folder.
-        download: As in `fashion.find`.
-        **more: Further arguments of `fashion.find`.
-
     Raises:
-        UserError: The images cannot be had or written.
+        UserError: The images are not on this machine, or cannot be written.
     """
-    described = fashion.describe_existing(data, None)
-    if described is None:
-        described = fashion.write(data, *fashion.find(None, download, **more))
+    described = fashion.describe_existing(data, None) or fashion.write(data, *fashion.find(None, False))
     print(f"{escape(data)}: {described}", flush=True)
 
 

@@ -115,10 +115,13 @@ def test_where_no_images_can_be_had_one_line_says_what_to_do(nothing_here, tmp_p
 
 def test_a_table_of_one_seed_says_that_it_may_be_chance():
     rows = [("CE (no teacher)", 6, [70.0], [4.0]), ("ScaleKD", 6, [72.5], [11.0])]
-    lines = table(rows, {"top1": 80.0, "cpu_seconds": 30.0}, 1).splitlines()
+    lines = table(rows, {"top1": 80.0, "cpu_seconds": 30.0}, 1, "20,000").splitlines()
     assert lines[2].split() == ["CE", "(no", "teacher)", "6", "70.00", "4"]
     assert lines[3].split() == ["ScaleKD", "6", "72.50", "11", "+2.50"]
-    assert lines[-1].startswith("one seed: ")
+    assert lines[-2:] == [
+        "teacher (Swin, 20,000 images): 80.00, 30 CPU s",
+        "one seed: a difference below a point may be chance; --seeds 3 gives the spread",
+    ]
 
 
 def test_progress_is_read_from_the_newest_line_of_a_log(tmp_path):
@@ -128,6 +131,7 @@ def test_progress_is_read_from_the_newest_line_of_a_log(tmp_path):
     assert share_done(log) == 0
     log.write_text("".join(f"step {step}/200  loss 1.0 {'x' * 100}\n" for step in range(0, 151, 10)) + "step 3")
     assert share_done(log) == 0.75
+    assert share_done(log, log.stat().st_mtime + 1) == 0
 
 
 BARS = """

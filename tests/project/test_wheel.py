@@ -183,6 +183,28 @@ def test_the_wheel_trains_outside_of_the_repository(installed, tmp_path):
     assert version.stdout == f"scalekd_ds {__version__}\n"
 
 
+def test_the_quickstart_of_the_wheel_needs_no_repository(installed, tmp_path):
+    """Teacher and students of a few steps on images of one's own; the second call repeats no run."""
+    data = tiny_run.images(tmp_path / "images")
+    small = ("--global_batch_size", 8, "--micro_batch_size", 8, "--schedule.epochs", 1, "--schedule.warmup_epochs", 0)
+    words = ("scalekd", "quickstart", "--data", data, "--out", "out", "--train-args", *small)
+    done = outside(installed, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.startswith("about 6 minutes on two CPU cores; here ")
+    assert f"\nimages: your own images from {data}, made 32 pixels wide and high; 40 to train on\n" in done.stdout
+    rows = (tmp_path / "out" / "table.txt").read_text()
+    assert rows in done.stdout and [row.split("  ")[0] for row in rows.splitlines()[2:5]] == [
+        "CE (no teacher)",
+        "CE + logit KD",
+        "ScaleKD",
+    ]
+    results = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/results.json")}
+    assert {path.parent.name for path in results} == {"teacher", "ce-seed0", "kd-seed0", "scalekd-seed0"}
+    again = outside(installed, *words, cwd=tmp_path)
+    assert again.returncode == 0 and rows in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+
+
 # -- the files of versions -------------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from scalekd_ds.names import one_line
 
@@ -20,11 +22,19 @@ _SECONDS = 0.5
 _TAIL = 4096
 
 
-def share_done(log: Path) -> float:
-    """The share of its steps that a run has done, by its log; 0 where that says nothing yet."""
+def share_done(log: Path, since: float = 0.0) -> float:
+    """The share of its steps that a run has done, by its log; 0 where that says nothing yet.
+
+    Args:
+        log: The file that `Plain` lines go to.
+        since: When the run began, in seconds of `time.time`: what an earlier start of it wrote is not its progress.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL))
+            about = os.fstat(file.fileno())
+            if about.st_mtime < since:
+                return 0.0
+            file.seek(max(0, about.st_size - _TAIL))
             steps = _STEP.findall(file.read().decode("utf-8", "replace"))
     except OSError:
         return 0.0
@@ -45,22 +55,20 @@ def runs_shown() -> Iterator[tuple[Callable[[str, Path], None], Callable[[str, s
         return
     columns = [TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.fields[text]}")]
     bars = Progress(*columns, console=console)
-    logs: dict[str, tuple] = {}
+    logs: dict[str, tuple[TaskID, Path, float]] = {}
     ended = threading.Event()
 
     def begin(name: str, log: Path) -> None:
-        # what an earlier start of the run wrote is not its progress
-        log.unlink(missing_ok=True)
-        logs[name] = bars.add_task(one_line(name), total=1.0, text=""), log
+        logs[name] = bars.add_task(one_line(name), total=1.0, text=""), log, time.time()
 
     def end(name: str, text: str) -> None:
-        task, _ = logs.pop(name)
+        task = logs.pop(name)[0]
         bars.update(task, completed=1.0, text=one_line(text))
 
     def follow() -> None:
         while not ended.wait(_SECONDS):
-            for name, (task, log) in list(logs.items()):
-                if share := share_done(log):
+            for name, (task, log, since) in list(logs.items()):
+                if share := share_done(log, since):
                     bars.update(task, completed=share)
                 if name not in logs:
                     # it ended meanwhile
