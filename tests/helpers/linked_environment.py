@@ -71,7 +71,8 @@ def environment_with(wheel: Path, folder: Path) -> Path:
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     link_distributions(closure(declared()), site)
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-index", "--no-deps", wheel]
+    # a checkout on PYTHONPATH would pass for one that is installed
+    command += ["--no-index", "--no-deps", "--ignore-installed", wheel]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     return python

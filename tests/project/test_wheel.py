@@ -113,6 +113,14 @@ def test_its_page_has_no_link_into_a_checkout(built):
     assert all("/raw/" in link for link in pictures if "scalekd-ds/" in link)
 
 
+def test_an_older_python_is_told(built, tmp_path):
+    command = [sys.executable, "-m", "pip", "download", "--no-index", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", "3.10", "--dest", tmp_path, built[1]]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT)
+    assert done.returncode == 1
+    assert "requires a different Python: 3.10.0 not in '>=3.11'" in done.stderr
+
+
 def test_an_index_would_take_both(built):
     if "twine" not in {one.name for one in distributions()}:
         pytest.skip("needs twine, which the extra `dev` has")
