@@ -6,6 +6,8 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 OLDEST_TORCH = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' setup.py)
 STAMP := $(VENV)/.installed
+# what pip puts into it
+INSTALL ?= -e ".[dev]"
 PYTEST_ARGS ?=
 # of pytest: a job of two ranks loads two cores for a part of its time alone
 WORKERS ?= 2
@@ -40,6 +42,10 @@ help:
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff and import-linter alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
+	@echo "make wheel         the packages of this version in dist/: a wheel, and the source that makes the same one"
+	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
+	@echo "make test-oldest   a part of the tests with the lowest versions that setup.py allows, in .venv-oldest"
+	@echo "make constraints   constraints.txt from the versions in .venv, and constraints-oldest.txt from setup.py"
 	@echo "make clean         remove .venv, builds and caches"
 
 $(STAMP): setup.py pyproject.toml
@@ -60,7 +66,7 @@ $(STAMP): setup.py pyproject.toml
 		echo "error: $(PYTHON) -m venv failed: install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
 	@echo "installing into $(VENV): 6 GB, some minutes the first time"
-	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(TORCH:%=torch==%) 2>&1) || { \
+	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check $(INSTALL) $(TORCH:%=torch==%) 2>&1) || { \
 		$(is_full); $(say_full); \
 		why=$$(printf '%s\n' "$$said" | grep -m 1 -o 'ERROR: .*' | cut -c 8-250); \
 		echo "error: pip could not fill $(VENV): $${why:-$$(printf '%s\n' "$$said" | tail -n 1)}" >&2; \
@@ -154,7 +160,38 @@ ablation: $(STAMP) fashion-mnist
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
 
+.PHONY: wheel
+wheel: $(STAMP)
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation .
+	$(BIN)/python -m twine check --strict dist/*
+
+# as on a user's machine: pip takes from the index what the wheel declares, and the repository is not near
+WHEEL_VENV := .venv-wheel
+WHEEL_ARGS ?=
+.PHONY: wheel-test
+wheel-test: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl $(WHEEL_ARGS)
+	cd "$$(mktemp -d)" && $(abspath $(WHEEL_VENV))/bin/scalekd quickstart --quick
+
+# what calls each library most: its command lines, images, models, steps, logs and checkpoints
+OLDEST_TESTS ?= tests/commands tests/config tests/recipes tests/data/test_sources.py tests/method/test_pairs.py \
+	tests/models tests/training/test_train.py tests/watching/test_watching.py
+.PHONY: test-oldest run-oldest
+test-oldest:
+	$(MAKE) run-oldest VENV=.venv-oldest INSTALL='-e . -c constraints-oldest.txt pytest pytest-xdist "setuptools>=77"'
+
+run-oldest: $(STAMP) compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+.PHONY: constraints
+constraints: $(STAMP)
+	$(BIN)/python tests/helpers/declared.py oldest >constraints-oldest.txt
+	$(BIN)/python tests/helpers/declared.py newest >constraints.txt
+
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-torch* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch* .venv-oldest .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,6 +76,14 @@ VERBS: dict[str, Verb] = {
         "keep a job going: start it again from its last checkpoint when a node fails",
         ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
     ),
+    "quickstart": Verb(
+        "the first distillation: a small CNN learns from a small Swin on Fashion-MNIST",
+        (
+            "scalekd quickstart --quick",
+            "scalekd quickstart --seeds 3",
+            "scalekd quickstart --data DIR --out runs/first",
+        ),
+    ),
     "prepare-data": Verb(
         "put Fashion-MNIST in place, or check that every image can be decoded",
         ("scalekd prepare-data fashion-mnist runs/fashion-mnist", "scalekd prepare-data verify DIR"),
