@@ -72,8 +72,8 @@ def token_of_user() -> str:
         ) from None
     if not token:
         raise UserError(
-            "there is no token for the hub: make one that may write at its settings/tokens, then run `hf auth login`, or "
-            "set HF_TOKEN to it."
+            "there is no token for the hub: make one that may write at huggingface.co/settings/tokens, then "
+            "run `hf auth login`, or set HF_TOKEN to it."
         )
     return token
 

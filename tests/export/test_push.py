@@ -22,8 +22,9 @@ from launching import LIMIT, ROOT, environment, free_port
 from safetensors.torch import load_file
 
 from scalekd_ds.commands.dispatch import dispatch
+from scalekd_ds.data import fashion
 from scalekd_ds.errors import UserError
-from scalekd_ds.export.origin import published_name
+from scalekd_ds.export.origin import datasets, origin_of, published_name
 from scalekd_ds.export.student import load_student
 from scalekd_ds.recipes.command_line import parse_run
 
@@ -183,6 +184,21 @@ def test_nothing_private_goes_up(hub, run, tmp_path):
     readme = files["README.md"].decode()
     assert "| teacher | local-dir:big |" in readme and "the file `teacher.pth`" in readme
     assert "--teacher_weights teacher.pth" in readme and "--run.ds_config fast.json" in readme
+
+
+def test_data_that_the_hub_has_goes_by_its_name_there():
+    assert datasets({"classes": [*fashion.CLASSES]}, None) == ["zalando-datasets/fashion_mnist"]
+    assert datasets({"classes": [f"n{number:08d}" for number in range(1000)]}, None) == ["ILSVRC/imagenet-1k"]
+    assert datasets({"classes": ["cat", "dog"]}, None) == []
+    assert datasets({"classes": ["a"]}, {"data": {"train": "hf:org/pictures:train"}}) == ["org/pictures"]
+
+
+def test_a_teachers_weights_have_their_licence():
+    teacher = origin_of("swin_large_patch4_window7_224.ms_in22k_ft_in1k", "pretrained")
+    assert (teacher.hub_id, teacher.license) == ("timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k", "mit")
+    assert origin_of("hf-hub:org/model@v2", "pretrained").hub_id == "org/model"
+    assert origin_of("resnet18", "/home/me/mine.pth").text == "the file `mine.pth`"
+    assert origin_of("mixer_b14_224", "pretrained").hub_id is None
 
 
 @pytest.mark.parametrize(
