@@ -90,5 +90,7 @@ setup(
         "huggingface": ["datasets"],
         "onnx": ONNX,
         "hf": HUGGING_FACE,
+        # scalekd push; timm depends on it too
+        "hub": ["huggingface_hub>=1.0"],
     },
 )

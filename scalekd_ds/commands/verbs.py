@@ -55,6 +55,13 @@ VERBS: dict[str, Verb] = {
             "scalekd export --format onnx student.safetensors exported/onnx",
         ),
     ),
+    "push": Verb(
+        "publish a student on a Hugging Face hub, with a model card",
+        (
+            "scalekd push runs/mine OWNER/NAME --license apache-2.0",
+            "scalekd push runs/mine OWNER/NAME --dry-run --out exported/hub",
+        ),
+    ),
     "inspect": Verb(
         "contact sheet of attention, feature maps and predictions",
         ("scalekd inspect runs/mine runs/fashion-mnist/val --out sheet.png",),
