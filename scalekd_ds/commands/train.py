@@ -10,6 +10,7 @@ from typing import Any
 
 from scalekd_ds.cluster.ranks import free_port, rank_variables, shell_of_one_task, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
+from scalekd_ds.commands.quiet import is_verbose, without_chatter
 from scalekd_ds.errors import UserError, run_cli
 from scalekd_ds.names import escape, shell_word
 from scalekd_ds.process import output, signals
@@ -17,7 +18,7 @@ from scalekd_ds.process import output, signals
 # the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
 # not the `deepspeed` command, which may be that of another environment on PATH
-LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+LAUNCHER = (sys.executable, "-m", "scalekd_ds.commands.launcher")
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,9 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
             f"out, since the tasks are the ranks{shell_of_one_task(os.environ)}."
         )
     command = [*LAUNCHER]
+    # what it says of each process that it starts is for those who look for a fault
+    if not is_verbose() and not any(word.startswith(("--log_level", "--quiet")) for word in extra_arguments):
+        command.append("--quiet")
     if given.hostfile is not None:
         from scalekd_ds.cluster.hosts import read_hosts
 
@@ -120,6 +124,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return None
     if given.gpus is not None or given.hostfile is not None:
         return _launch(launcher_command(given, run))
+    without_chatter()
     from scalekd_ds.cluster.launcher import abandonment
 
     output.goes_on("training")
