@@ -18,14 +18,15 @@ def start_lines(run: Run) -> list[str]:
     """The lines, as further rows of the pairing table."""
     cfg = run.cfg
     rows = {
-        "run": f"{cfg.recipe + ': ' if cfg.recipe else ''}{_named(cfg.student)}"
-        + (f", taught by {_named(cfg.teacher)}" if run.teacher is not None else ", without a teacher"),
+        "recipe": cfg.recipe,
+        "student": _named(cfg.student),
+        "teacher": _named(cfg.teacher) if run.teacher is not None else "",
         "images": f"{len(run.train_loader.source):,} to train on, {len(run.val_loader.source):,} to evaluate on",
-        "": f"in {escape(cfg.data.root)}" if cfg.data.root else "",
+        "folder": escape(cfg.data.root) if cfg.data.root else "",
         "course": f"{cfg.schedule.epochs:g} epoch{'s' * (cfg.schedule.epochs != 1)}, {run.total_steps:,} steps of "
         f"{cfg.global_batch_size:,} images; {cfg.optim.name}, lr {cfg.learning_rate:g}",
         "devices": f"{dist.get_world_size()} x {_device(run)}, {_precision(run)} ({cfg.run.ds_config})",
-        "files": escape(cfg.run.dir),
+        "writes to": escape(cfg.run.dir),
     }
     return [f"{label:<{_LABEL}}  {text}" for label, text in rows.items() if text]
 

@@ -98,8 +98,7 @@ def _train(run: Run) -> dict[str, Any]:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
-    for line in start_lines(run):
-        reporter.line(line)
+    reporter.begin(start_lines(run))
     signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
     with run.preemption, Watch(run) as watch:
         try:

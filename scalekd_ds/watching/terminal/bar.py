@@ -28,6 +28,10 @@ class Bar(Reporter):
         self._live = Live(Group(self._bar, self._text), console=readable_console(), refresh_per_second=4)
         self._live.start()
 
+    def begin(self, lines: list[str]) -> None:
+        for line in lines:
+            self.line(line)
+
     def step(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 

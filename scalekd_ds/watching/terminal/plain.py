@@ -19,6 +19,9 @@ class Reporter:
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
 
+    def begin(self, lines: list[str]) -> None:
+        """Reports, in lines of text, what will be trained."""
+
     def step(self, step: int) -> None:
         """Reports that an optimizer step is done."""
 
@@ -92,6 +95,10 @@ def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
 
 class Plain(Reporter):
     """Prints lines on standard output."""
+
+    def begin(self, lines: list[str]) -> None:
+        for line in lines:
+            self.line(line)
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         left = duration((self.total - step) * scalars["system/step_s"])
