@@ -17,6 +17,11 @@ from scalekd_ds.process import output, signals
 
 # the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
+NEEDED = """most runs need these, and take the rest from their recipe:
+  --recipe NAME    settings by name; scalekd recipes lists them
+  --data.root DIR  images: train/ and val/, with a folder for each class
+  --run.dir DIR    where checkpoints, logs and student.safetensors go
+  --gpus N         processes on this machine; without it there is one"""
 # not the `deepspeed` command, which may be that of another environment on PATH
 LAUNCHER = (sys.executable, "-m", "scalekd_ds.commands.launcher")
 
@@ -31,11 +36,16 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _epilog() -> str:
+    """The end of the help, which is what a terminal shows of several hundred lines."""
+    return f"{NEEDED}\n\n{examples_of('train')}"
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the run's fields and of the launcher's options."""
     from scalekd_ds.config.parser import run_parser
 
-    return run_parser("scalekd train", add_launcher_arguments, examples_of("train"))
+    return run_parser("scalekd train", add_launcher_arguments, _epilog())
 
 
 def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
@@ -112,7 +122,7 @@ def main(argv: list[str] | None = None) -> int | None:
     launcher: Any = Parser(add_help=False)
     add_launcher_arguments(launcher)
     given, run = launcher.parse_known_args(argv)
-    parsed = parse_run(run, "scalekd train", add_launcher_arguments, examples_of("train"))
+    parsed = parse_run(run, "scalekd train", add_launcher_arguments, _epilog())
     if parsed is None:
         return None
     cfg, dump = parsed
