@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
 from scalekd_ds.data import digits
 from scalekd_ds.data.digits import Sets
 from scalekd_ds.errors import UserError
 from scalekd_ds.files.durable import write_json
+from scalekd_ds.process.console import readable_console
 
 # Debian's package dataset-fashion-mnist
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -239,7 +239,7 @@ def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tu
             path = folders[labels[position]] / f"{position:05d}.jpg"
             Image.fromarray(padded[position]).save(path, quality=JPEG_QUALITY)
 
-    console = Console()
+    console = readable_console()
     title = f"writing {len(labels):,} {name} images"
     if not console.is_terminal:
         print(title, flush=True)

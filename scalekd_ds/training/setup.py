@@ -98,7 +98,8 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         say(slow_precision_notice(ds_config.autocast_dtype(ds_merged), cfg.run.ds_config))
     # the student's weights are those of the checkpoint, wherever the file is that it once began with
     begun = dataclasses.replace(cfg, student_weights="none") if resume_from else cfg
-    distiller = build_distiller(begun, len(train.classes), verbose=rank == 0, classes=train.classes)
+    shows = rank == 0 and cfg.run.progress not in ("quiet", "none")
+    distiller = build_distiller(begun, len(train.classes), verbose=shows, classes=train.classes)
     record = _record(cfg, distiller, ds_merged, train, val, state)
     if state.get("measured_on", record["measured_on"]) != record["measured_on"]:
         say(
