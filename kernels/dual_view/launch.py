@@ -186,7 +186,13 @@ def _launch_arguments(
     return [*students, t, t if filter_.matrix is None else filter_.matrix], strides, constants, options
 
 
-def forward(s_spatial, s_frequency, t, basis, weights):
+def forward(
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    weights: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.dual_view` by the Triton kernels."""
     (B, P, _), L = t.shape, len(s_spatial)
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
@@ -206,7 +212,14 @@ def forward(s_spatial, s_frequency, t, basis, weights):
     return loss.sum(0), coef
 
 
-def backward(upstream, s_spatial, s_frequency, t, basis, coef):
+def backward(
+    upstream: torch.Tensor,
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    coef: torch.Tensor,
+) -> list[torch.Tensor]:
     """`ops.dual_view_backward` by the Triton kernels."""
     B, P, C = t.shape
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class TrainLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(self.start_step * self.sampler.accumulation, None)
 
-    def _graph(self, encoded, *rest):
+    def _graph(self, encoded: Any, *rest: Any) -> Any:
         size = self.cfg.image_size
         flips, crop = (None, rest) if self._resize_on_host else (rest[0], rest[1:])
         if crop:
@@ -167,7 +167,9 @@ class TrainLoader(Loader):
         noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
         return ErasedBox(box, noise)
 
-    def _postprocess(self, pool: ThreadPoolExecutor, images, prepared: Prepared):
+    def _postprocess(
+        self, pool: ThreadPoolExecutor, images: Any, prepared: Prepared
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         augmentations, size = prepared.drawn.augmentations, self.cfg.image_size
         if not self._postprocess_in_pool:
             batch = self._finished(self._tensor(images), prepared)
@@ -202,7 +204,13 @@ class TrainLoader(Loader):
         return images, self._sent(prepared.labels)
 
     @staticmethod
-    def _submit_in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
+    def _submit_in_chunks(
+        pool: ThreadPoolExecutor,
+        work: Callable[..., None],
+        images: Sequence[np.ndarray],
+        drawn: Sequence[Augmentation],
+        *more: Any,
+    ) -> list[Future]:
         """Submits `work(place, image, augmentation, *more)` for every image of the batch."""
 
         def run_chunk(first: int) -> None:

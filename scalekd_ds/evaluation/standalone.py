@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def evaluate_model(
     all_logits: list[torch.Tensor] = []
     all_labels: list[torch.Tensor] = []
 
-    def batches():
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, labels in loader:
             all_labels.append(labels)
             yield images, labels
