@@ -65,8 +65,8 @@ def cause_of(error: BaseException) -> str:
 
     A converter or a loader wraps the error that says something in several that only say that it failed.
     """
-    found, deeper = [error], error
-    while (deeper := deeper.__cause__) is not None and deeper not in found:
+    found = [error]
+    while (deeper := found[-1].__cause__) is not None and deeper not in found:
         found.append(deeper)
     for cause in reversed(found):
         lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]

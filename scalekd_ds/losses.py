@@ -128,10 +128,10 @@ def dual_view_losses(
             f"grid is {tuple(grid)} and teacher_tokens has {num_tokens} tokens: h * w must be their number."
         )
     wide = torch.promote_types(teacher_tokens.dtype, torch.float32)
-    basis = frequency_filter(tuple(grid), cut, teacher_tokens.device, wide)
+    basis = frequency_filter((grid[0], grid[1]), cut, teacher_tokens.device, wide)
     spatial, frequency = zip(*stages, strict=True)
     losses = kernels.dual_view_loss(spatial, frequency, teacher_tokens, basis, weights)
-    return [tuple(pair.unbind()) for pair in losses.unbind()]
+    return [(pair[0], pair[1]) for pair in (stage.unbind() for stage in losses.unbind())]
 
 
 def logit_kd(

@@ -88,6 +88,13 @@ def kind_of(tokens: int, rank: int | None) -> int | None:
     return kernels.SWEEP if rank <= MAX_RANK else None
 
 
+def _known_kind(tokens: int, rank: int | None) -> int:
+    kind = kind_of(tokens, rank)
+    if kind is None:
+        raise ValueError(f"{tokens} tokens with a filter of rank {rank} are more than the kernels take.")
+    return kind
+
+
 def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
     """The tile of a launch, for arguments that `kind_of` has a kind for.
 
@@ -96,7 +103,7 @@ def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
         rank: Rank of the filter; None for the mean alone.
         itemsize: Bytes of one number of the widest tensor.
     """
-    kind, size = kind_of(tokens, rank), max(64, padded(tokens))
+    kind, size = _known_kind(tokens, rank), max(64, padded(tokens))
     if (kind, size) == (kernels.MEAN, 256) and itemsize == 2:
         return Tile(size, 32, 16)
     return Tile(size, *_TILES[kind, size])
@@ -125,7 +132,7 @@ def filter_of(basis: torch.Tensor | None) -> Filter:
         return Filter(kernels.MEAN, None, 1, True)
     if id(basis) not in _filter_cache:
         tokens, rank = basis.shape
-        matrix, kind, width = basis.float().contiguous(), kind_of(tokens, rank), rank
+        matrix, kind, width = basis.float().contiguous(), _known_kind(tokens, rank), rank
         if kind == kernels.DENSE:
             # in float64, a product that neither autocast nor tf32 rounds
             wide = basis.double()

@@ -160,8 +160,9 @@ def images_for(model: nn.Module, name: str, data: str | Path) -> Source:
     Raises:
         UserError: The images cannot be opened, or have classes that the model has not.
     """
-    count, known = int(model.num_classes), known_classes(model)
-    root = where = Path(data)
+    count, known = int(getattr(model, "num_classes")), known_classes(model)
+    root = Path(data)
+    where: str | Path = root
     if str(data).startswith("hf:"):
         root, where = Path(), str(data)
     elif (root / "val").is_dir():

@@ -28,6 +28,9 @@ CHECKED_BATCHES = (1, 8)
 class Normalised(nn.Module):
     """A model with its normalisation in front: pixels (B, 3, H, W) in [0, 1] -> logits (B, K)."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.model = model

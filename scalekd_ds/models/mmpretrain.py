@@ -33,7 +33,7 @@ def to_timm(state: State, model_names: Iterable[str]) -> dict[str, torch.Tensor]
         state: Tensors by name, without `backbone.`.
         model_names: Names of the timm model's parameters, which decide where mmpretrain's layout leaves a choice.
     """
-    convert = {"swin": _swin, "vit": _vit, "resnet": _resnet}.get(layout(state))
+    convert = {"swin": _swin, "vit": _vit, "resnet": _resnet}.get(layout(state) or "")
     return convert(state, set(model_names)) if convert else dict(state)
 
 

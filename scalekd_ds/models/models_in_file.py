@@ -130,8 +130,8 @@ def choose_model(
     if not (chosen.prefix or chosen.is_average or rivals):
         return chosen.state, []
     average = ", of averaged weights" if chosen.is_average else ""
-    others = f"; left out: {', '.join(left_out[:5])}{', ...' if len(left_out) > 5 else ''}" if left_out else ""
-    return chosen.state, [f"took {chosen}{average}{others}"]
+    beside = f"; left out: {', '.join(left_out[:5])}{', ...' if len(left_out) > 5 else ''}" if left_out else ""
+    return chosen.state, [f"took {chosen}{average}{beside}"]
 
 
 def _candidates(models: list[Candidate], needed: set[str]) -> tuple[list[Candidate], dict[int, float]]:

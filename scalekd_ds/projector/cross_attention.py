@@ -70,12 +70,14 @@ class CrossAttentionProjector(nn.Module):
         for name, grid in (("key_grid", key_grid), ("query_grid", query_grid)):
             if grid[0] % windows[0] or grid[1] % windows[1]:
                 raise ValueError(f"windows is {tuple(windows)}: it must divide {name}, {tuple(grid)}.")
-        self.key_grid, self.query_grid, self.windows = tuple(key_grid), tuple(query_grid), tuple(windows)
+        self.key_grid = key_grid[0], key_grid[1]
+        self.query_grid = query_grid[0], query_grid[1]
+        self.windows = windows[0], windows[1]
         self.num_heads = num_heads
         self.scale = softmax_scale * (teacher_dim // num_heads) ** -0.5
 
         self.conv = PatchConv(student_dim)
-        self.norm = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
+        self.norm: nn.Module = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
         self.pos_embed = nn.Parameter(torch.zeros(1, student_dim, *key_grid))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.query = nn.Embedding(query_grid[0] * query_grid[1], teacher_dim) if learned_query else None

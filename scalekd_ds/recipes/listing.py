@@ -18,8 +18,12 @@ def print_recipes() -> None:
     table = Table(box=None, pad_edge=False)
     for header in "recipe|what it is|teacher|M|G|student|M|G|px|epochs|batch|optimizer".split("|"):
         is_number = header in ("M", "G", "px", "epochs", "batch")
-        justify = "right" if is_number else "left"
-        table.add_column(header, justify=justify, no_wrap=is_number or header == "recipe", overflow="fold")
+        table.add_column(
+            header,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or header == "recipe",
+            overflow="fold",
+        )
     for name, recipe in RECIPES.items():
         cfg, about = recipe(), (recipe.__doc__ or "").strip().splitlines()[0].rstrip(".")
 

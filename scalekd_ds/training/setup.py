@@ -110,7 +110,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     distiller.to(device)
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
-            distiller.student.synchronise_batchnorm()
+            distiller.tapped_student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
     say(cut_off_notice(distiller.student, cfg.data.image_size))
