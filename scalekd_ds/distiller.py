@@ -350,7 +350,9 @@ class ScaleKD(nn.Module):
                 losses["loss/ce"] = (1.0 - self.kd_weight) * ce
             if teacher is not None and self.kd_weight > 0.0:
                 if teacher.logits is None:
-                    raise ValueError("teacher_targets has no logits, which logit KD needs: give them, or set kd_weight 0.")
+                    raise ValueError(
+                        "teacher_targets has no logits, which logit KD needs: give them, or set kd_weight 0."
+                    )
                 losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
             if projected and teacher is not None:
                 losses |= self._feature_losses(projected, teacher)

@@ -98,7 +98,8 @@ class TrainLoader(Loader):
         self._resize_on_host = not self._gpu and (cfg.random_crop or bool(self.policy))
         self._postprocess_in_pool = self._resize_on_host or bool(self.policy)
         # operations fill the pixels that they uncover with the mean colour
-        self._fill = tuple(round(255 * m) for m in mean)
+        red, green, blue = (round(255 * m) for m in mean)
+        self._fill = (red, green, blue)
         # normalisation of a row of pixels with the channels innermost, as `pixels * scale - shift`
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size).to(self.device)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size).to(self.device)
@@ -149,7 +150,7 @@ class TrainLoader(Loader):
         if cfg.random_crop or self.policy or cfg.random_erasing:
             for place, ((index, _, size), epoch) in enumerate(zip(samples, epochs.tolist(), strict=True)):
                 rng = augment.generator(sampler.seed, epoch, index)
-                if cfg.random_crop:
+                if size is not None:
                     crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
                 augmentations.append(Augmentation(bool(flips[place]), self.policy.draw(rng) if self.policy else []))
                 erased.append(self._draw_box(rng))

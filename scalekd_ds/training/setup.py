@@ -80,8 +80,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     resume_from = choose_checkpoint(run_dir, cfg.run.resume)
     state = read_state(resume_from) if resume_from else {}
     is_elsewhere = resume_from is not None and resume_from not in checkpoints_of(run_dir)
-    for line in config_changes(state["config"], cfg.as_dict(), resume_from) if "config" in state else ():
-        say(line)
+    if resume_from is not None and "config" in state:
+        for line in config_changes(state["config"], cfg.as_dict(), resume_from):
+            say(line)
     train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
     device = start_processes()
     choose_algorithms(cfg.run.deterministic, device.type)

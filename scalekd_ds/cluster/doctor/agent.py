@@ -40,9 +40,9 @@ def run(command: Sequence[str], seconds: float = 10) -> str | None:
     return None
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Name -> version of Python, the installed packages of `PACKAGES`, and `cuda`, for which torch was built."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    found: dict[str, Any] = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -167,7 +167,7 @@ def data(paths: Mapping[str, str], seconds: float) -> dict[str, dict[str, Any]]:
         paths: Key -> path.
         seconds: Time for counting files, all paths together.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + seconds
     for key, path in paths.items():
         try:
@@ -181,7 +181,7 @@ def data(paths: Mapping[str, str], seconds: float) -> dict[str, dict[str, Any]]:
 
 def first_address() -> str | None:
     """The first address of `hostname -I`, which DeepSpeed's launcher takes as the master's; None if there is none."""
-    return ((run(["hostname", "-I"]) or "").split() or [None])[0]
+    return next(iter((run(["hostname", "-I"]) or "").split()), None)
 
 
 def own_address() -> str | None:
@@ -222,7 +222,7 @@ def gloo_address() -> str:
     if environment.get("GLOO_SOCKET_IFNAME"):
         return environment["GLOO_SOCKET_IFNAME"]
     with contextlib.suppress(OSError):
-        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     # where nobody knows the name
     return "127.0.0.1"
 
@@ -354,7 +354,7 @@ def reduce(
     workers = []
     for rank, local_rank in ranks:
         worker_env = {**base, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         workers.append(subprocess.Popen([sys.executable, "-c", code], env=worker_env, text=True, **pipes))
     # a process that hangs says itself in which part, a moment before it is killed
     deadline = time.monotonic() + seconds + start_seconds
@@ -390,7 +390,9 @@ def main() -> None:
     """Answers requests until stdin ends."""
     # ends this process after two minutes, should the doctor be killed and leave the connection open
     signal.alarm(120)
-    listener = None
+    # after `listen`, which comes first, a Listener
+    listener: Any = None
+    answer: dict[str, Any]
     for line in sys.stdin.buffer:
         request = json.loads(line)
         action = request.pop("do")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,9 +22,15 @@ class Source(Protocol):
         classes: Names of the classes.
     """
 
-    root: Path
-    labels: np.ndarray
-    classes: list[str]
+    # properties, since the sources are frozen
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def classes(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -50,7 +56,9 @@ def with_classes(source: Source, positions: np.ndarray, classes: Sequence[str]) 
         positions: (classes of the source,) int64 position of each in `classes`.
         classes: Names of the classes.
     """
-    return replace(source, labels=positions[source.labels], classes=list(classes))
+    # every source is a dataclass, which a protocol cannot say
+    copied: Any = source
+    return replace(copied, labels=positions[source.labels], classes=list(classes))
 
 
 def check_all_present(source: Source, key: str, flag: str) -> None:
