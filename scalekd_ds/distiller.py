@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -360,6 +360,10 @@ class ScaleKD(nn.Module):
         if self.on_logits is not None and teacher is not None and teacher.logits is not None:
             self.on_logits(student.logits, teacher.logits)
         return losses
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
 
     def _feature_losses(
         self, projected: dict[str, dict[str, torch.Tensor]], teacher: TeacherTargets | TargetsWithoutTPP

@@ -171,7 +171,13 @@ def _kept_traceback(error: BaseException) -> str | None:
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
+    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string.
+
+    Args:
+        name: What the user wrote.
+        known: All names that there are.
+        count: Most names to give.
+    """
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if not matches:

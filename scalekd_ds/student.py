@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -139,6 +139,10 @@ class Student(nn.Module):
             patches = features[:, features.shape[1] - last.shape[-2] * last.shape[-1] :]
             last = patches.transpose(1, 2).unflatten(2, last.shape[-2:])
         return StudentOutput(before, last, model.forward_head(features))
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
 
     def synchronise_batchnorm(self) -> None:
         """Replaces each BatchNorm by one that takes its statistics over all ranks, with the same weights and buffers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -186,6 +186,12 @@ class Teacher(nn.Module):
 
         The numbers are those of autocast alone, bit for bit: norms, softmax and the residual stream keep their type.
         It saves autocast's copy of every frozen weight at every step, and half of the memory of the weights.
+
+        Args:
+            dtype: A type of 16 bits.
+
+        Returns:
+            The teacher itself.
         """
         self.precision = dtype
         for module in self.modules():
@@ -233,7 +239,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: torch.Tensor) -> TeacherTargets:
-        """Targets for images (B, 3, H, W) in the teacher's own normalisation and size."""
+        """Targets for images (B, 3, H, W) in the teacher's own normalisation and size.
+
+        Returns:
+            `TeacherTargets`, without gradient: tokens (B, P, C) on `last_output.grid`, row by row, and logits (B, K) in the
+            order of the training classes where `match` has found it.
+        """
         model: Any = self.model
         with self._autocast(images):
             if self.family is None:
@@ -297,5 +308,9 @@ class Teacher(nn.Module):
             return run.last_stage(self.model, tokens).contiguous()
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
-        """Same as `targets`."""
+        """Same as `targets`: tokens (B, P, C) and logits (B, K) of images (B, 3, H, W)."""
         return self.targets(images)
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward

@@ -27,7 +27,14 @@ MAX_CHUNK = 4
 
 
 def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these sizes. They do not take float32, whose backward in three tf32 products spills."""
+    """Whether the kernels take these sizes. They do not take float32, whose backward in three tf32 products spills.
+
+    Args:
+        head_size: D.
+        queries: Q.
+        keys: S.
+        dtype: Type of q, k and v.
+    """
     fits = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
     return fits and dtype in (torch.bfloat16, torch.float16)
 
@@ -219,7 +226,20 @@ def cap_attention_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `cap_attention`: dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
+    """Gradients of `cap_attention`.
+
+    Args:
+        dout: (B, Q, N, D) gradient of its output.
+        q: (G, Q, N, D), as it was given.
+        k: (B, S, N, D), as it was given.
+        v: (B, S, N, D), as it was given.
+        out: (B, Q, N, D) that it returned.
+        lse: (B, N, Q) that it returned.
+        scale: As it was given.
+
+    Returns:
+        dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D).
+    """
     if _runs_triton(q):
         return _triton_backward(dout, q, k, v, out, lse, scale)
     with torch.autocast(q.device.type, enabled=False):

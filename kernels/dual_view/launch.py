@@ -200,7 +200,7 @@ def forward(
     basis: torch.Tensor | None,
     weights: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.dual_view` by the Triton kernels."""
+    """`ops.dual_view` by the Triton kernels: its arguments, (B, P, C) tokens, and what it returns."""
     (B, P, _), L = t.shape, len(s_spatial)
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     splits = 4 if 4 * constants["BC"] <= constants["C"] else 1
@@ -227,7 +227,7 @@ def backward(
     basis: torch.Tensor | None,
     coef: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """`ops.dual_view_backward` by the Triton kernels."""
+    """`ops.dual_view_backward` by the Triton kernels: its arguments, and 2 L gradients (B, P, C)."""
     B, P, C = t.shape
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     padded_C = constants["C"]

@@ -140,7 +140,15 @@ def dual_view_backward(
     basis: torch.Tensor | None,
     coef: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Gradients of `dual_view`, given that of its losses, `upstream` (L, 2), and the coefficients that it returned.
+    """Gradients of `dual_view`.
+
+    Args:
+        upstream: (L, 2) gradient of its losses.
+        s_spatial: L tensors (B, P, C), as they were given.
+        s_frequency: L tensors (B, P, C), as they were given.
+        t: (B, P, C), as it was given.
+        basis: (P, R) or None, as it was given.
+        coef: (L, B, 4, P) coefficients that it returned.
 
     Returns:
         2 L contiguous tensors, first of the spatial and then of the frequency view, each in the dtype of its input.
@@ -188,7 +196,18 @@ def dual_view_stages(
     basis: torch.Tensor | None,
     weights: Sequence[Sequence[float]],
 ) -> torch.Tensor:
-    """Weighted losses (L, 2) of any number of stages, in as many launches as their tile needs."""
+    """Weighted losses of any number of stages, in as many launches as their tile needs.
+
+    Args:
+        s_spatial: L tensors (B, P, C), student tokens of the spatial view.
+        s_frequency: L tensors (B, P, C), student tokens of the frequency view.
+        t: (B, P, C) teacher tokens.
+        basis: As in `dual_view`.
+        weights: (spatial, frequency) factors of each stage.
+
+    Returns:
+        (L, 2) in float32.
+    """
     per_launch = tile_for([*s_spatial, *s_frequency, t], basis).stages
     losses = []
     for start in range(0, len(s_spatial), per_launch):

@@ -39,6 +39,13 @@ def high_pass(x_BPC: torch.Tensor, low_PR: torch.Tensor | None) -> torch.Tensor:
 
     The paper sets DCT(0,0) to zero and inverts the DCT, which equals subtracting each channel's mean over the grid. To
     drop other frequencies, `low_PR` holds their columns of the orthonormal DCT.
+
+    Args:
+        x_BPC: (B, P, C) tokens.
+        low_PR: (P, R) orthonormal columns, or None.
+
+    Returns:
+        (B, P, C).
     """
     if low_PR is None:
         return x_BPC - x_BPC.mean(dim=1, keepdim=True)

@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Ends the command with argparse's message and the nearest option, as a UserError ends one."""
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=", 1)[0]
             known = [option for option in self._option_string_actions if option.startswith("--")]

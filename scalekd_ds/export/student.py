@@ -38,6 +38,7 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of pixels (B, 3, H, W) in [0, 1]."""
         return self.model((images - self.mean) / self.std)
 
 

@@ -51,6 +51,7 @@ class Candidate(NamedTuple):
 
     @property
     def is_average(self) -> bool:
+        """Whether its names say that it is an average of weights."""
         return any(map(_names_average, (*self.keys, *self.prefix.strip(".").split("."))))
 
     @property

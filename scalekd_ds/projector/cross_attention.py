@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -114,7 +116,15 @@ class CrossAttentionProjector(nn.Module):
     def attend(
         self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The attention alone, (B, P, teacher_dim), before norm and feed-forward part; takes what `forward` takes.
+        """The attention alone, before norm and feed-forward part.
+
+        Args:
+            x: (B, student_dim, h, w) student map on `key_grid`.
+            query: (B, P, teacher_dim) tokens from TPP, where there is no learned query.
+            patches: `patches_of(x)`, where the caller has them already.
+
+        Returns:
+            (B, P, teacher_dim) tokens, as `forward` orders them.
 
         Raises:
             ValueError: A map of another grid, or a query that is missing or not expected.
@@ -152,3 +162,7 @@ class CrossAttentionProjector(nn.Module):
         """
         n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
         return n + self.fc2(F.relu(self.fc1(n)))
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward

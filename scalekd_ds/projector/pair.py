@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,10 @@ class ProjectorPair(nn.Module):
         if len(views) == 1 or not can_stack or x.device.type == "cpu":
             return self.one_by_one(x, [None] * len(views) if queries is None else queries.unbind(0))
         return self.stacked(x, queries)
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
 
     def stacked(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
         """`forward` in one pass for all views, whose projectors must not use windows.

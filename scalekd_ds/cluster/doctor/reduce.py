@@ -36,6 +36,7 @@ def reduce(dist: Any, numbers: Any, world_size: int, group: Any = None) -> float
 
 
 def main() -> None:
+    """Meets the other ranks, reduces, and prints a line of JSON with the seconds."""
     import torch
     import torch.distributed as dist
 

@@ -14,23 +14,20 @@ from scalekd_ds.names import escape
 
 
 class Source(Protocol):
-    """Encoded images with labels. Threads may share one object.
-
-    Attributes:
-        root: Where the images are, for messages.
-        labels: (n,) int64 positions in `classes`.
-        classes: Names of the classes.
-    """
+    """Encoded images with labels. Threads may share one object."""
 
     # properties, since the sources are frozen
     @property
-    def root(self) -> Path: ...
+    def root(self) -> Path:
+        """Where the images are, for messages."""
 
     @property
-    def labels(self) -> np.ndarray: ...
+    def labels(self) -> np.ndarray:
+        """(n,) int64 positions in `classes`."""
 
     @property
-    def classes(self) -> list[str]: ...
+    def classes(self) -> list[str]:
+        """Names of the classes."""
 
     def __len__(self) -> int: ...
 
