@@ -51,6 +51,7 @@ class Curve:
     points: tuple[tuple[int, int], ...]
 
     def __call__(self, images: int) -> int:
+        """Bytes or FLOP of a step of so many images, on the line through the two sizes around it."""
         starts = [i for i, (size, _) in enumerate(self.points[:-1]) if size <= images]
         (x0, y0), (x1, y1) = self.points[starts[-1] if starts else 0 :][:2]
         return round(y0 + (y1 - y0) * (images - x0) / (x1 - x0))
