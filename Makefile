@@ -36,11 +36,11 @@ say_full = if [ "$$full" ]; then echo "error: the disk that holds $(VENV) is ful
 .PHONY: help
 help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
-	@echo "make test          ruff, import-linter and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
+	@echo "make test          ruff, import-linter, mypy and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
-	@echo "make lint          ruff and import-linter alone"
+	@echo "make lint          ruff, import-linter and mypy alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make wheel         the packages of this version in dist/: a wheel, and the source that makes the same one"
 	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
@@ -118,6 +118,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH="$(CURDIR)" $(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
@@ -193,5 +194,5 @@ constraints: $(STAMP)
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-torch* .venv-oldest .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch* .venv-oldest .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,10 +14,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = "https://github.com/scalekd-ds/scalekd_ds"
 
 
-def long_description():
+def long_description() -> str:
     """README.md with links that lead to the repository: the page of a package index has no files beside it."""
 
-    def absolute(match):
+    def absolute(match: re.Match[str]) -> str:
         before, target = match.groups()
         kind = "raw" if re.search(r"\.(png|svg|gif|jpe?g|webp)$", target) else "blob"
         return f"{before}{REPOSITORY}/{kind}/main/{target}"
@@ -76,6 +76,7 @@ setup(
             *TEST,
             "ruff>=0.8",
             "import-linter>=2.17",
+            "mypy>=1.18",
             "build>=1.2",
             "twine>=6.1",
             "matplotlib",

@@ -68,9 +68,13 @@ def finished_run(arguments: list[str], threads: int, log: Path) -> dict[str, Any
 
     Raises:
         UserError: The run failed; the message has the last line of its output.
+        ValueError: The arguments list the recipes.
     """
     command = [*arguments, "--run.resume", "auto"]
-    cfg, _ = parse_run(command)
+    parsed = parse_run(command)
+    if parsed is None:
+        raise ValueError(f"arguments is {arguments}: it must be a run, and not --list-recipes.")
+    cfg, _ = parsed
     run_dir = Path(cfg.run.dir)
     results, config = run_dir / "results.json", run_dir / "config.json"
     # converted through JSON, so that tuples equal the lists in the file

@@ -80,8 +80,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     resume_from = choose_checkpoint(run_dir, cfg.run.resume)
     state = read_state(resume_from) if resume_from else {}
     is_elsewhere = resume_from is not None and resume_from not in checkpoints_of(run_dir)
-    for line in config_changes(state["config"], cfg.as_dict(), resume_from) if "config" in state else ():
-        say(line)
+    if resume_from is not None and "config" in state:
+        for line in config_changes(state["config"], cfg.as_dict(), resume_from):
+            say(line)
     train, val = read_sources(cfg, classes_of(resume_from) if resume_from else None)
     device = start_processes()
     choose_algorithms(cfg.run.deterministic, device.type)
@@ -111,7 +112,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     distiller.to(device)
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
-            distiller.student.synchronise_batchnorm()
+            distiller.tapped_student.synchronise_batchnorm()
         elif rank == 0:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
     say(cut_off_notice(distiller.student, cfg.data.image_size))
