@@ -41,6 +41,8 @@ help:
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff, import-linter and mypy alone"
+	@echo "make docs          the documentation's site, in build/site"
+	@echo "make diagrams      draw the diagrams of the documents again; make commands: the reference of the command line"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make wheel         the packages of this version in dist/: a wheel, and the source that makes the same one"
 	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
@@ -191,6 +193,26 @@ run-oldest: $(STAMP) compiler
 constraints: $(STAMP)
 	$(BIN)/python tests/helpers/declared.py oldest >constraints-oldest.txt
 	$(BIN)/python tests/helpers/declared.py newest >constraints.txt
+
+# the diagrams of the documents, with shapes that are traced through the package
+.PHONY: diagrams
+diagrams: $(STAMP)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/diagrams/draw.py
+
+# the reference of the command line, written from the parsers
+.PHONY: commands
+commands: $(STAMP)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/site/commands.py
+
+# without a network, once the extra is there. Material's notice of its successor is no fault of these pages.
+.PHONY: docs
+docs: $(STAMP)
+	@$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" >/dev/null 2>&1 || { \
+		echo "error: the site needs the extra docs, which pip could not install: $(BIN)/pip install -e '.[docs]' says why" >&2; \
+		exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 .PHONY: clean
 clean:

@@ -31,6 +31,8 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
+# of the documentation's site; mkdocs 2 and what follows Material read other settings
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
@@ -72,8 +74,10 @@ setup(
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=2.2; platform_system=='Linux'"],
         "test": TEST,
+        "docs": DOCS,
         "dev": [
             *TEST,
+            *DOCS,
             "ruff>=0.8",
             "import-linter>=2.17",
             "mypy>=1.18",
