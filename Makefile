@@ -11,6 +11,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
+GPU_PARTS ?= correct train step kernels
+GPU_MINUTES ?= 20
 # What DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
@@ -38,6 +40,8 @@ help:
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
+	@echo "make notebooks     run the notebooks; with their outputs they are in build/notebooks"
+	@echo "make gpu           the benchmark's parts one by one, where a GPU is (GPU_PARTS='correct step', GPU_MINUTES=20)"
 	@echo "make lint          ruff and import-linter alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make clean         remove .venv, builds and caches"
@@ -153,6 +157,20 @@ ablation: $(STAMP) fashion-mnist
 	@mkdir -p runs/ablation
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
+
+# one part a process in the order that is given, since a wrong kernel makes every later time worthless
+.PHONY: gpu
+gpu: $(STAMP) compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/gpu.py --part $(GPU_PARTS) --minutes $(GPU_MINUTES)
+
+# copies run, so that git sees no outputs
+.PHONY: notebooks
+notebooks: $(STAMP)
+	@$(BIN)/python -c "import ipykernel, matplotlib, nbclient" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]" || { \
+		echo "error: the notebooks need the extra notebooks, which pip could not install" >&2; exit 1; }
+	@mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace build/notebooks/*.ipynb
 
 .PHONY: clean
 clean:
