@@ -19,7 +19,7 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
-NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "matplotlib"]
+NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "matplotlib"]
 # the schemas of workflows and forms
 SCHEMAS = ["check-jsonschema>=0.33", "pyyaml"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "torchvision", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
