@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
+GPU_PARTS ?= correct train step kernels
+GPU_MINUTES ?= 20
 # What DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
@@ -43,6 +45,8 @@ help:
 	@echo "make lint          ruff, import-linter and mypy alone"
 	@echo "make docs          the documentation's site, in build/site"
 	@echo "make diagrams      draw the diagrams of the documents again; make commands: the reference of the command line"
+	@echo "make notebooks     run the notebooks; with their outputs they are in build/notebooks"
+	@echo "make gpu           the benchmark's parts one by one, where a GPU is (GPU_PARTS='correct step', GPU_MINUTES=20)"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
 	@echo "make wheel         the packages of this version in dist/: a wheel, and the source that makes the same one"
 	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
@@ -213,6 +217,20 @@ docs: $(STAMP)
 		exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+# one part a process in the order that is given, since a wrong kernel makes every later time worthless
+.PHONY: gpu
+gpu: $(STAMP) compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/gpu.py --part $(GPU_PARTS) --minutes $(GPU_MINUTES)
+
+# copies run, so that git sees no outputs
+.PHONY: notebooks
+notebooks: $(STAMP)
+	@$(BIN)/python -c "import ipykernel, matplotlib, nbclient" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]" || { \
+		echo "error: the notebooks need the extra notebooks, which pip could not install" >&2; exit 1; }
+	@mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace build/notebooks/*.ipynb
 
 .PHONY: clean
 clean:

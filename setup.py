@@ -33,6 +33,9 @@ HUGGING_FACE = ["transformers>=4.50"]
 WATCHING = ["selenium>=4.11", "wandb"]
 # of the documentation's site; mkdocs 2 and what follows Material read other settings
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
+NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "matplotlib"]
+# the schemas of workflows and forms
+SCHEMAS = ["check-jsonschema>=0.33", "pyyaml"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
@@ -78,12 +81,13 @@ setup(
         "dev": [
             *TEST,
             *DOCS,
+            *NOTEBOOKS,
+            *SCHEMAS,
             "ruff>=0.8",
             "import-linter>=2.17",
             "mypy>=1.18",
             "build>=1.2",
             "twine>=6.1",
-            "matplotlib",
             "pyarrow",
             "datasets",
         ],
@@ -91,6 +95,7 @@ setup(
         "wandb": ["wandb"],
         "bench": ["matplotlib"],
         "inspect": ["matplotlib"],
+        "notebooks": [*NOTEBOOKS, "jupyterlab"],
         "parquet": ["pyarrow"],
         "huggingface": ["datasets"],
         "onnx": ONNX,
