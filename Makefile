@@ -40,6 +40,7 @@ help:
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff and import-linter alone"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
+	@echo "make image         the container image for CPUs, scalekd:cpu (IMAGE_ARGS='--target cluster')"
 	@echo "make clean         remove .venv, builds and caches"
 
 $(STAMP): setup.py pyproject.toml
@@ -153,6 +154,16 @@ ablation: $(STAMP) fashion-mnist
 	@mkdir -p runs/ablation
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
+
+# the first of these that works, which a docker client without its daemon does not
+ENGINES := docker podman
+IMAGE_ARGS ?=
+.PHONY: image
+image:
+	@for engine in $(ENGINES); do \
+		if $$engine info >/dev/null 2>&1; then exec $$engine build -f docker/Dockerfile.cpu -t scalekd:cpu $(IMAGE_ARGS) .; fi; \
+	done; \
+	echo "error: an image is built by docker or podman: neither works here (\`docker info\` and \`podman info\` fail)" >&2; exit 1
 
 .PHONY: clean
 clean:

@@ -33,14 +33,15 @@ trap 'rm -f "$hosts"' EXIT
 # the names are not looked up: without ssh the launcher only counts them
 for ((i = 0; i < nodes; i++)); do echo "node$i slots=$SLOTS"; done >"$hosts"
 
-signalled= job=
+signalled=''
+job=''
 trap '[ -n "$job" ] || exit 75; signalled=1; kill -TERM "$job"' TERM INT USR1
 scalekd train --hostfile "$hosts" --run.dir "$RUN_DIR" --run.resume auto "$@" \
     --deepspeed-args "--no_ssh --node_rank $rank --master_addr $master --master_port $port" &
 job=$!
 # a signal ends `wait`, and not what is waited for
 while :; do
-    signalled=
+    signalled=''
     status=0
     wait "$job" || status=$?
     [ -n "$signalled" ] || break
