@@ -113,7 +113,9 @@ def test_two_nodes_of_a_compose_file_train_in_one_job(path):
     else:
         assert nodes[0]["command"] == nodes[1]["command"]
         assert [node["environment"]["NODE_RANK"] for node in nodes] == ["0", "1"]
-        assert {(node["environment"]["NODES"], node["environment"]["MASTER_ADDR"]) for node in nodes} == {("2", "node1")}
+        assert {(node["environment"]["NODES"], node["environment"]["MASTER_ADDR"]) for node in nodes} == {
+            ("2", "node1")
+        }
         assert nodes[0]["command"][0] == "scalekd-node"
         run = nodes[0]["command"][1:]
     cfg, _ = parse_run(run)
@@ -296,32 +298,39 @@ def test_make_image_without_an_engine_says_so():
     command = ["make", "--no-print-directory", "image", "ENGINES=no-such-engine"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=LIMIT)
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
-    assert line == "error: an image is built by docker or podman: neither works here (`docker info` and `podman info` fail)"
+    assert (
+        line
+        == "error: an image is built by docker or podman: neither works here (`docker info` and `podman info` fail)"
+    )
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_node_stops_both_and_they_go_on_when_started_again(tmp_path):
-    data, run_dir = images(tmp_path / "images"), tmp_path / "run"
-    # a PyTorchJob's pods have the same template
-    arguments = supervised_arguments(data, run_dir, "--run.save_every", 5)[4:]
-    arguments = ["--recipe", "fashion-ce", "--data.root", data, *arguments[2:]]
-    port = str(free_port())
-
-    def start(rank: int, epochs: int, log: Path) -> subprocess.Popen:
-        env = environment(
-            NODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, SLOTS="1", RUN_DIR=str(run_dir)
-        )
-        env["PYTHONPATH"] = str(ROOT)
-        command = [NODE, *map(str, arguments), "--schedule.epochs", str(epochs)]
-        with log.open("w") as output:
-            return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=output, stderr=output)
-
-    logs = [tmp_path / f"node{rank}.log" for rank in (0, 1)]
-    nodes = [start(rank, 4000, logs[rank]) for rank in (0, 1)]
+def test_a_signal_to_one_node_stops_both_which_say_that_there_is_more_to_do(tmp_path):
+    data, run_dir, port = images(tmp_path / "images"), tmp_path / "run", str(free_port())
+    # the node gives the run's folder itself
+    arguments = supervised_arguments(data, run_dir, "--run.save_every", 5, "--schedule.epochs", 4000)
+    place = arguments.index("--run.dir")
+    arguments = [str(word) for word in arguments[:place] + arguments[place + 2 :]]
+    nodes, logs = [], [tmp_path / "node0.log", tmp_path / "node1.log"]
     try:
+        for rank, log in enumerate(logs):
+            place = {
+                "NODES": "2",
+                "NODE_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "SLOTS": "1",
+            }
+            env = environment(**place, RUN_DIR=str(run_dir), GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(ROOT))
+            with log.open("w") as output:
+                nodes.append(subprocess.Popen([NODE, *arguments], env=env, cwd=tmp_path, stdout=output, stderr=output))
         wait_until(lambda: list(run_dir.glob("checkpoints/*/manifest.json")), nodes[0], logs[0])
         nodes[1].send_signal(signal.SIGTERM)
-        assert [node.wait(LIMIT) for node in nodes] == [75, 75], logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
+        ends = [node.wait(LIMIT) for node in nodes]
     finally:
         for node in nodes:
-            node.kill()
+            node.terminate()
+    text = "".join(log.read_text() for log in logs)
+    assert ends == [75, 75], text[-5000:]
+    assert "(SIGTERM); the same command with --run.resume auto goes on" in text
+    assert not (run_dir / "results.json").exists()
