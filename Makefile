@@ -52,6 +52,7 @@ help:
 	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
 	@echo "make test-oldest   a part of the tests with the lowest versions that setup.py allows, in .venv-oldest"
 	@echo "make constraints   constraints.txt from the versions in .venv, and constraints-oldest.txt from setup.py"
+	@echo "make image         the container image for CPUs, scalekd:cpu (IMAGE_ARGS='--target cluster')"
 	@echo "make clean         remove .venv, builds and caches"
 
 $(STAMP): setup.py pyproject.toml
@@ -169,7 +170,7 @@ ablation: $(STAMP) fashion-mnist
 
 .PHONY: wheel
 wheel: $(STAMP)
-	rm -rf dist build
+	rm -rf dist build/lib build/bdist*
 	$(BIN)/python -m build --no-isolation .
 	$(BIN)/python -m twine check --strict dist/*
 
@@ -231,6 +232,16 @@ notebooks: $(STAMP)
 		echo "error: the notebooks need the extra notebooks, which pip could not install" >&2; exit 1; }
 	@mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace build/notebooks/*.ipynb
+
+# the first of these that works, which a docker client without its daemon does not
+ENGINES := docker podman
+IMAGE_ARGS ?=
+.PHONY: image
+image:
+	@for engine in $(ENGINES); do \
+		if $$engine info >/dev/null 2>&1; then exec $$engine build -f docker/Dockerfile.cpu -t scalekd:cpu $(IMAGE_ARGS) .; fi; \
+	done; \
+	echo "error: an image is built by docker or podman: neither works here (\`docker info\` and \`podman info\` fail)" >&2; exit 1
 
 .PHONY: clean
 clean:
