@@ -7,9 +7,11 @@ import errno
 import os
 import re
 import resource
+import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -194,9 +196,17 @@ def rank_and_host() -> str:
 
 
 def say(notice: str | None) -> None:
-    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
+    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing.
+
+    On a terminal it is broken between words.
+    """
     if notice is not None and os.environ.get("RANK", "0") == "0":
-        print(one_line(notice), flush=True)
+        line = one_line(notice)
+        if sys.stdout.isatty():
+            # a terminal would break it within words; a log has whole lines, for grep
+            columns = shutil.get_terminal_size().columns
+            line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        print(line, flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from scalekd_ds.cluster.launcher import STARTED_BY, identity
+from scalekd_ds.cluster.launcher import RUNNERS, STARTED_BY, identity
 from scalekd_ds.process import signals
 
 # seconds for which processes that a dead launcher has left behind may save
@@ -73,9 +73,10 @@ class Job:
         ranks = [process for process in members if _is_rank(process)]
         if ranks:
             self._send(ranks, number)
-        elif any("deepspeed.launcher.runner" in _words(process) for process in members):
+        elif any(runner in _words(process) for process in members for runner in RUNNERS):
             # with a handler for SIGTERM where it has ranks on other nodes, and without a traceback where it has none
-            self._send([p for p in members if "deepspeed.launcher." in _words(p)], signal.SIGTERM)
+            all_launchers = ("deepspeed.launcher.", *RUNNERS)
+            self._send([p for p in members if any(name in _words(p) for name in all_launchers)], signal.SIGTERM)
         else:
             self._send([p for p in members if p.pid == self._process.pid], number)
 

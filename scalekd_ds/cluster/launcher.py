@@ -12,8 +12,10 @@ import psutil
 from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.errors import UserError
 
+# modules that are the launcher: DeepSpeed's, and what `scalekd train` starts in its place
+RUNNERS = ("deepspeed.launcher.runner", "scalekd_ds.commands.launcher")
 # what the launcher's command line contains when it is started as a command, a script or a module
-_LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
+_LAUNCHERS = ("deepspeed", "ds", "runner.py", *RUNNERS)
 
 
 # those of all launchers, on the node of the command and on the others

@@ -39,8 +39,8 @@ def run_parser(
         # options of the launcher are found by their full names: a shortened one would be accepted and start none
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a "
-        "teacher.",
+        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train\n"
+        "without a teacher. What most runs need, and examples, are at the end.",
         epilog=epilog,
     )
     # torch.distributed.launch writes it with a hyphen

@@ -26,6 +26,7 @@ from scalekd_ds.training.run import Run
 from scalekd_ds.training.run_dir import check_apart, held_run_dir, set_results_aside
 from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
+from scalekd_ds.training.start_lines import start_lines
 from scalekd_ds.training.step import train_step
 from scalekd_ds.training.student_card import MEASURED
 from scalekd_ds.training.validation import validate
@@ -97,6 +98,7 @@ def _train(run: Run) -> dict[str, Any]:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
+    reporter.begin(start_lines(run))
     signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
     with run.preemption, Watch(run) as watch:
         try:
@@ -191,6 +193,8 @@ def evaluation_is_due(run: Run) -> bool:
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
     """Ends a run after a signal: waits for the checkpoint, and tells the user how to resume."""
     run.saver.finish()
+    # what to do is the last line, below the bar
+    reporter.close()
     reporter.line(
         f"stopped at step {run.step} of {run.total_steps} ({run.preemption.signal or 'a signal to another rank'}); the same "
         f"command with --run.resume auto goes on "

@@ -56,6 +56,7 @@ def validate(run: Run, reporter: Reporter) -> None:
     """
     before = run.accuracy, run.ema_accuracy, run.evaluated_step
     generators = rng_state()
+    reporter.evaluating()
     try:
         _measure(run)
     except Preempted:

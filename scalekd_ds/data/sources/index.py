@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalekd_ds.names import one_line, paths_in
+from scalekd_ds.process.console import readable_console
 
 SUFFIX = ".scalekd_index.npz"
 VERSION = 4
@@ -113,7 +113,7 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], what: str, chun
     quiet = not sys.stderr.isatty()
     with (
         ThreadPoolExecutor(_THREADS, thread_name_prefix="index") as pool,
-        Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar,
+        Progress(*columns, console=readable_console(stderr=True), transient=True, disable=quiet) as bar,
     ):
         task = bar.add_task(one_line(what), total=len(items))
         starts = range(0, len(items), chunk)
