@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _in_units(size: int) -> str:
+def _in_units(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
