@@ -67,8 +67,8 @@ def cause_of(error: BaseException) -> str:
 
     A converter or a loader wraps the error that says something in several that only say that it failed.
     """
-    found, deeper = [error], error
-    while (deeper := deeper.__cause__) is not None and deeper not in found:
+    found = [error]
+    while (deeper := found[-1].__cause__) is not None and deeper not in found:
         found.append(deeper)
     for cause in reversed(found):
         lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]
@@ -173,7 +173,13 @@ def _kept_traceback(error: BaseException) -> str | None:
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
+    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string.
+
+    Args:
+        name: What the user wrote.
+        known: All names that there are.
+        count: Most names to give.
+    """
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if not matches:

@@ -42,7 +42,7 @@ def pairing_table(
     rows = [("", "student", "teacher")]
     rows.append(("model", type(student).__name__, type(t.model).__name__ if t else "none"))
     rows.append(("parameters", millions(student), millions(t) if t else ""))
-    t_size = t and (t.preprocessing.size or image_size)
+    t_size = (t.preprocessing.size or image_size) if t else image_size
     rows.append(("image", f"{image_size[0]}x{image_size[1]}", f"{t_size[0]}x{t_size[1]}" if t else ""))
     rows.append(("classes", str(shapes.logits.shape[-1]), str(t.num_classes) if t else ""))
     for label, student_map, stage in (

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Job:
         signal: The first signal that was passed on, or None.
     """
 
-    def __init__(self, command: list[str | Path], **more: Any) -> None:
+    def __init__(self, command: Sequence[str | Path], **more: Any) -> None:
         self.signal: int | None = None
         self._presses = 0
         environment = {**(more.pop("env", None) or os.environ), STARTED_BY: identity()}
@@ -95,7 +96,7 @@ class Job:
                 process.send_signal(number)
 
 
-def run_job(command: list[str | Path], **more: Any) -> tuple[int, int | None]:
+def run_job(command: Sequence[str | Path], **more: Any) -> tuple[int, int | None]:
     """Runs a job to its end; signals to this process go to its ranks meanwhile.
 
     Returns:

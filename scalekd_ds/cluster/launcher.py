@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 
@@ -44,10 +45,11 @@ def abandonment() -> Callable[[], str | None]:
     if by := os.environ.get(STARTED_BY):
         started["the command that started it"] = lambda: _still_runs(by)
     if "RANK" in os.environ:
-        own, *above = [psutil.Process(), *psutil.Process().parents()]
+        own = psutil.Process()
+        above = own.parents()
         for process in above:
             if _is_launcher(process):
-                started[f"its launcher, process {process.pid},"] = lambda process=process: _runs(process)
+                started[f"its launcher, process {process.pid},"] = partial(_runs, process)
         # those of DeepSpeed: the one on each node starts the ranks, and another one has started that
         nodes = [p for p in above if "deepspeed.launcher.launch" in _command(p)]
         first = nodes[-1] if nodes else own

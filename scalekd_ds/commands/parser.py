@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raises argparse's message as a UserError, with the nearest option."""
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=", 1)[0]
             known = [option for option in self._option_string_actions if option.startswith("--")]

@@ -55,6 +55,13 @@ VERBS: dict[str, Verb] = {
             "scalekd export --format onnx student.safetensors exported/onnx",
         ),
     ),
+    "push": Verb(
+        "publish a student on a Hugging Face hub, with a model card",
+        (
+            "scalekd push runs/mine OWNER/NAME --license apache-2.0",
+            "scalekd push runs/mine OWNER/NAME --dry-run --out exported/hub",
+        ),
+    ),
     "inspect": Verb(
         "contact sheet of attention, feature maps and predictions",
         ("scalekd inspect runs/mine runs/fashion-mnist/val --out sheet.png",),
@@ -75,6 +82,14 @@ VERBS: dict[str, Verb] = {
     "supervise": Verb(
         "start a job again from its last checkpoint when a node fails",
         ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
+    ),
+    "quickstart": Verb(
+        "the first distillation: a small CNN learns from a small Swin on Fashion-MNIST",
+        (
+            "scalekd quickstart --quick",
+            "scalekd quickstart --seeds 3",
+            "scalekd quickstart --data DIR --out runs/first",
+        ),
     ),
     "prepare-data": Verb(
         "unpack Fashion-MNIST, or check that every image can be decoded",

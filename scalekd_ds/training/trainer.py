@@ -7,7 +7,7 @@ import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepspeed import comm as dist
 
@@ -58,7 +58,7 @@ def evaluate_and_note(run: Run, reporter: Reporter, watch: Watch, saved: bool) -
         raise LeftOutError(
             f"{error} What was trained is in {run.saver.folder / f'step{run.step:08d}'}; --run.resume auto goes on from it."
         ) from None
-    names = ("student", "ema") if run.ema is not None else ("student",)
+    names: tuple[Literal["student", "ema"], ...] = ("student", "ema") if run.ema is not None else ("student",)
     cards = {WEIGHTS[name]: {key: card_of(run, name)[key] for key in MEASURED} for name in names}
     spent = {"seconds": watch.seconds(), "joules": watch.joules()}
     run.saver.note_evaluation(run.step, {"state": accuracies(run) | spent, "cards": cards})
@@ -211,7 +211,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         reporter.line(f"nothing is left to train after step {run.step}")
         evaluate_and_note(run, reporter, watch, saved=True)
     problem = ship(run)
-    shipped = run.accuracy_of(run.shipped_weights)
+    shipped = run.measured(run.shipped_weights)
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
@@ -223,7 +223,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         "val_images": shipped.get("images"),
         "val_images_left_out": shipped.get("left_out", 0),
         "best": run.best,
-        "student_top1": run.accuracy["top1"],
+        "student_top1": run.measured("student")["top1"],
         "ema_top1": (run.ema_accuracy or {}).get("top1"),
         "teacher_top1": (run.teacher_accuracy or {}).get("top1"),
         "seconds": watch.seconds(),

@@ -280,6 +280,8 @@ def test_bash_completes_verbs_flags_recipes_and_deepspeed_files(command_on_path,
         "scalekd doctor --skip ba": ["bandwidth"],
         "scalekd evaluate --thr": ["--threads"],
         "scalekd export --format torch": ["torchscript", "torch_export"],
+        "scalekd push run": ["runs/"],
+        "scalekd push --dry": ["--dry-run"],
         "scalekd prepare-data fash": ["fashion-mnist"],
         "scalekd nonsense ": [],
     }

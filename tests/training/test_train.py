@@ -279,7 +279,7 @@ def kill_while_saving(data, run_dir, kills: int) -> None:
 
 
 def test_a_kill_while_saving_leaves_the_last_good_checkpoint(data, tmp_path):
-    kill_while_saving(data, tmp_path / "run", kills=3)
+    kill_while_saving(data, tmp_path / "run", kills=2)
 
 
 @pytest.mark.slow

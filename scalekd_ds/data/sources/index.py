@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -209,13 +209,13 @@ def _store(index: Index, paths: Sequence[Path], key: str, data: Path) -> None:
     head = json.dumps({"version": VERSION, "stamp": index.stamp, "raw": index.raw}).encode()
     texts = {"head": head, "names": "\0".join(index.names).encode("utf-8", "surrogateescape")}
     blobs = {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in _ARRAYS} | blobs
     for path in paths:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
-                np.savez(file, **blobs, **arrays)
+                np.savez(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
