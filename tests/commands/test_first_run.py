@@ -23,7 +23,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Every line that a run may show, from its start to its end. A line of another library is in none of these shapes.
 SHAPES = [
     # while the images are listed
-    r"(folders|images) of data/(train|val) ━* +\d+/\d+ [\d:-]+",
+    r"(folders|images) of data/(train|val) [━╸╺]* +\d+/\d+ [\d:-]+",
     r"the teacher has no class names: .*|  .*\(0 is 'class_0', 2 is 'class_2'\)",
     r" +student +teacher",
     r"(model|parameters|image|classes|before last stage|last stage|projectors|weights)  +\S.*",
