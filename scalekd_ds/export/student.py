@@ -31,6 +31,9 @@ _MAY_HOLD_PATHS = ("recipe", "model_kwargs")
 class Normalised(nn.Module):
     """A model with its normalisation in front: pixels (B, 3, H, W) in [0, 1] -> logits (B, K)."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.model = model
@@ -38,6 +41,7 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of pixels (B, 3, H, W) in [0, 1]."""
         return self.model((images - self.mean) / self.std)
 
 
