@@ -101,6 +101,6 @@ setup(
         "onnx": ONNX,
         "hf": HUGGING_FACE,
         # scalekd push; timm depends on it too
-        "hub": ["huggingface_hub>=1.0"],
+        "hub": ["huggingface_hub>=1.16"],
     },
 )
