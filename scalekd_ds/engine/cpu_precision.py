@@ -1,4 +1,4 @@
-"""Which 16-bit types the CPU computes in by itself: the others are emulated, many times slower than float32."""
+"""What a run on CPUs in a 16-bit type is told: that no GPU was found, and that its CPU emulates the type."""
 
 from __future__ import annotations
 
@@ -52,4 +52,21 @@ def slow_precision_notice(dtype: torch.dtype | None, ds_config: str) -> str | No
     return (
         f"{ds_config} computes in {name}, which this CPU emulates, many times slower than float32: "
         "--run.ds_config cpu_fp32 is the fast one here"
+    )
+
+
+def missing_gpu_notice(dtype: torch.dtype | None) -> str | None:
+    """One line for a run that is on CPUs although PyTorch is built for GPUs, as in a container that was given none.
+
+    Args:
+        dtype: The run's autocast type, or None for float32, which is what a run that is meant for CPUs computes in.
+
+    Returns:
+        None where the run, PyTorch or DS_ACCELERATOR asks for CPUs.
+    """
+    if dtype is None or torch.version.cuda is None or os.environ.get("DS_ACCELERATOR"):
+        return None
+    return (
+        "no GPU was found, and the run is on the CPU: `nvidia-smi` has to list one, and a container is given them by "
+        "`docker run --gpus all`; DS_ACCELERATOR=cpu says that the CPU is meant"
     )

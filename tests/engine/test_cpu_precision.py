@@ -7,7 +7,7 @@ from launching import ROOT, alone, environment
 from tiny_run import arguments
 
 from scalekd_ds.engine import ds_config
-from scalekd_ds.engine.cpu_precision import cpu_computes_in, slow_precision_notice
+from scalekd_ds.engine.cpu_precision import cpu_computes_in, missing_gpu_notice, slow_precision_notice
 
 NOTICE = (
     "zero1 computes in bfloat16, which this CPU emulates, many times slower than float32: --run.ds_config cpu_fp32 is "
@@ -70,3 +70,23 @@ def test_a_run_says_so_once_and_goes_on(tmp_path):
     done = alone(ROOT / "launch" / "train.py", *command, env=environment(ONEDNN_MAX_CPU_ISA="AVX2"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines().count(NOTICE) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cuda", "accelerator", "is_told"),
+    [
+        (torch.bfloat16, "13.0", None, True),
+        # float32 is meant for CPUs, as is a build of PyTorch without CUDA, and who says so
+        (None, "13.0", None, False),
+        (torch.bfloat16, None, None, False),
+        (torch.bfloat16, "13.0", "cpu", False),
+    ],
+)
+def test_a_run_that_finds_no_gpu_is_told_so(monkeypatch, dtype, cuda, accelerator, is_told):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if accelerator:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    notice = missing_gpu_notice(dtype)
+    assert (notice is not None) == is_told
+    assert notice is None or ("no GPU was found" in notice and "--gpus all" in notice and "\n" not in notice)

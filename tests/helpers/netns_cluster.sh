@@ -150,7 +150,7 @@ down() {
 }
 
 need_node() {
-    [ -e "/run/netns/$PREFIX-${1:-}" ] && [ "${1:-}" != hub ] || die "there is no node '${1:-}' in $STATE"
+    if [ ! -e "/run/netns/$PREFIX-${1:-}" ] || [ "${1:-}" = hub ]; then die "there is no node '${1:-}' in $STATE"; fi
 }
 
 command=${1:-}
