@@ -6,11 +6,15 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 OLDEST_TORCH = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' setup.py)
 STAMP := $(VENV)/.installed
+# what pip puts into it
+INSTALL ?= -e ".[dev]"
 PYTEST_ARGS ?=
 # of pytest: a job of two ranks loads two cores for a part of its time alone
 WORKERS ?= 2
 QUICKSTART_ARGS ?=
 ABLATION_ARGS ?=
+GPU_PARTS ?= correct train step kernels
+GPU_MINUTES ?= 20
 # What DeepSpeed compiles belongs to one torch: in the cache of the whole home folder, two environments in use at
 # once would rebuild it over each other again and again, a minute each time.
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
@@ -34,12 +38,20 @@ say_full = if [ "$$full" ]; then echo "error: the disk that holds $(VENV) is ful
 .PHONY: help
 help:
 	@echo "make quickstart    distil a small CNN from a Swin on Fashion-MNIST (QUICKSTART_ARGS='--seeds 3')"
-	@echo "make test          ruff, import-linter and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
+	@echo "make test          ruff, import-linter, mypy and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
-	@echo "make lint          ruff and import-linter alone"
+	@echo "make lint          ruff, import-linter and mypy alone"
+	@echo "make docs          the documentation's site, in build/site"
+	@echo "make diagrams      draw the diagrams of the documents again; make commands: the reference of the command line"
+	@echo "make notebooks     run the notebooks; with their outputs they are in build/notebooks"
+	@echo "make gpu           the benchmark's parts one by one, where a GPU is (GPU_PARTS='correct step', GPU_MINUTES=20)"
 	@echo "make .venv         the environment alone (PYTHON=python3.12; with TORCH=2.11.0: make venv)"
+	@echo "make wheel         the packages of this version in dist/: a wheel, and the source that makes the same one"
+	@echo "make wheel-test    the wheel in a new environment, 6 GB, where the quickstart runs"
+	@echo "make test-oldest   a part of the tests with the lowest versions that setup.py allows, in .venv-oldest"
+	@echo "make constraints   constraints.txt from the versions in .venv, and constraints-oldest.txt from setup.py"
 	@echo "make image         the container image for CPUs, scalekd:cpu (IMAGE_ARGS='--target cluster')"
 	@echo "make clean         remove .venv, builds and caches"
 
@@ -61,7 +73,7 @@ $(STAMP): setup.py pyproject.toml
 		echo "error: $(PYTHON) -m venv failed: install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
 	@echo "installing into $(VENV): 6 GB, some minutes the first time"
-	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(TORCH:%=torch==%) 2>&1) || { \
+	@said=$$($(BIN)/python -m pip install --quiet --disable-pip-version-check $(INSTALL) $(TORCH:%=torch==%) 2>&1) || { \
 		$(is_full); $(say_full); \
 		why=$$(printf '%s\n' "$$said" | grep -m 1 -o 'ERROR: .*' | cut -c 8-250); \
 		echo "error: pip could not fill $(VENV): $${why:-$$(printf '%s\n' "$$said" | tail -n 1)}" >&2; \
@@ -113,6 +125,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH="$(CURDIR)" $(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # the scripts and DeepSpeed's compiler look for `deepspeed` and `ninja` on PATH
 .PHONY: test
@@ -155,6 +168,71 @@ ablation: $(STAMP) fashion-mnist
 	@PATH="$(abspath $(BIN)):$$PATH" nohup $(BIN)/python benchmarks/ablation.py $(ABLATION_ARGS) >runs/ablation/log.txt 2>&1 </dev/null & \
 		echo "process $$!: follow runs/ablation/log.txt; the table goes to benchmarks/results/ablation.md"
 
+.PHONY: wheel
+wheel: $(STAMP)
+	rm -rf dist build/lib build/bdist*
+	$(BIN)/python -m build --no-isolation .
+	$(BIN)/python -m twine check --strict dist/*
+
+# as on a user's machine: pip takes from the index what the wheel declares, and the repository is not near
+WHEEL_VENV := .venv-wheel
+WHEEL_ARGS ?=
+.PHONY: wheel-test
+wheel-test: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl $(WHEEL_ARGS)
+	cd "$$(mktemp -d)" && $(abspath $(WHEEL_VENV))/bin/scalekd quickstart --quick
+
+# what calls each library most: its command lines, images, models, steps, logs and checkpoints
+OLDEST_TESTS ?= tests/commands tests/config tests/recipes tests/data/test_sources.py tests/method/test_pairs.py \
+	tests/models tests/training/test_train.py tests/watching/test_watching.py
+.PHONY: test-oldest run-oldest
+test-oldest:
+	$(MAKE) run-oldest VENV=.venv-oldest INSTALL='-e . -c constraints-oldest.txt pytest pytest-xdist "setuptools>=77"'
+
+run-oldest: $(STAMP) compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+.PHONY: constraints
+constraints: $(STAMP)
+	$(BIN)/python tests/helpers/declared.py oldest >constraints-oldest.txt
+	$(BIN)/python tests/helpers/declared.py newest >constraints.txt
+
+# the diagrams of the documents, with shapes that are traced through the package
+.PHONY: diagrams
+diagrams: $(STAMP)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/diagrams/draw.py
+
+# the reference of the command line, written from the parsers
+.PHONY: commands
+commands: $(STAMP)
+	PYTHONPATH="$(CURDIR)" $(BIN)/python docs/site/commands.py
+
+# without a network, once the extra is there. Material's notice of its successor is no fault of these pages.
+.PHONY: docs
+docs: $(STAMP)
+	@$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" >/dev/null 2>&1 || { \
+		echo "error: the site needs the extra docs, which pip could not install: $(BIN)/pip install -e '.[docs]' says why" >&2; \
+		exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+# one part a process in the order that is given, since a wrong kernel makes every later time worthless
+.PHONY: gpu
+gpu: $(STAMP) compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/gpu.py --part $(GPU_PARTS) --minutes $(GPU_MINUTES)
+
+# copies run, so that git sees no outputs
+.PHONY: notebooks
+notebooks: $(STAMP)
+	@$(BIN)/python -c "import ipykernel, matplotlib, nbclient" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[notebooks]" || { \
+		echo "error: the notebooks need the extra notebooks, which pip could not install" >&2; exit 1; }
+	@mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace build/notebooks/*.ipynb
+
 # the first of these that works, which a docker client without its daemon does not
 ENGINES := docker podman
 IMAGE_ARGS ?=
@@ -167,5 +245,5 @@ image:
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-torch* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch* .venv-oldest .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,9 +16,8 @@ from pathlib import Path
 import harness
 
 from scalekd_ds.errors import UserError, run_cli
-from scalekd_ds.training.finished_run import fashion_runner
+from scalekd_ds.training.finished_run import fashion_runner, place_fashion
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 FULL = "ScaleKD"
 ROWS: dict[str, tuple[str, ...]] = {
     FULL: (),
@@ -42,7 +41,8 @@ def run_rows(args: argparse.Namespace) -> dict[str, list[float]]:
     Raises:
         UserError: A run failed.
     """
-    run = fashion_runner(LAUNCH, args.data, args.out)
+    place_fashion(args.data)
+    run = fashion_runner(args.data, args.out)
     cores = len(os.sched_getaffinity(0))
     teacher = run("fashion-teacher", "teacher", cores)
     print(f"teacher: top-1 {teacher['top1']:.2f}", flush=True)

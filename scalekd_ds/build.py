@@ -56,19 +56,19 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Se
         **vars(cfg.distill),
     )
     if classes is not None and teacher is not None and teacher.num_classes == len(classes):
-        _match_teacher(distiller, classes)
+        _match_teacher(distiller, teacher, classes)
     return distiller
 
 
-def _match_teacher(distiller: ScaleKD, classes: Sequence[str]) -> None:
+def _match_teacher(distiller: ScaleKD, teacher: Teacher, classes: Sequence[str]) -> None:
     """Puts the teacher's logits into the order of the classes; other classes are an error where logits are distilled."""
     try:
-        say(distiller.teacher.match(classes))
+        say(teacher.match(classes))
     except UserError as error:
         if distiller.kd_weight > 0.0:
             raise UserError(
                 f"{error} Logit KD compares class by class: fine-tune the teacher on these classes, or set "
                 "--distill.kd_weight 0."
             ) from None
-        distiller.teacher.same_classes = False
+        teacher.same_classes = False
         say(f"{str(error).rstrip('.')}: its top-1 is not measured")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,9 @@ class ScaleKD(nn.Module):
             of them cannot take, heads that do not divide the width, a student grid far larger than the teacher's.
     """
 
+    teacher_scale: torch.Tensor | None
+    teacher_shift: torch.Tensor | None
+
     def __init__(
         self,
         student: str | nn.Module,
@@ -115,17 +118,17 @@ class ScaleKD(nn.Module):
             for view, weight in zip(VIEWS, weights, strict=True)
             if features and weight > 0.0
         }
-        own_size, teacher_size = self.tapped_student.preprocessing.size, teacher and teacher.preprocessing.size
+        own_size, teacher_size = (m and m.preprocessing.size for m in (self.tapped_student, teacher))
         self.image_size = size or own_size or teacher_size or (224, 224)
         self._shapes = self.tapped_student.shapes(self.image_size)
         if teacher is not None:
             self._check_classes(teacher)
-            self._register_normalisation(self.tapped_student.preprocessing, teacher.preprocessing)
+            self._register_normalisation(self.tapped_student.preprocessing, teacher)
             self._check_teacher_size(teacher)
         self.time_part: Callable[[str], AbstractContextManager] = untimed
         self.on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.projectors = nn.ModuleDict()
-        if features:
+        if features and teacher is not None:
             self._build_projectors(teacher, {"s3": heads_s3, "s4": heads_s4}, softmax_scale, norm, projector)
         # a student that is on a GPU already has all else beside it
         self.to(next(self.student.parameters()).device)
@@ -142,16 +145,16 @@ class ScaleKD(nn.Module):
                 "fine-tune the teacher on these classes, or set --distill.kd_weight 0."
             )
 
-    def _register_normalisation(self, student: Preprocessing, teacher: Preprocessing) -> None:
+    def _register_normalisation(self, student: Preprocessing, teacher: Teacher) -> None:
         """Registers the scale and shift that take images from the student's normalisation to the teacher's.
 
         Both are None where the two are the same, or where one of them is not known.
         """
-        statistics = (student.mean, student.std, teacher.mean, teacher.std)
+        statistics = (student.mean, student.std, teacher.preprocessing.mean, teacher.preprocessing.std)
         scale = shift = None
         if None not in statistics and statistics[:2] != statistics[2:]:
             s_mean, s_std, t_mean, t_std = (torch.tensor(v) for v in statistics)
-            device = next(self.teacher.parameters()).device
+            device = next(teacher.parameters()).device
             scale, shift = (v[:, None, None].to(device) for v in (s_std / t_std, (s_mean - t_mean) / t_std))
         self.register_buffer("teacher_scale", scale, persistent=False)
         self.register_buffer("teacher_shift", shift, persistent=False)
@@ -186,7 +189,13 @@ class ScaleKD(nn.Module):
             views = [view for view in VIEWS if f"{view}_{stage}" in self.feature_weights]
             if not views:
                 continue
-            student_dim, *grid = student_map.shape[1:]
+            if teacher_stage is None:
+                raise UserError(
+                    "the teacher was built with features=False, and has no last stage: leave that out, or set "
+                    "features=False of ScaleKD too."
+                )
+            _, student_dim, h, w = student_map.shape
+            grid = (h, w)
             dim, query_grid = teacher_stage.dim, teacher_stage.grid
             if stage == "s3" and (grid[0] > query_grid[0] * 2 or grid[1] > query_grid[1] * 2):
                 raise UserError(
@@ -230,6 +239,11 @@ class ScaleKD(nn.Module):
         """The frozen teacher, kept outside the module tree; None for supervised training."""
         return self._teacher[0]
 
+    def _required_teacher(self) -> Teacher:
+        if self.teacher is None:
+            raise ValueError("there is no teacher: ScaleKD was built with teacher=None.")
+        return self.teacher
+
     def _apply(self, fn: Any, recurse: bool = True) -> ScaleKD:
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
@@ -247,17 +261,23 @@ class ScaleKD(nn.Module):
     # -- one step ------------------------------------------------------------------------------------------------
 
     def teacher_targets(self, images: torch.Tensor) -> TeacherTargets | TargetsWithoutTPP:
-        """The teacher's targets for images (B, 3, H, W) in the student's normalisation and size."""
-        if self.teacher_scale is not None:
+        """The teacher's targets for images (B, 3, H, W) in the student's normalisation and size.
+
+        Raises:
+            ValueError: There is no teacher.
+            UserError: Without TPP, a teacher that does not give its tokens before the last stage.
+        """
+        teacher = self._required_teacher()
+        if self.teacher_scale is not None and self.teacher_shift is not None:
             images = images * self.teacher_scale + self.teacher_shift
-        size = self.teacher.preprocessing.size
+        size = teacher.preprocessing.size
         if size is not None and size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         # called as a module, because a sharded teacher gathers its weights in the hooks of that call
-        targets = self.teacher(images)
+        targets: TeacherTargets = teacher(images)
         if self.tpp or not any(name.endswith("s3") for name in self.feature_weights):
             return targets
-        return TargetsWithoutTPP(*targets, self.teacher.before_last_stage(images))
+        return TargetsWithoutTPP(*targets, before=teacher.before_last_stage(images))
 
     def project(self, student: StudentOutput) -> dict[str, dict[str, torch.Tensor]]:
         """Projects the student's maps onto the teacher's grid (CAP and TPP of the paper).
@@ -269,11 +289,11 @@ class ScaleKD(nn.Module):
         projected: dict[str, dict[str, torch.Tensor]] = {}
         queries: dict[str, torch.Tensor] = {}
         if "s3" in self.projectors:
-            pair = self.projectors["s3"]
+            pair: Any = self.projectors["s3"]
             tokens = pair(student.before)
             if self.tpp:
                 # both views go through the frozen last stage as one batch
-                tokens = self.teacher.last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+                tokens = self._required_teacher().last_stage(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
             projected["s3"] = dict(zip(pair.names, tokens.unbind(0), strict=True))
             queries = projected["s3"] if self.tpp else {}
         if "s4" in self.projectors:
@@ -315,7 +335,8 @@ class ScaleKD(nn.Module):
             )
         with self.time_part("student"):
             student = self.tapped_student(images)
-        teacher, projected = None, {}
+        teacher: TeacherTargets | TargetsWithoutTPP | None = None
+        projected: dict[str, dict[str, torch.Tensor]] = {}
         if self.teacher is not None and (self.kd_weight > 0.0 or self.projectors):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
             if self.projectors:
@@ -328,31 +349,43 @@ class ScaleKD(nn.Module):
                 ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
                 losses["loss/ce"] = (1.0 - self.kd_weight) * ce
             if teacher is not None and self.kd_weight > 0.0:
+                if teacher.logits is None:
+                    raise ValueError(
+                        "teacher_targets has no logits, which logit KD needs: give them, or set kd_weight 0."
+                    )
                 losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
-            if projected:
+            if projected and teacher is not None:
                 losses |= self._feature_losses(projected, teacher)
             losses["loss/total"] = torch.stack(list(losses.values())).sum()
         if self.on_logits is not None and teacher is not None and teacher.logits is not None:
             self.on_logits(student.logits, teacher.logits)
         return losses
 
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
+
     def _feature_losses(
         self, projected: dict[str, dict[str, torch.Tensor]], teacher: TeacherTargets | TargetsWithoutTPP
     ) -> dict[str, torch.Tensor]:
         """The weighted losses of every projected view (ScaleKD section 3.2), by name."""
-        stages, weights = [], []
+        stages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        weights: list[tuple[float, float]] = []
         for stage, views in projected.items():
             # a view that is switched off has no tokens: the other view's take its place, with weight 0
             placeholder = next(iter(views.values())).detach()
-            stages.append(tuple(views.get(view, placeholder) for view in VIEWS))
-            weights.append(tuple(self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS))
-        values: list = []
+            spatial, frequency = (views.get(view, placeholder) for view in VIEWS)
+            stages.append((spatial, frequency))
+            w_spatial, w_frequency = (self.feature_weights.get(f"{view}_{stage}", 0.0) for view in VIEWS)
+            weights.append((w_spatial, w_frequency))
+        values: list[tuple[torch.Tensor, torch.Tensor]] = []
+        before, after = self._required_teacher().stages
         if not self.tpp and "s3" in projected:
-            grid = self.teacher.last_input.grid
-            values = [*dual_view_losses([stages.pop(0)], teacher.before, grid, [weights.pop(0)], self.cut)]
+            if not isinstance(teacher, TargetsWithoutTPP):
+                raise ValueError("teacher_targets has no tokens before the last stage, which tpp=False compares.")
+            values = dual_view_losses([stages.pop(0)], teacher.before, before.grid, [weights.pop(0)], self.cut)
         if stages:
-            grid = self.teacher.last_output.grid
-            values += dual_view_losses(stages, teacher.tokens, grid, weights, self.cut)
+            values += dual_view_losses(stages, teacher.tokens, after.grid, weights, self.cut)
         return {
             f"loss/{view}_{stage}": value
             for (stage, views), pair in zip(projected.items(), values, strict=True)

@@ -7,9 +7,11 @@ import errno
 import os
 import re
 import resource
+import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -65,8 +67,8 @@ def cause_of(error: BaseException) -> str:
 
     A converter or a loader wraps the error that says something in several that only say that it failed.
     """
-    found, deeper = [error], error
-    while (deeper := deeper.__cause__) is not None and deeper not in found:
+    found = [error]
+    while (deeper := found[-1].__cause__) is not None and deeper not in found:
         found.append(deeper)
     for cause in reversed(found):
         lines = [" ".join(_TERMINAL_CODES.sub("", line).split()) for line in str(cause).splitlines()]
@@ -171,7 +173,13 @@ def _kept_traceback(error: BaseException) -> str | None:
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string."""
+    """` Did you mean 'a', 'b'?` for the known names nearest to `name`, or an empty string.
+
+    Args:
+        name: What the user wrote.
+        known: All names that there are.
+        count: Most names to give.
+    """
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if not matches:
@@ -188,9 +196,17 @@ def rank_and_host() -> str:
 
 
 def say(notice: str | None) -> None:
-    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing."""
+    """Prints a line on rank 0, which says for all ranks what each of them finds; None prints nothing.
+
+    On a terminal it is broken between words.
+    """
     if notice is not None and os.environ.get("RANK", "0") == "0":
-        print(one_line(notice), flush=True)
+        line = one_line(notice)
+        if sys.stdout.isatty():
+            # a terminal would break it within words; a log has whole lines, for grep
+            columns = shutil.get_terminal_size().columns
+            line = textwrap.fill(line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        print(line, flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -14,7 +14,11 @@ from scalekd_ds import kernels
 
 @functools.lru_cache(maxsize=64)
 def dct_matrix(size: int) -> torch.Tensor:
-    """The orthonormal DCT-II as a matrix (size, size) in float64; row k is frequency k."""
+    """The orthonormal DCT-II as a matrix (size, size) in float64; row k is frequency k.
+
+    Args:
+        size: Tokens along one side of the grid.
+    """
     k = torch.arange(size, dtype=torch.float64)[:, None]
     x = torch.arange(size, dtype=torch.float64)[None, :]
     basis = torch.cos(math.pi * k * (2 * x + 1) / (2 * size)) * math.sqrt(2.0 / size)
@@ -128,10 +132,10 @@ def dual_view_losses(
             f"grid is {tuple(grid)} and teacher_tokens has {num_tokens} tokens: h * w must be their number."
         )
     wide = torch.promote_types(teacher_tokens.dtype, torch.float32)
-    basis = frequency_filter(tuple(grid), cut, teacher_tokens.device, wide)
+    basis = frequency_filter((grid[0], grid[1]), cut, teacher_tokens.device, wide)
     spatial, frequency = zip(*stages, strict=True)
     losses = kernels.dual_view_loss(spatial, frequency, teacher_tokens, basis, weights)
-    return [tuple(pair.unbind()) for pair in losses.unbind()]
+    return [(pair[0], pair[1]) for pair in (stage.unbind() for stage in losses.unbind())]
 
 
 def logit_kd(
@@ -174,6 +178,9 @@ def label_loss(
         targets: (B,) class indices or (B, K) probabilities.
         kind: `ce`, or `bce`: sigmoid cross-entropy summed over classes and averaged over the batch.
         label_smoothing: Label smoothing of `ce`; `bce` ignores it.
+
+    Returns:
+        A scalar, in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "ce":

@@ -85,8 +85,10 @@ def unescape(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message in one line that no terminal takes for a command: its lines are joined, and what cannot be printed is
-    escaped. Backslashes stay, since names in it are escaped already."""
+    """A message in one line that no terminal takes for a command.
+
+    Its lines are joined, and what cannot be printed is escaped. Backslashes stay, since names in it are escaped already.
+    """
     if text.isprintable():
         return text
     text = re.sub(r"[ \t]*[\r\n][ \t\r\n]*", " ", text.strip(" \t\r\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from torch import nn
@@ -41,7 +42,7 @@ def pairing_table(
     rows = [("", "student", "teacher")]
     rows.append(("model", type(student).__name__, type(t.model).__name__ if t else "none"))
     rows.append(("parameters", millions(student), millions(t) if t else ""))
-    t_size = t and (t.preprocessing.size or image_size)
+    t_size = (t.preprocessing.size or image_size) if t else image_size
     rows.append(("image", f"{image_size[0]}x{image_size[1]}", f"{t_size[0]}x{t_size[1]}" if t else ""))
     rows.append(("classes", str(shapes.logits.shape[-1]), str(t.num_classes) if t else ""))
     for label, student_map, stage in (
@@ -54,7 +55,8 @@ def pairing_table(
         attention = {stage: pair for stage, pair in projectors.items() if isinstance(pair, ProjectorPair)}
         heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in attention.items())
         rows.append(("projectors", millions(projectors), f"heads {heads}" if heads else "linear"))
-    rows.append(("weights", " ".join(f"{n}={w:g}" for n, w in weights.items()), ""))
-    # the row of weights is long, and must not push the teacher's column to the right
-    widths = [max(len(row[i]) for row in rows if row[0] != "weights") for i in (0, 1)]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    # they are long, and must neither push the teacher's column to the right nor be broken by a terminal of 80 columns
+    terms = textwrap.wrap(" ".join(f"{n}={w:g}" for n, w in weights.items()), 78 - widths[0], break_on_hyphens=False)
+    rows += [("" if i else "weights", line, "") for i, line in enumerate(terms)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)

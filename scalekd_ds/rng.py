@@ -16,7 +16,9 @@ def rng_state() -> dict[str, Any]:
     that GPU, and each rank draws from its own.
     """
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    # a tuple, since legacy is its default
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state().cpu()] if torch.cuda.is_initialized() else [],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -122,7 +122,7 @@ class Student(nn.Module):
                 raise UserError(
                     f"{type(model).__name__} cannot be a student: it has no {method}(), as most timm models do."
                 )
-        self.model = model
+        self.model: nn.Module = model
         self.preprocessing = Preprocessing.of(model)
         if taps is not None:
             _check_taps(taps, model)
@@ -132,12 +132,17 @@ class Student(nn.Module):
     def forward(self, images: torch.Tensor) -> StudentOutput:
         """One forward pass over images (B, 3, H, W); the logits are those of the bare model."""
         images = images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-        features, (before, last) = self.model.forward_intermediates(images, indices=list(self.taps.indices))
+        model: Any = self.model
+        features, (before, last) = model.forward_intermediates(images, indices=list(self.taps.indices))
         if self.taps.normed_last:
             # `features` are the final normed tokens; a class or register token in front of them is cut off
             patches = features[:, features.shape[1] - last.shape[-2] * last.shape[-1] :]
             last = patches.transpose(1, 2).unflatten(2, last.shape[-2:])
-        return StudentOutput(before, last, self.model.forward_head(features))
+        return StudentOutput(before, last, model.forward_head(features))
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
 
     def synchronise_batchnorm(self) -> None:
         """Replaces each BatchNorm by one that takes its statistics over all ranks, with the same weights and buffers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -109,8 +109,9 @@ class Teacher(nn.Module):
         self._train_mode = train_mode
         if isinstance(model, str):
             model = build_model(model, None, kwargs, weights, image_size)
-        self.model = model
+        self.model: nn.Module = model
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
+        self.class_positions: torch.Tensor | None
         # not in the state-dict, which is the timm model's
         self.register_buffer("class_positions", None, persistent=False)
         self.same_classes = True
@@ -126,18 +127,22 @@ class Teacher(nn.Module):
         self.family = family_of(model) if features else None
         # before it was compiled
         self._built_family: Family | None = None
-        self.last_input, self.last_output = self.family.stages(model) if features else (None, None)
+        self.last_input: Stage | None = None
+        self.last_output: Stage | None = None
+        if self.family is not None:
+            self.last_input, self.last_output = self.family.stages(model)
 
     def _resize(self, size: int | tuple[int, int]) -> None:
         """Makes `size` the size of its images, where the model takes any."""
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        own = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        if own is not None and tuple(own) != size:
+        h, w = (size, size) if isinstance(size, int) else size
+        model: Any = self.model
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if own is not None and tuple(own) != (h, w):
             raise UserError(
-                f"the teacher ({type(self.model).__name__}) was built for {own[0]}x{own[1]} images and cannot take "
-                f"{size[0]}x{size[1]}: build it with img_size, or leave out --teacher_image_size."
+                f"the teacher ({type(model).__name__}) was built for {own[0]}x{own[1]} images and cannot take "
+                f"{h}x{w}: build it with img_size, or leave out --teacher_image_size."
             )
-        self.model.pretrained_cfg = dict(getattr(self.model, "pretrained_cfg", None) or {}, input_size=(3, *size))
+        model.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {}, input_size=(3, h, w))
 
     def match(self, classes: Sequence[str]) -> str | None:
         """Gives the logits in the order of the training classes from then on, found by name.
@@ -181,6 +186,12 @@ class Teacher(nn.Module):
 
         The numbers are those of autocast alone, bit for bit: norms, softmax and the residual stream keep their type.
         It saves autocast's copy of every frozen weight at every step, and half of the memory of the weights.
+
+        Args:
+            dtype: A type of 16 bits.
+
+        Returns:
+            The teacher itself.
         """
         self.precision = dtype
         for module in self.modules():
@@ -188,7 +199,7 @@ class Teacher(nn.Module):
                 module.to(dtype)
         return self
 
-    def compile(self, **kwargs: Any) -> Teacher:
+    def compile(self, **kwargs: Any) -> Teacher:  # type: ignore[override] # it takes torch.compile's by name alone
         """Compiles `targets` and `last_stage` with torch.compile; `kwargs` are its arguments.
 
         Raises:
@@ -201,7 +212,7 @@ class Teacher(nn.Module):
             )
         if self.family is not None:
             built = self._built_family = self._built_family or self.family
-            forward, last_stage = (torch.compile(f, **kwargs) for f in (built.forward, built.last_stage))
+            forward, last_stage = torch.compile(built.forward, **kwargs), torch.compile(built.last_stage, **kwargs)
             self.family = replace(built, forward=forward, last_stage=last_stage)
         else:
             self.model.compile(**kwargs)
@@ -212,19 +223,36 @@ class Teacher(nn.Module):
         state = super().__getstate__()
         return state | {"family": self._built_family or self.family, "_built_family": None}
 
+    @property
+    def stages(self) -> tuple[Stage, Stage]:
+        """`last_input` and `last_output`, the tokens before and after its last stage.
+
+        Raises:
+            ValueError: The teacher was built without features.
+        """
+        if self.family is None or self.last_input is None or self.last_output is None:
+            raise ValueError("the teacher was built with features=False, and has no last stage: leave that out.")
+        return self.last_input, self.last_output
+
     def _autocast(self, x: torch.Tensor) -> AbstractContextManager:
         return torch.autocast(x.device.type, self.precision) if self.precision else nullcontext()
 
     @torch.no_grad()
     def targets(self, images: torch.Tensor) -> TeacherTargets:
-        """Targets for images (B, 3, H, W) in the teacher's own normalisation and size."""
+        """Targets for images (B, 3, H, W) in the teacher's own normalisation and size.
+
+        Returns:
+            `TeacherTargets`, without gradient: tokens (B, P, C) on `last_output.grid`, row by row, and logits (B, K) in the
+            order of the training classes where `match` has found it.
+        """
+        model: Any = self.model
         with self._autocast(images):
             if self.family is None:
-                return TeacherTargets(images.new_empty(0), self._in_order(self.model(images)))
-            tokens, features = self.family.forward(self.model, images)
+                return TeacherTargets(images.new_empty(0), self._in_order(model(images)))
+            tokens, features = self.family.forward(model, images)
             # the losses' kernels need contiguous channels, which the maps of convolutional teachers do not have
             tokens = tokens.contiguous()
-            logits = self._in_order(self.model.forward_head(features)) if self.num_classes else None
+            logits = self._in_order(model.forward_head(features)) if self.num_classes else None
             return TeacherTargets(tokens, logits)
 
     @torch.no_grad()
@@ -235,21 +263,24 @@ class Teacher(nn.Module):
 
         Raises:
             UserError: A model that timm's `forward_intermediates` cannot stop right before its last stage.
+            ValueError: The teacher was built without features.
         """
-        blocks = getattr(self.model, "blocks", None)
-        is_plain_vit = blocks is not None and not hasattr(self.model, "layers")
+        last_input, _ = self.stages
+        model: Any = self.model
+        blocks = getattr(model, "blocks", None)
+        is_plain_vit = blocks is not None and not hasattr(model, "layers")
         # an index from the end is right for any number of stages
-        index = -1 - (last_block_count(len(blocks)) if is_plain_vit else 1)
-        (h, w), dim = self.last_input.grid, self.last_input.dim
+        index = -1 - (last_block_count(len(blocks)) if blocks is not None and is_plain_vit else 1)
+        (h, w), dim = last_input.grid, last_input.dim
         maps_BCHW = None
-        if hasattr(self.model, "forward_intermediates"):
+        if hasattr(model, "forward_intermediates"):
             with self._autocast(images):
-                (maps_BCHW,) = self.model.forward_intermediates(
+                (maps_BCHW,) = model.forward_intermediates(
                     images, indices=[index], norm=False, stop_early=True, intermediates_only=True, output_fmt="NCHW"
                 )
         if maps_BCHW is None or maps_BCHW.shape[1:] != (dim, h, w):
             raise UserError(
-                f"the teacher ({type(self.model).__name__}) does not give its tokens before the last stage, {h}x{w} of "
+                f"the teacher ({type(model).__name__}) does not give its tokens before the last stage, {h}x{w} of "
                 f"{dim} channels, which distilling without TPP needs: leave out --distill.tpp false."
             )
         return maps_BCHW.flatten(2).transpose(1, 2).contiguous()
@@ -264,14 +295,22 @@ class Teacher(nn.Module):
             (B, P, C) on `last_output.grid`.
 
         Raises:
-            ValueError: The tokens do not have the number or the channels of `last_input`.
+            ValueError: The tokens do not have the number or the channels of `last_input`; or the teacher was built
+                without features.
         """
-        h, w = self.last_input.grid
-        if tokens.shape[1:] != (h * w, self.last_input.dim):
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {self.last_input.dim}).")
+        last_input, _ = self.stages
+        # `stages` has seen that there is one
+        run: Any = self.family
+        h, w = last_input.grid
+        if tokens.shape[1:] != (h * w, last_input.dim):
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {last_input.dim}).")
         with self._autocast(tokens):
-            return self.family.last_stage(self.model, tokens).contiguous()
+            return run.last_stage(self.model, tokens).contiguous()
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
-        """Same as `targets`."""
+        """Same as `targets`: tokens (B, P, C) and logits (B, K) of images (B, 3, H, W)."""
         return self.targets(images)
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward

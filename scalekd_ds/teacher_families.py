@@ -57,22 +57,23 @@ class Family:
         stages: model -> (`Stage` before the last stage, `Stage` after it).
     """
 
-    forward: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    last_stage: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    stages: Callable[[nn.Module], tuple[Stage, Stage]]
+    # the model as Any: a function of a family takes its own class, whose attributes it reads
+    forward: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    last_stage: Callable[[Any, torch.Tensor], torch.Tensor]
+    stages: Callable[[Any], tuple[Stage, Stage]]
 
 
-def _swin_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _swin_forward(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features_BHWC = model.forward_features(images)
     return features_BHWC.flatten(1, 2), features_BHWC
 
 
-def _swin_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _swin_last_stage(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     stage = model.layers[-1]
     return model.norm(stage(tokens.unflatten(1, tuple(stage.input_resolution)))).flatten(1, 2)
 
 
-def _swin_stages(model: nn.Module) -> tuple[Stage, Stage]:
+def _swin_stages(model: Any) -> tuple[Stage, Stage]:
     if len(model.layers) < 2:
         raise UserError("the teacher has one stage: ScaleKD needs a stage before the last one.")
     last, before = model.layers[-1], model.layers[-2]
@@ -91,21 +92,21 @@ def _tokens_of(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.flatten(2).transpose(1, 2)
 
 
-def _map_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _map_forward(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features, maps_BCHW = model.forward_intermediates(images, indices=1, norm=False)
     return _tokens_of(maps_BCHW[0]), features
 
 
-def _map_last_stage(model: nn.Module, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _map_last_stage(model: Any, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return _tokens_of(model.stages[-1](tokens.transpose(1, 2).unflatten(2, grid)))
 
 
-def _heads_of(stage: nn.Module, dim: int) -> int:
+def _heads_of(stage: Any, dim: int) -> int:
     return getattr(getattr(stage.blocks[-1], "attn", None), "num_heads", None) or default_heads(dim)
 
 
 @torch.no_grad()
-def _map_family(model: nn.Module) -> Family:
+def _map_family(model: Any) -> Family:
     """The family of a convolutional model, which keeps no grid: one forward pass at its own image size tells it."""
     name = type(model).__name__
     if len(model.stages) < 2:
@@ -124,16 +125,16 @@ def _map_family(model: nn.Module) -> Family:
         raise UserError(f"the teacher ({name}) cannot take {size[0]}x{size[1]} images: {error}") from None
     finally:
         handle.remove()
-    before_and_after = tuple(
-        Stage(tuple(shape[2:]), shape[1], _heads_of(stage, shape[1]))
+    before, after = (
+        Stage((shape[2], shape[3]), shape[1], _heads_of(stage, shape[1]))
         for shape, stage in zip(shapes, list(model.stages)[-2:], strict=True)
     )
-    last_stage = partial(_map_last_stage, grid=before_and_after[0].grid)
+    last_stage = partial(_map_last_stage, grid=before.grid)
     # a function of a module, not a lambda: distillers are pickled
-    return Family(_map_forward, last_stage, partial(_known_stages, before_and_after))
+    return Family(_map_forward, last_stage, partial(_known_stages, (before, after)))
 
 
-def _known_stages(stages: tuple[Stage, ...], _: nn.Module) -> tuple[Stage, ...]:
+def _known_stages(stages: tuple[Stage, Stage], _: nn.Module) -> tuple[Stage, Stage]:
     return stages
 
 
@@ -142,12 +143,12 @@ def last_block_count(depth: int) -> int:
     return max(1, round(2 * depth / 24))
 
 
-def _vit_forward(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _vit_forward(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features, (tokens,) = model.forward_intermediates(images, indices=1, norm=False, output_fmt="NLC")
     return tokens, features
 
 
-def _patch_only(block: nn.Module) -> nn.Module:
+def _patch_only(block: Any) -> Any:
     """A shallow copy of a transformer block that attends among patch tokens alone.
 
     Parameters and hooks are shared with the original. Only what depends on the number of prefix tokens is replaced:
@@ -168,7 +169,7 @@ def _patch_only(block: nn.Module) -> nn.Module:
     return block
 
 
-def _block_arguments(model: nn.Module, first: int) -> list[dict[str, Any]]:
+def _block_arguments(model: Any, first: int) -> list[dict[str, Any]]:
     """Arguments of each block from `first` on beside its tokens: rotary embeddings, or BEiT's shared position bias."""
     count = len(model.blocks) - first
     if getattr(model, "rope", None) is not None:
@@ -184,14 +185,14 @@ def _block_arguments(model: nn.Module, first: int) -> list[dict[str, Any]]:
     return [{}] * count
 
 
-def _vit_last_stage(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _vit_last_stage(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     first = len(model.blocks) - last_block_count(len(model.blocks))
     for block, arguments in zip(list(model.blocks)[first:], _block_arguments(model, first), strict=True):
         tokens = _patch_only(block)(tokens, **arguments)
     return tokens
 
 
-def _vit_stages(model: nn.Module) -> tuple[Stage, Stage]:
+def _vit_stages(model: Any) -> tuple[Stage, Stage]:
     if not hasattr(model.blocks[-1], "attn"):
         raise UserError(
             f"the teacher's blocks are {type(model.blocks[-1]).__name__}: they have no separate attention, and it "
@@ -207,7 +208,7 @@ _SWIN = Family(_swin_forward, _swin_last_stage, _swin_stages)
 _VIT = Family(_vit_forward, _vit_last_stage, _vit_stages)
 
 # class of model -> its family, or a function that makes the family of a built model
-FAMILIES: dict[type[nn.Module], Family | Callable[[nn.Module], Family]] = {
+FAMILIES: dict[type[nn.Module], Family | Callable[[Any], Family]] = {
     SwinTransformer: _SWIN,
     SwinTransformerV2: _SWIN,
     ConvNeXt: _map_family,
@@ -218,7 +219,7 @@ FAMILIES: dict[type[nn.Module], Family | Callable[[nn.Module], Family]] = {
 }
 
 
-def register_family(model_class: type[nn.Module], family: Family | Callable[[nn.Module], Family]) -> None:
+def register_family(model_class: type[nn.Module], family: Family | Callable[[Any], Family]) -> None:
     """Lets models of `model_class` and its subclasses be teachers.
 
     Args:

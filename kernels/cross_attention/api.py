@@ -55,7 +55,17 @@ def _scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale
 
 
 def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """`cap_attention` by PyTorch's scaled_dot_product_attention alone; takes and returns what that does."""
+    """`cap_attention` by PyTorch's scaled_dot_product_attention alone.
+
+    Args:
+        q: (G, Q, N, D) queries, as in `cap_attention`.
+        k: (B, S, N, D) keys.
+        v: (B, S, N, D) values.
+        scale: Factor of q k^T.
+
+    Returns:
+        (B, Q, N, D).
+    """
     q, k, v = (x.transpose(1, 2) for x in (reference.expand_groups(q, k.shape[0]), k, v))
     if k.device.type != "cpu" or k.dtype not in (torch.bfloat16, torch.float16):
         return _scaled_dot_product(q, k, v, scale).transpose(1, 2)

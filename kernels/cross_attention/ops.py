@@ -8,7 +8,7 @@ and v share one buffer (B, S, 2, N, D), which is the layout of the fused project
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,14 @@ MAX_CHUNK = 4
 
 
 def supports(head_size: int, queries: int, keys: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these sizes. They do not take float32, whose backward in three tf32 products spills."""
+    """Whether the kernels take these sizes. They do not take float32, whose backward in three tf32 products spills.
+
+    Args:
+        head_size: D.
+        queries: Q.
+        keys: S.
+        dtype: Type of q, k and v.
+    """
     fits = head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE and max(queries, keys) <= MAX_TOKENS
     return fits and dtype in (torch.bfloat16, torch.float16)
 
@@ -68,7 +75,9 @@ def is_small(head_size: int, queries: int, keys: int) -> bool:
     return max(queries, keys) <= MAX_SMALL_TOKENS and (head_size <= 64 or (head_size <= 128 and head_size % 16 == 0))
 
 
-def _shared_arguments(q, k, v, scale):
+def _shared_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[tuple[int, ...], int, float, dict[str, int]]:
     """What every kernel takes: strides, samples of a group, scale for powers of two, and sizes by name."""
     G, Q, N, D = q.shape
     B, S = k.shape[:2]
@@ -84,7 +93,9 @@ def _launch_options(tile: Tile, by_keys: bool = False) -> dict:
     return blocks | {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
-def _triton_forward(q, k, v, scale):
+def _triton_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     (_, Q, N, D), B = q.shape, k.shape[0]
     strides, per_group, log2_scale, sizes = _shared_arguments(q, k, v, scale)
     tile = tiles(D)[0]
@@ -99,7 +110,15 @@ def _triton_forward(q, k, v, scale):
     return out, lse
 
 
-def _triton_backward(dout, q, k, v, out, lse, scale):
+def _triton_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     (G, Q, N, D), (B, S) = q.shape, k.shape[:2]
     strides, per_group, log2_scale, sizes = _shared_arguments(q, k, v, scale)
     tile = tiles(D)[1]
@@ -130,18 +149,28 @@ def _triton_backward(dout, q, k, v, out, lse, scale):
     return dq, dkv
 
 
-def _scores(q, k, scale):
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """scale q k^T, (B, N, Q, S) in float32."""
     return scale * torch.einsum("bqnd,bsnd->bnqs", expand_groups(q.float(), k.shape[0]), k.float())
 
 
-def _torch_forward(q, k, v, scale):
+def _torch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = _scores(q, k, scale)
     out = torch.einsum("bnqs,bsnd->bqnd", scores.softmax(-1), v.float())
     return out.to(k.dtype).contiguous(), scores.logsumexp(-1) * math.log2(math.e)
 
 
-def _torch_backward(dout, q, k, v, out, lse, scale):
+def _torch_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     p = (_scores(q, k, scale) - (lse / math.log2(math.e))[..., None]).exp()
     dout = dout.float()
     dv = torch.einsum("bnqs,bqnd->bsnd", p, dout)
@@ -182,7 +211,7 @@ def cap_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
 
 
 @cap_attention.register_fake
-def _(q, k, v, scale):
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     (_, Q, N, D), B = q.shape, k.shape[0]
     return k.new_empty(B, Q, N, D), k.new_empty(B, N, Q, dtype=torch.float32)
 
@@ -197,7 +226,20 @@ def cap_attention_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `cap_attention`: dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D)."""
+    """Gradients of `cap_attention`.
+
+    Args:
+        dout: (B, Q, N, D) gradient of its output.
+        q: (G, Q, N, D), as it was given.
+        k: (B, S, N, D), as it was given.
+        v: (B, S, N, D), as it was given.
+        out: (B, Q, N, D) that it returned.
+        lse: (B, N, Q) that it returned.
+        scale: As it was given.
+
+    Returns:
+        dq (G, Q, N, D), and dk and dv in one buffer (B, S, 2, N, D).
+    """
     if _runs_triton(q):
         return _triton_backward(dout, q, k, v, out, lse, scale)
     with torch.autocast(q.device.type, enabled=False):
@@ -205,17 +247,25 @@ def cap_attention_backward(
 
 
 @cap_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, scale):
+def _(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, N, D = k.shape
     return q.new_empty(q.shape), k.new_empty(B, S, 2, N, D)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
     dq, dkv = cap_attention_backward(dout, *ctx.saved_tensors, ctx.scale)
     dk, dv = dkv.unbind(2)
     return dq, dk, dv, None

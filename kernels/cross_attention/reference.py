@@ -17,7 +17,17 @@ def expand_groups(q_GQND: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def cap_attention(q_GQND: torch.Tensor, k_BSND: torch.Tensor, v_BSND: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, Q, N, D): softmax(scale q k^T) v for each head, with the queries of the sample's group."""
+    """The projector's attention (ScaleKD section 3.1): softmax(scale q k^T) v for each head.
+
+    Args:
+        q_GQND: (G, Q, N, D) queries: those of group g serve the g-th B/G samples.
+        k_BSND: (B, S, N, D) keys.
+        v_BSND: (B, S, N, D) values.
+        scale: Factor of q k^T.
+
+    Returns:
+        (B, Q, N, D).
+    """
     q_BNQD = expand_groups(q_GQND, k_BSND.shape[0]).transpose(1, 2)
     scores_BNQS = scale * (q_BNQD @ k_BSND.permute(0, 2, 3, 1))
     return (scores_BNQS.softmax(-1) @ v_BSND.transpose(1, 2)).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -70,6 +71,10 @@ def dual_view_loss(
             everything, naming the argument.
     """
     single = isinstance(s_spatial, torch.Tensor)
+    # checked below: types do not say that all three are of one stage, or all of several
+    spatial: Any
+    frequency: Any
+    pairs: Any
     spatial, frequency, pairs = ([s_spatial], [s_frequency], [weights]) if single else (s_spatial, s_frequency, weights)
     if t.dim() != 3:
         raise ValueError(f"t has shape {tuple(t.shape)}: it must be (batch, tokens, channels).")

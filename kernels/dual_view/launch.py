@@ -88,6 +88,13 @@ def kind_of(tokens: int, rank: int | None) -> int | None:
     return kernels.SWEEP if rank <= MAX_RANK else None
 
 
+def _known_kind(tokens: int, rank: int | None) -> int:
+    kind = kind_of(tokens, rank)
+    if kind is None:
+        raise ValueError(f"{tokens} tokens with a filter of rank {rank} are more than the kernels take.")
+    return kind
+
+
 def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
     """The tile of a launch, for arguments that `kind_of` has a kind for.
 
@@ -96,7 +103,7 @@ def tile_of(tokens: int, rank: int | None, itemsize: int) -> Tile:
         rank: Rank of the filter; None for the mean alone.
         itemsize: Bytes of one number of the widest tensor.
     """
-    kind, size = kind_of(tokens, rank), max(64, padded(tokens))
+    kind, size = _known_kind(tokens, rank), max(64, padded(tokens))
     if (kind, size) == (kernels.MEAN, 256) and itemsize == 2:
         return Tile(size, 32, 16)
     return Tile(size, *_TILES[kind, size])
@@ -125,7 +132,7 @@ def filter_of(basis: torch.Tensor | None) -> Filter:
         return Filter(kernels.MEAN, None, 1, True)
     if id(basis) not in _filter_cache:
         tokens, rank = basis.shape
-        matrix, kind, width = basis.float().contiguous(), kind_of(tokens, rank), rank
+        matrix, kind, width = basis.float().contiguous(), _known_kind(tokens, rank), rank
         if kind == kernels.DENSE:
             # in float64, a product that neither autocast nor tf32 rounds
             wide = basis.double()
@@ -186,8 +193,14 @@ def _launch_arguments(
     return [*students, t, t if filter_.matrix is None else filter_.matrix], strides, constants, options
 
 
-def forward(s_spatial, s_frequency, t, basis, weights):
-    """`ops.dual_view` by the Triton kernels."""
+def forward(
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    weights: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.dual_view` by the Triton kernels: its arguments, (B, P, C) tokens, and what it returns."""
     (B, P, _), L = t.shape, len(s_spatial)
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     splits = 4 if 4 * constants["BC"] <= constants["C"] else 1
@@ -206,8 +219,15 @@ def forward(s_spatial, s_frequency, t, basis, weights):
     return loss.sum(0), coef
 
 
-def backward(upstream, s_spatial, s_frequency, t, basis, coef):
-    """`ops.dual_view_backward` by the Triton kernels."""
+def backward(
+    upstream: torch.Tensor,
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    coef: torch.Tensor,
+) -> list[torch.Tensor]:
+    """`ops.dual_view_backward` by the Triton kernels: its arguments, and 2 L gradients (B, P, C)."""
     B, P, C = t.shape
     pointers, strides, constants, options = _launch_arguments(s_spatial, s_frequency, t, basis)
     padded_C = constants["C"]

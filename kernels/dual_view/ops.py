@@ -7,6 +7,7 @@ PyTorch on other tensors, so that `opcheck` and `torch.compile` can be tested wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,9 @@ from scalekd_ds.kernels.dual_view.reference import EPS, NOISE, high_pass
 from scalekd_ds.kernels.interpreted import INTERPRETED
 
 
-def _coefficients(ss_BP, tt_BP, st_BP):
+def _coefficients(
+    ss_BP: torch.Tensor, tt_BP: torch.Tensor, st_BP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of each token and alpha and beta of its gradient, from |s|^2, |t|^2 and <s,t>; see triton_kernels."""
     s_rnorm, t_rnorm = 1 / ss_BP.sqrt().clamp_min(EPS), 1 / tt_BP.sqrt().clamp_min(EPS)
     cos = st_BP * s_rnorm * t_rnorm
@@ -26,12 +29,18 @@ def _coefficients(ss_BP, tt_BP, st_BP):
     return loss, alpha, -2 * s_rnorm * t_rnorm
 
 
-def _is_noise(filtered_BP, whole_BP):
+def _is_noise(filtered_BP: torch.Tensor, whole_BP: torch.Tensor) -> torch.Tensor:
     """Where the squared norm of a filtered token is that of rounding noise."""
     return filtered_BP <= NOISE**2 * whole_BP.amax(1, keepdim=True)
 
 
-def _torch_forward(s_spatial, s_frequency, t, basis, weights):
+def _torch_forward(
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    weights: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
     B = t.shape[0]
     t = t.float()
     v = high_pass(t, basis)
@@ -59,7 +68,14 @@ def _saturating_cast(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return gradient.clamp(-limit, limit).to(dtype)
 
 
-def _torch_backward(upstream, s_spatial, s_frequency, t, basis, coef):
+def _torch_backward(
+    upstream: torch.Tensor,
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    coef: torch.Tensor,
+) -> list[torch.Tensor]:
     t = t.float()
     v = high_pass(t, basis)
     spatial, frequency = [], []
@@ -104,7 +120,13 @@ def dual_view(
 
 
 @dual_view.register_fake
-def _(s_spatial, s_frequency, t, basis, weights):
+def _(
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    weights: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
     L, (B, P, _) = len(s_spatial), t.shape
     return t.new_empty(L, 2, dtype=torch.float32), t.new_empty(L, B, 4, P, dtype=torch.float32)
 
@@ -118,7 +140,15 @@ def dual_view_backward(
     basis: torch.Tensor | None,
     coef: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Gradients of `dual_view`, given that of its losses, `upstream` (L, 2), and the coefficients that it returned.
+    """Gradients of `dual_view`.
+
+    Args:
+        upstream: (L, 2) gradient of its losses.
+        s_spatial: L tensors (B, P, C), as they were given.
+        s_frequency: L tensors (B, P, C), as they were given.
+        t: (B, P, C), as it was given.
+        basis: (P, R) or None, as it was given.
+        coef: (L, B, 4, P) coefficients that it returned.
 
     Returns:
         2 L contiguous tensors, first of the spatial and then of the frequency view, each in the dtype of its input.
@@ -130,17 +160,26 @@ def dual_view_backward(
 
 
 @dual_view_backward.register_fake
-def _(upstream, s_spatial, s_frequency, t, basis, coef):
+def _(
+    upstream: torch.Tensor,
+    s_spatial: Sequence[torch.Tensor],
+    s_frequency: Sequence[torch.Tensor],
+    t: torch.Tensor,
+    basis: torch.Tensor | None,
+    coef: torch.Tensor,
+) -> list[torch.Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*s_spatial, *s_frequency)]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     s_spatial, s_frequency, t, basis, _ = inputs
     ctx.stages, ctx.has_basis = len(s_spatial), basis is not None
     ctx.save_for_backward(*s_spatial, *s_frequency, t, output[1], *([basis] if ctx.has_basis else []))
 
 
-def _backward(ctx, upstream, _):
+def _backward(
+    ctx: Any, upstream: torch.Tensor, _: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor], None, None, None]:
     saved, L = ctx.saved_tensors, ctx.stages
     basis = saved[2 * L + 2] if ctx.has_basis else None
     out = dual_view_backward(upstream, saved[:L], saved[L : 2 * L], saved[2 * L], basis, saved[2 * L + 1])
@@ -157,7 +196,18 @@ def dual_view_stages(
     basis: torch.Tensor | None,
     weights: Sequence[Sequence[float]],
 ) -> torch.Tensor:
-    """Weighted losses (L, 2) of any number of stages, in as many launches as their tile needs."""
+    """Weighted losses of any number of stages, in as many launches as their tile needs.
+
+    Args:
+        s_spatial: L tensors (B, P, C), student tokens of the spatial view.
+        s_frequency: L tensors (B, P, C), student tokens of the frequency view.
+        t: (B, P, C) teacher tokens.
+        basis: As in `dual_view`.
+        weights: (spatial, frequency) factors of each stage.
+
+    Returns:
+        (L, 2) in float32.
+    """
     per_launch = tile_for([*s_spatial, *s_frequency, t], basis).stages
     losses = []
     for start in range(0, len(s_spatial), per_launch):

@@ -6,6 +6,7 @@ Shape letters: B batch, P tokens of the teacher's grid, C channels, R rank of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,11 @@ class _WidenFloat16(torch.autograd.Function):
     """float16 to float32 with a gradient that saturates, because that of a token of zeros is about 1e12."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         return x.float()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         limit = torch.finfo(torch.float16).max
         return gradient.clamp(-limit, limit).half()
 
@@ -38,6 +39,13 @@ def high_pass(x_BPC: torch.Tensor, low_PR: torch.Tensor | None) -> torch.Tensor:
 
     The paper sets DCT(0,0) to zero and inverts the DCT, which equals subtracting each channel's mean over the grid. To
     drop other frequencies, `low_PR` holds their columns of the orthonormal DCT.
+
+    Args:
+        x_BPC: (B, P, C) tokens.
+        low_PR: (P, R) orthonormal columns, or None.
+
+    Returns:
+        (B, P, C).
     """
     if low_PR is None:
         return x_BPC - x_BPC.mean(dim=1, keepdim=True)

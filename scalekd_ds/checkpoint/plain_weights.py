@@ -19,6 +19,11 @@ from scalekd_ds.names import utf8_path
 def write_student(weights: Path, state: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
     """Writes plain weights and their JSON card beside them; the file of the weights appears last, and complete.
 
+    Args:
+        weights: The .safetensors to write; its card has the same name and the ending .json.
+        state: Tensors of any shape by timm's names.
+        card: Contents of the card.
+
     Raises:
         OSError: It cannot be written; the file that was there before is there still.
     """
@@ -36,6 +41,9 @@ def consolidate(checkpoint_dir: str | Path, weights: str | None = None) -> dict[
         checkpoint_dir: Folder of a checkpoint, or of a run or its checkpoints/, of which the newest is taken.
         weights: `student` for the student's own weights, `ema` for their moving average; None takes the ones that the
             run ships.
+
+    Returns:
+        Name -> tensor on the CPU, in the shapes that the timm model's own state dict has.
 
     Raises:
         UserError: There is no checkpoint, it is damaged, or it has no moving average.

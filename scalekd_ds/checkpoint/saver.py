@@ -50,7 +50,7 @@ class Saver:
     def __init__(self, run_dir: Path, keep_last: int, keep_best: int, store: Any = None) -> None:
         self.folder, self.keep_last, self.keep_best = run_dir / "checkpoints", keep_last, keep_best
         self._latest = run_dir / LATEST
-        self._store = store.clone() if store is not None else None
+        self._store: Any = store.clone() if store is not None else None
         self.copies = HostCopies()
         self._pool = ThreadPoolExecutor(1, "save-checkpoint")
         self._pending: tuple[Path, Future] | None = None

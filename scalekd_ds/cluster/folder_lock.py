@@ -123,7 +123,8 @@ class FolderLock:
 
     def _try(self) -> dict[str, Any] | None:
         """Takes the lock and returns None, or returns what its owner wrote."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file, is_taken = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), False
+        locked: bool | None
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,10 +143,10 @@ class FolderLock:
             if owner and not self._is_dead(owner, locked):
                 return owner
             self._write(file)
-            self._file, file = file, None
+            self._file, is_taken = file, True
             return None
         finally:
-            if file is not None:
+            if not is_taken:
                 os.close(file)
 
     def _cure(self, error: OSError) -> str:
@@ -202,7 +203,8 @@ class FolderLock:
                     )
                     # the main thread would write into the folder of the other job
                     os._exit(UserError.status)
-                self._write(self._file)
+                if self._file is not None:
+                    self._write(self._file)
 
     def _taken_over_by(self) -> dict[str, Any] | None:
         """The owner that has taken over while this process was stopped; None where there is none."""
@@ -216,7 +218,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Gives the folder back."""
-        if self._counting is None:
+        if self._counting is None or self._file is None:
             return
         self._released.set()
         # the number of a closed file may be that of another one at once, into which the thread would write

@@ -96,9 +96,11 @@ class Heartbeat:
     ) -> None:
         self.rank, self.world_size, self.folder = rank, world_size, folder
         self.rank_timeout, self.hang_timeout = rank_timeout, hang_timeout
-        self._network_error, self._broken_since = network_error, None
+        self._network_error = network_error
+        self._broken_since: float | None = None
         self.step = 0
-        self._progress, self._end = 0, None
+        self._progress = 0
+        self._end: str | None = None
         # the error for which lost ranks were looked for already
         self._searched: BaseException | None = None
         # the last new heartbeat of each other rank, and when it came
@@ -107,7 +109,7 @@ class Heartbeat:
         self._last_progress = (-1, -1)
         self._stopped = threading.Event()
         # a connection of its own, so that a heartbeat never waits for another thread's request to the store
-        self._store = store.clone() if store is not None else None
+        self._store: Any = store.clone() if store is not None else None
         if self._store is not None:
             self._store.set_timeout(timedelta(seconds=max(1.0, rank_timeout / 3)))
 
@@ -130,7 +132,7 @@ class Heartbeat:
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * _INTERVAL_S)
-        if ending is not error:
+        if ending is not None and ending is not error:
             raise ending from error
 
     def progress(self, step: int | None = None) -> None:
@@ -245,8 +247,8 @@ class Heartbeat:
         if error is None:
             self._broken_since = None
             return
-        self._broken_since = self._broken_since or time.monotonic()
-        if time.monotonic() - self._broken_since > self.rank_timeout + _NETWORK_S:
+        since = self._broken_since = self._broken_since or time.monotonic()
+        if time.monotonic() - since > self.rank_timeout + _NETWORK_S:
             self._exit(f"{error}, and no rank is lost: look at the network (NCCL_DEBUG=WARN says more).")
 
     def _excuse(self, seconds: float) -> None:

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from scalekd_ds.cluster.launcher import STARTED_BY, identity
+from scalekd_ds.cluster.launcher import RUNNERS, STARTED_BY, identity
 from scalekd_ds.process import signals
 
 # seconds for which processes that a dead launcher has left behind may save
@@ -36,7 +37,7 @@ class Job:
         signal: The first signal that was passed on, or None.
     """
 
-    def __init__(self, command: list[str | Path], **more: Any) -> None:
+    def __init__(self, command: Sequence[str | Path], **more: Any) -> None:
         self.signal: int | None = None
         self._presses = 0
         environment = {**(more.pop("env", None) or os.environ), STARTED_BY: identity()}
@@ -72,9 +73,10 @@ class Job:
         ranks = [process for process in members if _is_rank(process)]
         if ranks:
             self._send(ranks, number)
-        elif any("deepspeed.launcher.runner" in _words(process) for process in members):
+        elif any(runner in _words(process) for process in members for runner in RUNNERS):
             # with a handler for SIGTERM where it has ranks on other nodes, and without a traceback where it has none
-            self._send([p for p in members if "deepspeed.launcher." in _words(p)], signal.SIGTERM)
+            all_launchers = ("deepspeed.launcher.", *RUNNERS)
+            self._send([p for p in members if any(name in _words(p) for name in all_launchers)], signal.SIGTERM)
         else:
             self._send([p for p in members if p.pid == self._process.pid], number)
 
@@ -94,7 +96,7 @@ class Job:
                 process.send_signal(number)
 
 
-def run_job(command: list[str | Path], **more: Any) -> tuple[int, int | None]:
+def run_job(command: Sequence[str | Path], **more: Any) -> tuple[int, int | None]:
     """Runs a job to its end; signals to this process go to its ranks meanwhile.
 
     Returns:

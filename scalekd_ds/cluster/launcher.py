@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 
 from scalekd_ds.cluster.hosts import read_hosts
 from scalekd_ds.errors import UserError
 
+# modules that are the launcher: DeepSpeed's, and what `scalekd train` starts in its place
+RUNNERS = ("deepspeed.launcher.runner", "scalekd_ds.commands.launcher")
 # what the launcher's command line contains when it is started as a command, a script or a module
-_LAUNCHERS = ("deepspeed", "ds", "runner.py", "deepspeed.launcher.runner")
+_LAUNCHERS = ("deepspeed", "ds", "runner.py", *RUNNERS)
 
 
 # those of all launchers, on the node of the command and on the others
@@ -42,10 +45,11 @@ def abandonment() -> Callable[[], str | None]:
     if by := os.environ.get(STARTED_BY):
         started["the command that started it"] = lambda: _still_runs(by)
     if "RANK" in os.environ:
-        own, *above = [psutil.Process(), *psutil.Process().parents()]
+        own = psutil.Process()
+        above = own.parents()
         for process in above:
             if _is_launcher(process):
-                started[f"its launcher, process {process.pid},"] = lambda process=process: _runs(process)
+                started[f"its launcher, process {process.pid},"] = partial(_runs, process)
         # those of DeepSpeed: the one on each node starts the ranks, and another one has started that
         nodes = [p for p in above if "deepspeed.launcher.launch" in _command(p)]
         first = nodes[-1] if nodes else own

@@ -120,8 +120,8 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
         raise UserError(f"RANK is {rank} and WORLD_SIZE is not set: unset RANK to train alone, or {_COMMANDS}.")
     if not 0 <= rank < world_size:
         raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks are numbered from 0 to {world_size - 1}.")
-    same = tasks is not None and (tasks.rank, tasks.world_size) == (rank, world_size)
-    local_rank = given.get("LOCAL_RANK", tasks.local_rank if same else 0 if world_size == 1 else None)
+    same = tasks if tasks is not None and (tasks.rank, tasks.world_size) == (rank, world_size) else None
+    local_rank = given.get("LOCAL_RANK", same.local_rank if same else 0 if world_size == 1 else None)
     if local_rank is None:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {world_size}, but LOCAL_RANK is not set, which chooses the GPU: set it to the "
@@ -131,7 +131,7 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
         raise UserError(f"LOCAL_RANK is {local_rank} and WORLD_SIZE {world_size}: it must be below that.")
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if not address:
-        address = tasks.address if same else "127.0.0.1" if world_size == 1 else None
+        address = same.address if same else "127.0.0.1" if world_size == 1 else None
     if not address:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {world_size}, but MASTER_ADDR is not set: set it on every rank to the name of "
@@ -147,7 +147,7 @@ def _complete(given: dict[str, int], environment: Mapping[str, str], tasks: _Tas
         port = str(free_port())
     elif same:
         # the same one on every rank, and seldom that of another job on the same nodes
-        port = str(15_000 + zlib.crc32(tasks.identity.encode()) % 15_000)
+        port = str(15_000 + zlib.crc32(same.identity.encode()) % 15_000)
     else:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {world_size}, but MASTER_PORT is not set: set it on every rank to a free port "
@@ -180,8 +180,10 @@ def _slurm_task(environment: Mapping[str, str]) -> _Tasks | None:
     if _count(environment, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
         step = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
-        numbers = (_number(environment, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS"))
-        return _Tasks("srun", *numbers, first_node(nodes), step)
+        rank, local_rank, size = (
+            _number(environment, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS")
+        )
+        return _Tasks("srun", rank, local_rank, size, first_node(nodes), step)
     return None
 
 
@@ -189,10 +191,10 @@ def _mpi_task(environment: Mapping[str, str], alone: bool) -> _Tasks | None:
     """The task that MPI's variables name; `alone`: nothing else does, so that half of them is an error."""
     for names in _MPI:
         if _count(environment, names.size) > 1 and names.local_rank in environment:
-            numbers = [_number(environment, name) for name in (names.rank, names.local_rank, names.size)]
-            here = _count(environment, names.local_size) == numbers[2]
+            rank, local_rank, size = (_number(environment, n) for n in (names.rank, names.local_rank, names.size))
+            here = _count(environment, names.local_size) == size
             job = next((environment[name] for name in _MPI_JOBS if environment.get(name)), str(os.getppid()))
-            return _Tasks(names.starter, *numbers, "127.0.0.1" if here else None, job)
+            return _Tasks(names.starter, rank, local_rank, size, "127.0.0.1" if here else None, job)
     for names in _MPI if alone else ():
         if _count(environment, names.size) > 1 and names.rank in environment:
             raise UserError(

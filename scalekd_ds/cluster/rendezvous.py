@@ -40,7 +40,7 @@ def check_meeting_place() -> None:
     if isinstance(error, PermissionError):
         raise UserError(f"MASTER_PORT is {port}, which only root may open here: {_another_port()}")
     if error is not None:
-        raise UserError(_taken(port, error.strerror))
+        raise UserError(_taken(port, error.strerror or str(error)))
 
 
 def _opens_the_port() -> bool:

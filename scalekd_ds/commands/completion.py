@@ -57,6 +57,7 @@ def _run_parser(verb: str) -> argparse.ArgumentParser:
 
     parser = module_of("train").parser() if verb == "train" else run_parser("scalekd")
     completers: dict[str, Any] = {"--recipe": _complete_recipe, "--run.ds_config": _complete_ds_config}
+    action: Any
     for action in parser._actions:
         kind = getattr(action, "_typehint", None)
         if action.option_strings and action.option_strings[0] in completers:
@@ -78,7 +79,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, run: argparse.ArgumentParser
     for action in run._actions:
         flags = [f for f in action.option_strings if f.startswith("--") and f not in parser._option_string_actions]
         if flags and action.help != argparse.SUPPRESS:
-            added = parser.add_argument(*flags, nargs=None if action.nargs != 0 else 0, action=_CompletionOnly)
+            added: Any = parser.add_argument(*flags, nargs=None if action.nargs != 0 else 0, action=_CompletionOnly)
             added.completer = getattr(action, "completer", None)
     return parser
 
@@ -119,7 +120,8 @@ def complete() -> None:
     if not (verb in VERBS and verb_is_complete):
         verbs = Parser(prog="scalekd")
         verbs.add_argument("verb", choices=(*VERBS,))
-        argcomplete.autocomplete(verbs, always_complete_options=False, default_completer=None)
+        no_completer: Any = None
+        argcomplete.autocomplete(verbs, always_complete_options=False, default_completer=no_completer)
         return
     parser = _verb_parser(verb)
     if parser is None:

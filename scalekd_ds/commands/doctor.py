@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.errors import UserError, run_cli
@@ -111,7 +112,7 @@ def required_paths(run: list[str]) -> tuple[dict[str, str], str]:
     if parsed is None:
         raise SystemExit(0)
     cfg, _ = parsed
-    paths = {}
+    paths: dict[str, Any] = {}
     if cfg.data.root:
         for key, name in (("data.train", cfg.data.train), ("data.val", cfg.data.val)):
             if not name.startswith("hf:"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
+from scalekd_ds.commands.quiet import without_chatter
 from scalekd_ds.errors import UserError
 from scalekd_ds.names import escape
 
@@ -42,6 +43,7 @@ def _file_of_run(model: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    without_chatter()
     for name, value in ("batch-size", args.batch_size), ("threads", args.threads):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: it must be at least 1.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.quiet import on_cpu
@@ -19,9 +20,8 @@ def parser() -> Parser:
         f"formats:\n{listed}",
     )
     # not argparse's `choices`, whose error would not suggest the nearest name
-    options.add_argument(
-        "--format", required=True, metavar="FORMAT", help=", ".join(FORMATS)
-    ).completer = _complete_format
+    given: Any = options.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    given.completer = _complete_format
     options.add_argument(
         "source", metavar="CKPT_OR_FILE", help="a run's folder, a checkpoint's, or a consolidated .safetensors"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
+from scalekd_ds.commands.quiet import without_chatter
 from scalekd_ds.errors import UserError
 from scalekd_ds.names import one_line
 
@@ -54,6 +55,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    without_chatter()
     if args.count < 1:
         raise UserError(f"--images is {args.count}: it must be at least 1.")
     if args.size is not None and args.size < 8:

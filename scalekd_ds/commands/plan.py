@@ -77,9 +77,9 @@ def plan(argv: list[str] | None = None) -> None:
         json.dump(plans_as_dict(cfg, cluster, measured, assume, best, plans), sys.stdout, indent=1)
         print()
         return
-    from rich.console import Console
+    from scalekd_ds.process.console import readable_console
 
-    print_plan(Console(), cfg, cluster, measured, assume, best, plans)
+    print_plan(readable_console(), cfg, cluster, measured, assume, best, plans)
 
 
 def main(argv: list[str] | None = None) -> None:

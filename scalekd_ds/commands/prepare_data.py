@@ -31,9 +31,9 @@ def verify(args: argparse.Namespace) -> None:
 
     where = Path(args.dir)
     is_hub = args.dir.startswith("hf:")
-    sources = [folder for name in ("train", "val") if (folder := where / name).is_dir()] or [args.dir]
+    places = [folder for name in ("train", "val") if (folder := where / name).is_dir()] or [args.dir]
     # a function of the classes, since a part of a data set may have a single one
-    sources = [open_source(source, "verify", lambda names: None) for source in sources]
+    sources = [open_source(source, "verify", lambda names: None) for source in places]
     flaws = {name: reason for source in sources for name, reason in data.find_flaws(source, args.workers).items()}
     for name, reason in sorted(flaws.items()):
         print(one_line(f"{escape(name)} {reason}"))

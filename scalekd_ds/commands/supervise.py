@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         if hosts:
             hostfile = folder / f"hosts.{start}"
             hostfile.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
-            command = [*LAUNCHER, "--hostfile", hostfile, *shlex.split(arguments.deepspeed_args)]
+            command: list[str | Path] = [*LAUNCHER, "--hostfile", hostfile, *shlex.split(arguments.deepspeed_args)]
             print(f"supervisor: start {start} on {', '.join(hosts)}", flush=True)
             before = results.stat().st_mtime_ns if results.exists() else None
             status, number = run_job([*command, "--module", MODULE, *run], stdin=subprocess.DEVNULL)

@@ -10,14 +10,20 @@ from typing import Any
 
 from scalekd_ds.cluster.ranks import free_port, rank_variables, shell_of_one_task, started_together
 from scalekd_ds.commands.parser import Parser, examples_of
+from scalekd_ds.commands.quiet import is_verbose, without_chatter
 from scalekd_ds.errors import UserError, run_cli
 from scalekd_ds.names import escape, shell_word
 from scalekd_ds.process import output, signals
 
 # the module that the deepspeed launcher runs on every node
 MODULE = "scalekd_ds.commands.train"
+NEEDED = """most runs need these, and take the rest from their recipe:
+  --recipe NAME    settings by name; scalekd recipes lists them
+  --data.root DIR  images: train/ and val/, with a folder for each class
+  --run.dir DIR    where checkpoints, logs and student.safetensors go
+  --gpus N         processes on this machine; without it there is one"""
 # not the `deepspeed` command, which may be that of another environment on PATH
-LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+LAUNCHER = (sys.executable, "-m", "scalekd_ds.commands.launcher")
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +36,16 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _epilog() -> str:
+    """The end of the help, which is what a terminal shows of several hundred lines."""
+    return f"{NEEDED}\n\n{examples_of('train')}"
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the run's fields and of the launcher's options."""
     from scalekd_ds.config.parser import run_parser
 
-    return run_parser("scalekd train", add_launcher_arguments, examples_of("train"))
+    return run_parser("scalekd train", add_launcher_arguments, _epilog())
 
 
 def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
@@ -66,6 +77,9 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
             f"out, since the tasks are the ranks{shell_of_one_task(os.environ)}."
         )
     command = [*LAUNCHER]
+    # what it says of each process that it starts is for those who look for a fault
+    if not is_verbose() and not any(word.startswith(("--log_level", "--quiet")) for word in extra_arguments):
+        command.append("--quiet")
     if given.hostfile is not None:
         from scalekd_ds.cluster.hosts import read_hosts
 
@@ -108,7 +122,7 @@ def main(argv: list[str] | None = None) -> int | None:
     launcher: Any = Parser(add_help=False)
     add_launcher_arguments(launcher)
     given, run = launcher.parse_known_args(argv)
-    parsed = parse_run(run, "scalekd train", add_launcher_arguments, examples_of("train"))
+    parsed = parse_run(run, "scalekd train", add_launcher_arguments, _epilog())
     if parsed is None:
         return None
     cfg, dump = parsed
@@ -120,6 +134,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return None
     if given.gpus is not None or given.hostfile is not None:
         return _launch(launcher_command(given, run))
+    without_chatter()
     from scalekd_ds.cluster.launcher import abandonment
 
     output.goes_on("training")

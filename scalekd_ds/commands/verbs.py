@@ -49,10 +49,17 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "export": Verb(
-        "a student for timm, Hugging Face, ONNX, TorchScript or torch.export",
+        "a student as timm, Hugging Face, ONNX, TorchScript, torch.export",
         (
             "scalekd export --format timm runs/mine exported/timm",
             "scalekd export --format onnx student.safetensors exported/onnx",
+        ),
+    ),
+    "push": Verb(
+        "publish a student on a Hugging Face hub, with a model card",
+        (
+            "scalekd push runs/mine OWNER/NAME --license apache-2.0",
+            "scalekd push runs/mine OWNER/NAME --dry-run --out exported/hub",
         ),
     ),
     "inspect": Verb(
@@ -60,7 +67,7 @@ VERBS: dict[str, Verb] = {
         ("scalekd inspect runs/mine runs/fashion-mnist/val --out sheet.png",),
     ),
     "plan": Verb(
-        "memory, traffic, images/s and hours of a run before it starts",
+        "memory, traffic, images/s and hours of a run beforehand",
         ("scalekd plan --recipe swin_l-resnet50-traditional --gpus 16 --gpu-memory 40",),
         takes_run=True,
     ),
@@ -73,17 +80,53 @@ VERBS: dict[str, Verb] = {
         takes_run=True,
     ),
     "supervise": Verb(
-        "keep a job going: start it again from its last checkpoint when a node fails",
+        "start a job again from its last checkpoint when a node fails",
         ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
     ),
+    "quickstart": Verb(
+        "the first distillation: a small CNN learns from a small Swin on Fashion-MNIST",
+        (
+            "scalekd quickstart --quick",
+            "scalekd quickstart --seeds 3",
+            "scalekd quickstart --data DIR --out runs/first",
+        ),
+    ),
     "prepare-data": Verb(
-        "put Fashion-MNIST in place, or check that every image can be decoded",
+        "unpack Fashion-MNIST, or check that every image can be decoded",
         ("scalekd prepare-data fashion-mnist runs/fashion-mnist", "scalekd prepare-data verify DIR"),
     ),
     "completion": Verb(
         "print a shell's completion of verbs and flags",
         ("source <(scalekd completion bash)    # or zsh; from ~/.bashrc",),
     ),
+}
+
+# In the order of a user's work: a heading of `scalekd --help` -> its verbs.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "begin": ("quickstart", "recipes", "prepare-data"),
+    "before a run": ("plan", "doctor"),
+    "train": ("train", "supervise"),
+    "look at a student": ("evaluate", "inspect"),
+    "ship it": ("consolidate", "export", "push"),
+    "your shell": ("completion",),
+}
+
+DOCUMENTS = "https://scalekd-ds.github.io/scalekd_ds/"
+# What `scalekd` alone shows: a heading -> commands to type, and what each does, or "" where it says that itself.
+FIRST_COMMANDS: dict[str, dict[str, str]] = {
+    "Begin here, without a GPU and without images of your own:": {
+        "scalekd quickstart": "distil a small model, in minutes",
+    },
+    "Then a run of your own, on a folder DIR with train/ and val/:": {
+        "scalekd recipes": "published settings by name",
+        "scalekd plan --recipe NAME --gpus 8 --gpu-memory 80": "",
+        "scalekd train --gpus 8 --recipe NAME --data.root DIR --run.dir RUN": "",
+        "scalekd evaluate RUN/student.safetensors --data DIR": "",
+    },
+    "On several machines:": {
+        "scalekd doctor --hostfile HOSTS": "whether a job can start there",
+        "scalekd train --hostfile HOSTS ...": "the same run on all of them",
+    },
 }
 
 

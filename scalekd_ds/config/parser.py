@@ -39,8 +39,8 @@ def run_parser(
         # options of the launcher are found by their full names: a shortened one would be accepted and start none
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train without a "
-        "teacher.",
+        description="Distil a frozen vision transformer into any timm student with ScaleKD, or train\n"
+        "without a teacher. What most runs need, and examples, are at the end.",
         epilog=epilog,
     )
     # torch.distributed.launch writes it with a hyphen
@@ -51,7 +51,7 @@ def run_parser(
     if extend is not None:
         extend(parser)
     parser.add_class_arguments(RunConfig)
-    for name, group in parser.groups.items():
+    for name, group in (parser.groups or {}).items():
         ungrouped = "the models, their loss and batch; the groups below are the rest of a run"
         group.title = f"--{name}.*: {group.title}" if name in RunConfig.__dataclass_fields__ else ungrouped
     return parser
@@ -123,9 +123,10 @@ def _check_names(values: dict[str, Any], source: str) -> None:
     for name, value in values.items():
         if name not in groups:
             raise UserError(f"{source}: unknown key {name!r}.{suggest(name, groups)}")
-        if not dataclasses.is_dataclass(groups[name]) or not isinstance(value, dict):
+        group: Any = groups[name]
+        if not dataclasses.is_dataclass(group) or not isinstance(value, dict):
             continue
-        known = [field.name for field in dataclasses.fields(groups[name])]
+        known = [field.name for field in dataclasses.fields(group)]
         for key in value:
             if key not in known:
                 raise UserError(f"{source}: unknown key {f'{name}.{key}'!r}.{suggest(key, known)}")
@@ -147,7 +148,7 @@ def read_config(path: Path) -> RunConfig:
     return config_from_dict(values, str(path))
 
 
-def _check_values(parsed: Namespace, owner: type, prefix: str) -> None:
+def _check_values(parsed: Namespace, owner: Any, prefix: str) -> None:
     """Refuses what jsonargparse lets through: null for any field, and a plain value for a group of fields.
 
     Args:

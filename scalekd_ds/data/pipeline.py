@@ -121,7 +121,7 @@ class Loader:
             **common,
         }
 
-    def _normalised(self, images, **crop):
+    def _normalised(self, images: Any, **crop: Any) -> Any:
         """DALI's node that makes (H, W, 3) uint8 into normalised (3, H, W) float32."""
         return fn.crop_mirror_normalize(
             images,
@@ -132,7 +132,7 @@ class Loader:
             **crop,
         )
 
-    def _graph(self, *inputs):
+    def _graph(self, *inputs: Any) -> Any:
         """The node of the pipeline's images, from its inputs in the order of `_inputs`."""
         raise NotImplementedError
 
@@ -246,7 +246,7 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def _postprocess(
-        self, pool: ThreadPoolExecutor, images, prepared: Prepared
+        self, pool: ThreadPoolExecutor, images: Any, prepared: Prepared
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Starts the work on a batch that follows DALI.
 
@@ -261,7 +261,7 @@ class Loader:
         batch = self._tensor(images), self._sent(prepared.labels)
         return lambda: batch
 
-    def _tensor(self, outputs) -> torch.Tensor:
+    def _tensor(self, outputs: Any) -> torch.Tensor:
         # the outputs are in memory that DALI reuses in a later run: they are copied
         return torch.from_dlpack(outputs.as_tensor()).to(self.device, copy=True)
 

@@ -72,7 +72,7 @@ class Policy:
     def __init__(self, name: str, jitter: Sequence[float] = (0.0, 0.0, 0.0), interpolation: str = "random") -> None:
         self.name, self.jitter = name, tuple(jitter)
         self._filters = {"bilinear": (_BILINEAR,), "bicubic": (_BICUBIC,)}.get(interpolation, (_BILINEAR, _BICUBIC))
-        self._sub_policies = None
+        self._sub_policies: list[list[timm_aa.AugmentOp]] = []
         if name and name != "trivial":
             sub_policies = _parse_policy(name)
             for op in [op for sub_policy in sub_policies for op in sub_policy]:
@@ -85,7 +85,7 @@ class Policy:
 
     def draw(self, rng: np.random.Generator) -> list[Op]:
         """The operations for one image, in the order of their application; the list may be empty."""
-        ops = []
+        ops: Sequence[Op | None] = []
         if self.name == "trivial":
             ops = self._draw_trivial_augment(rng)
         elif self.name.startswith("rand"):

@@ -76,7 +76,7 @@ class Reader:
         # microseconds at each read, because DALI may crash at what was written there since; but for the checksums of a PNG
         if self._checked[index] != len(data) or data[:4].tobytes() != b"\x89PNG":
             # whole files may look cut off, as photos with a film behind them do: the decoders decide
-            if flaw_by_structure(memoryview(data)):
+            if flaw_by_structure(memoryview(data.data)):
                 if flaw := flaw_of(data):
                     raise BadImageError(self.source.name(index), flaw)
                 if _is_dalis(data) and not _count_decoded([data]):
@@ -124,7 +124,7 @@ class Reader:
             BadImageError: The header is not that of an image.
         """
         try:
-            return encoded_size(memoryview(encoded))
+            return encoded_size(memoryview(encoded.data))
         # Pillow raises errors of many kinds on damaged headers
         except Exception as error:
             raise BadImageError(self.source.name(index), _reason(error, encoded)) from None
@@ -155,7 +155,7 @@ def _is_dalis(data: np.ndarray) -> bool:
     """
     head = data[:64].tobytes()
     if head.startswith(b"\xff\xd8\xff"):
-        frame = frame_of_jpeg(memoryview(data))
+        frame = frame_of_jpeg(memoryview(data.data))
         return frame is None or frame.colours != 4
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return len(head) > 24 and head[24] != 16
@@ -167,7 +167,7 @@ def _is_dalis(data: np.ndarray) -> bool:
 def _as_png(data: np.ndarray) -> np.ndarray:
     """An 8-bit PNG of an image as Pillow reads it."""
     out = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data.data)) as image:
         pixels = image.convert("RGB")
     # a transparent grey value has no place among the colours that it was converted to
     pixels.info = {}
@@ -190,11 +190,11 @@ def _estimated_bytes(source: Source) -> float:
 def flaw_of(data: np.ndarray) -> str | None:
     """Why a file cannot be decoded to RGB, by decoding it with Pillow; None where it can."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data.data)) as image:
             image.convert("RGB")
     # Pillow raises errors of many kinds on damaged files
     except Exception as error:
-        return flaw_by_structure(memoryview(data)) or _reason(error, data)
+        return flaw_by_structure(memoryview(data.data)) or _reason(error, data)
     return None
 
 
@@ -202,7 +202,7 @@ def _reason(error: Exception, data: np.ndarray) -> str:
     """Completes the sentence "FILE ..." for an error of Pillow's."""
     if isinstance(error, UnidentifiedImageError):
         # Pillow's message is only the address of the buffer
-        return what_is_no_image(memoryview(data))
+        return what_is_no_image(memoryview(data.data))
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
         size = f"{int(pixels[0]) / 1e6:.0f} megapixels" if pixels else "its pixels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from scalekd_ds.class_names import KnownClasses, match_classes, natural_order, positions_in
@@ -56,7 +57,7 @@ def read_sources(cfg: RunConfig, classes: list[str] | None = None) -> tuple[Sour
     return train, val
 
 
-def _training_or_own(classes: list[str]):
+def _training_or_own(classes: list[str]) -> Callable[[list[str]], list[str]]:
     """A function that lists class folders: as training does where it knows them all, else as they are."""
     return lambda names: classes if (positions_in(names, classes) >= 0).all() else names
 

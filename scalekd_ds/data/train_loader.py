@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +98,8 @@ class TrainLoader(Loader):
         self._resize_on_host = not self._gpu and (cfg.random_crop or bool(self.policy))
         self._postprocess_in_pool = self._resize_on_host or bool(self.policy)
         # operations fill the pixels that they uncover with the mean colour
-        self._fill = tuple(round(255 * m) for m in mean)
+        red, green, blue = (round(255 * m) for m in mean)
+        self._fill = (red, green, blue)
         # normalisation of a row of pixels with the channels innermost, as `pixels * scale - shift`
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size).to(self.device)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size).to(self.device)
@@ -112,7 +113,7 @@ class TrainLoader(Loader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(self.start_step * self.sampler.accumulation, None)
 
-    def _graph(self, encoded, *rest):
+    def _graph(self, encoded: Any, *rest: Any) -> Any:
         size = self.cfg.image_size
         flips, crop = (None, rest) if self._resize_on_host else (rest[0], rest[1:])
         if crop:
@@ -149,7 +150,7 @@ class TrainLoader(Loader):
         if cfg.random_crop or self.policy or cfg.random_erasing:
             for place, ((index, _, size), epoch) in enumerate(zip(samples, epochs.tolist(), strict=True)):
                 rng = augment.generator(sampler.seed, epoch, index)
-                if cfg.random_crop:
+                if size is not None:
                     crops[place] = augment.random_resized_crop(rng, *size, cfg.crop_scale, cfg.crop_ratio)
                 augmentations.append(Augmentation(bool(flips[place]), self.policy.draw(rng) if self.policy else []))
                 erased.append(self._draw_box(rng))
@@ -167,7 +168,9 @@ class TrainLoader(Loader):
         noise = rng.standard_normal((3, *box[2:]), dtype=np.float32) if self.cfg.erasing_fill == "noise" else None
         return ErasedBox(box, noise)
 
-    def _postprocess(self, pool: ThreadPoolExecutor, images, prepared: Prepared):
+    def _postprocess(
+        self, pool: ThreadPoolExecutor, images: Any, prepared: Prepared
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         augmentations, size = prepared.drawn.augmentations, self.cfg.image_size
         if not self._postprocess_in_pool:
             batch = self._finished(self._tensor(images), prepared)
@@ -202,7 +205,13 @@ class TrainLoader(Loader):
         return images, self._sent(prepared.labels)
 
     @staticmethod
-    def _submit_in_chunks(pool: ThreadPoolExecutor, work: Callable[..., None], images, drawn, *more) -> list[Future]:
+    def _submit_in_chunks(
+        pool: ThreadPoolExecutor,
+        work: Callable[..., None],
+        images: Sequence[np.ndarray],
+        drawn: Sequence[Augmentation],
+        *more: Any,
+    ) -> list[Future]:
         """Submits `work(place, image, augmentation, *more)` for every image of the batch."""
 
         def run_chunk(first: int) -> None:

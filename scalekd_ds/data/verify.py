@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.errors import UserError
 from scalekd_ds.names import escape, one_line, path_of, text_of, unescape
+from scalekd_ds.process.console import readable_console
 
 QUARANTINE = "quarantine.tsv"
 # The first line of a list of which a name is escaped. Earlier versions, which had names as they are, take it for an image
@@ -38,7 +38,7 @@ def find_flaws(source: Source, workers: int | None = None) -> dict[str, str]:
     from scalekd_ds.data.reader import find_undecodable
 
     chunks = [range(first, min(first + _CHUNK, len(source))) for first in range(0, len(source), _CHUNK)]
-    console = Console(stderr=True)
+    console = readable_console(stderr=True)
     columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     flaws: dict[str, str] = {}
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ def choose_algorithms(deterministic: bool, device_type: str) -> None:
             # cuBLAS reads it when it starts
             os.environ[_WORKSPACE] = _REPEATABLE[0]
         # it is filled to find reads of memory that nobody wrote, for a kernel in each allocation
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False
 
 
 @contextmanager

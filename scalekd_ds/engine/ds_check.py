@@ -108,10 +108,10 @@ def _leaves(config: dict[str, Any], path: Path, prefix: str = "") -> Iterator[tu
             yield key, value
         else:
             _refuse_removed(key, path)
-            inside = [
+            beside = [
                 k.removeprefix(prefix) for k in (*KEYS, *REFUSED, *SECTIONS, *SWITCHED_OFF) if k.startswith(prefix)
             ]
-            hint = suggest(name, sorted({k.split(".")[0] for k in inside}))
+            hint = suggest(name, sorted({k.split(".")[0] for k in beside}))
             raise UserError(f"{path}: DeepSpeed does not know the key {key!r}.{hint}")
 
 
@@ -145,7 +145,7 @@ def _check_value(key: str, value: Any, rule: Rule, stage: int, path: Path) -> No
 
 def _without_auto(section: dict[str, Any], prefix: str) -> dict[str, Any]:
     """A copy whose keys that are "auto" or null are left to DeepSpeed's defaults, and whose 1e9 are whole numbers."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, dict):
             found[name] = _without_auto(value, f"{prefix}{name}.")

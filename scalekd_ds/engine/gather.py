@@ -80,7 +80,7 @@ def gather_all(
 
 
 @contextmanager
-def _gathered_in_place(tensor: torch.Tensor, **options: Any) -> Iterator[None]:
+def _gathered_in_place(tensor: Any, **options: Any) -> Iterator[None]:
     """A context in which a parameter is whole; afterwards it is whole or sharded as it was before.
 
     DeepSpeed's own context would leave the small parameters sharded that ZeRO-3 keeps whole between steps. These are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, TypeGuard, get_args
 
 import deepspeed
 import torch
@@ -21,7 +21,7 @@ CONFIGS: dict[TeacherPlacement, str] = {"sharded": "teacher_zero3", "offload": "
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The innermost members of ModuleLists and Sequentials, such as transformer blocks; else the model itself."""
 
-    def repeats(module: nn.Module) -> bool:
+    def repeats(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
         return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
 
     blocks = [m for parent in model.modules() if repeats(parent) for m in parent]
@@ -77,6 +77,8 @@ def place_teacher(teacher: Teacher, placement: TeacherPlacement, device: torch.d
     }
     # DeepSpeed demands a batch size, though it is not used without an optimizer
     engine, *_ = deepspeed.initialize(model=teacher, config=config | {"train_micro_batch_size_per_gpu": 1})
+    # with the attributes that DeepSpeed gives it
+    parameter: Any
     for parameter in whole:
         parameter.all_gather()
         # DeepSpeed ignores its own mark for such parameters, ds_persist, while it traces its first pass, but it never

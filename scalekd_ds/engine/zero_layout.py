@@ -6,6 +6,7 @@ one parameter tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Shard:
     """
 
     flat: torch.Tensor
-    parameters: list[nn.Parameter]
+    parameters: Sequence[torch.Tensor]
     segments: list[Segment]
 
 

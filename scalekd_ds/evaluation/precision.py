@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ def without_tf32() -> Generator[None]:
 
     Matrix products are without TF32 by PyTorch's default, and keep what the caller has set.
     """
-    cudnn = torch.backends.cudnn
+    # settings that PyTorch makes when it is imported
+    cudnn: Any = torch.backends.cudnn
     settings = (cudnn.conv, cudnn.rnn)
     before = [each.fp32_precision for each in settings]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,19 @@ def evaluate_model(
     _check_size(model, name, size, device)
     if eval_resize is None:
         eval_resize = eval_resize_at(card, size) if card else trained.shorter_side(size)
+    # DataConfig refuses another one
+    interpolation: Any = card.get("interpolation") or trained.interpolation or "bicubic"
     cfg = DataConfig(
         image_size=size,
         eval_resize=eval_resize,
-        interpolation=card.get("interpolation") or trained.interpolation or "bicubic",
+        interpolation=interpolation,
         threads=threads,
     )
     loader = EvalLoader(source, cfg, batch_size, 0, 1, device, *normalisation_of(model))
     all_logits: list[torch.Tensor] = []
     all_labels: list[torch.Tensor] = []
 
-    def batches():
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, labels in loader:
             all_labels.append(labels)
             yield images, labels
@@ -153,14 +156,15 @@ def _check_size(model: nn.Module, name: str, size: int, device: torch.device) ->
         ) from None
 
 
-def images_for(model: nn.Module, name: str, data: str | Path) -> Source:
+def images_for(model: Any, name: str, data: str | Path) -> Source:
     """The images with labels as the model's outputs, by the names of the classes; without those in quarantine.
 
     Raises:
         UserError: The images cannot be opened, or have classes that the model has not.
     """
     count, known = int(model.num_classes), known_classes(model)
-    root = where = Path(data)
+    root = Path(data)
+    where: str | Path = root
     if str(data).startswith("hf:"):
         root, where = Path(), str(data)
     elif (root / "val").is_dir():

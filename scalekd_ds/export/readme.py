@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from scalekd_ds import __version__
 from scalekd_ds.config import DataConfig
+from scalekd_ds.export.front_matter import front_matter
+from scalekd_ds.export.origin import data_name, origin_of, teacher_origin
 from scalekd_ds.export.student import TOLERANCE, LoadedStudent
+from scalekd_ds.export.training_command import training_command
 from scalekd_ds.models.build import num_parameters
 from scalekd_ds.names import escape
 
-# the fields that Hugging Face reads; whoever publishes the model has to choose the licence
-_FRONT_MATTER = """---
-# license: (yours to fill in, such as apache-2.0)
-library_name: {library}
-pipeline_tag: image-classification
-tags: [image-classification, {tags}, knowledge-distillation, scalekd]
----
-"""
+NO_LICENCE = "To be filled in by whoever publishes these weights: what the data and the teacher allow."
+_REPOSITORY = "https://github.com/scalekd-ds/scalekd_ds"
+_CITATION = """```bibtex
+@inproceedings{fan2024scalekd,
+  title     = {ScaleKD: Strong Vision Transformers Could Be Excellent Teachers},
+  author    = {Fan, Jiawei and Li, Chao and Liu, Xiaolong and Yao, Anbang},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2411.06786}
+}
+```"""
 
 
 def _percent(value: float | None) -> str:
@@ -50,14 +55,31 @@ def _model_rows(student: LoadedStudent) -> dict[str, Any]:
     }
 
 
-def _accuracy_rows(card: dict[str, Any]) -> dict[str, Any]:
-    return {
+def _accuracy_rows(card: dict[str, Any], results: dict[str, Any] | None) -> dict[str, Any]:
+    rows = {
         "top-1": _percent(card.get("top1")),
         "top-5": _percent(card.get("top5")),
         "teacher's top-1": _percent(card.get("teacher_top1")) if card.get("teacher", "none") != "none" else None,
         "measured at step": card.get("step"),
         "weights": f"moving average, decay {card['ema_decay']:g}" if card.get("ema_decay") else "the student's own",
     }
+    if results is None:
+        return rows
+    best = results.get("best") or {}
+    if best.get("top1") is not None and best.get("step") != card.get("step"):
+        rows["best in training"] = (
+            f"{_percent(best['top1'])} at step {best['step']}, whose weights are others than these"
+        )
+    if results.get("total_steps") not in (None, card.get("step")):
+        rows["steps of the whole schedule"] = results["total_steps"]
+    if results.get("ema_top1") is not None:
+        rows["top-1 of the student's own weights, and of their average"] = (
+            f"{_percent(results.get('student_top1'))}, {_percent(results['ema_top1'])}"
+        )
+    if results.get("val_images"):
+        left_out = results.get("val_images_left_out") or 0
+        rows["validation images"] = f"{results['val_images']:,}" + (f", {left_out:,} unreadable" if left_out else "")
+    return rows
 
 
 def _training_rows(card: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
@@ -67,8 +89,10 @@ def _training_rows(card: dict[str, Any], config: dict[str, Any] | None) -> dict[
     data, optim, schedule, distill = (config[key] for key in ("data", "optim", "schedule", "distill"))
     limits = {"train_images": "images", "images_per_class": "images a class"}
     used = [f"{data[key]:,} {what}" for key, what in limits.items() if data.get(key) is not None]
-    # the folder's name alone, since its path says something about the user's disk
-    rows["data"] = f"{Path(data['root']).name or data['train']} ({', '.join(used) or 'all training images'})"
+    if origin := teacher_origin(card, config):
+        rows["teacher's weights"] = origin.text + (f", licence {origin.license}" if origin.license else "")
+    rows["student began from"] = origin_of(config["student"], config["student_weights"]).text
+    rows["data"] = f"{data_name(config)} ({', '.join(used) or 'all training images'})"
     if card.get("teacher", "none") != "none":
         terms = [f"logit KD {distill['kd_weight']:g}"] if distill["kd_weight"] else []
         if distill["features"]:
@@ -99,7 +123,7 @@ def readme(student: LoadedStudent, format: str, usage: str, difference: float) -
     )
     library = "timm" if format in ("timm", "hf") else "onnx" if format == "onnx" else "pytorch"
     parts = [
-        _FRONT_MATTER.format(library=library, tags="timm"),
+        front_matter(card, student.config, library),
         f"# {card['architecture']}, {trained}",
         f"{card['num_classes']} classes, top-1 {_percent(card.get('top1'))}.",
         "## Use it",
@@ -109,11 +133,54 @@ def readme(student: LoadedStudent, format: str, usage: str, difference: float) -
         "## The model",
         _table(_model_rows(student)),
         "## Accuracy",
-        _table(_accuracy_rows(card)),
+        _table(_accuracy_rows(card, student.results)),
         "## How it was trained",
         _table(_training_rows(card, student.config)),
-        f"By scalekd_ds {__version__} (ScaleKD, Fan et al., NeurIPS 2024). `model.json` has this, and the classes, as data.",
+        *_again(student.config),
+        f"By scalekd_ds {__version__} (ScaleKD, Fan et al., NeurIPS 2024). `model.json` has the model, its accuracy and "
+        "its classes as data.",
+        "## Limits",
+        _limits(student),
         "## Licence",
-        "To be filled in by whoever publishes these weights: what the data and the teacher allow.",
+        NO_LICENCE,
+        *_teachers_licence(student),
+        "## Citation",
+        _CITATION,
     ]
-    return "\n\n".join(parts).replace("---\n\n\n", "---\n\n") + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def _again(config: dict[str, Any] | None) -> list[str]:
+    """The command that trains the student again."""
+    if config is None:
+        return []
+    lines = "\n".join(f"    {line}" for line in training_command(config).splitlines())
+    where = "`DIR` holds the images, `train/` and `val/`. " if config["data"]["root"] else ""
+    return [
+        f"To train it again with [scalekd_ds]({_REPOSITORY}):",
+        lines,
+        f"{where}Settings that are not named are its recipe's.",
+    ]
+
+
+def _limits(student: LoadedStudent) -> str:
+    """What a reader must not take from the numbers above."""
+    config, card = student.config, student.card
+    seed = f" (seed {config['seed']})" if config else ""
+    lines = [
+        f"The accuracy is that of one run{seed} on the validation images of its own data, by which nothing is known about "
+        "images of another kind.",
+        f"It answers with one of its {card['num_classes']} classes for any image, also for one that shows none of them.",
+        "Its errors on groups of people or kinds of images have not been looked at, nor has what it learnt from its teacher.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _teachers_licence(student: LoadedStudent) -> list[str]:
+    origin = teacher_origin(student.card, student.config)
+    if origin is None or origin.license is None:
+        return []
+    return [
+        f"The teacher's weights are published under `{origin.license}`, which may bind what is distilled from them; so may "
+        "the terms of the images."
+    ]

@@ -14,6 +14,7 @@ from torch import nn
 from scalekd_ds.checkpoint.layout import of_checkpoint, read_state
 from scalekd_ds.checkpoint.plain_weights import weights_file
 from scalekd_ds.errors import UserError, cause_of
+from scalekd_ds.export.origin import published_name
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.card import read_card
 from scalekd_ds.names import escape, is_unicode
@@ -23,10 +24,15 @@ TOLERANCE = 1e-4
 # a batch size that no other dimension of a student has, so that a converter cannot confuse the two
 _EXAMPLE_BATCH = 3
 CHECKED_BATCHES = (1, 8)
+# fields of a card in which a user's folders may stand
+_MAY_HOLD_PATHS = ("recipe", "model_kwargs")
 
 
 class Normalised(nn.Module):
     """A model with its normalisation in front: pixels (B, 3, H, W) in [0, 1] -> logits (B, K)."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -35,6 +41,7 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of pixels (B, 3, H, W) in [0, 1]."""
         return self.model((images - self.mean) / self.std)
 
 
@@ -47,12 +54,14 @@ class LoadedStudent:
         network: The module that is exported: `model`, or `Normalised` around it.
         card: The student's card.
         config: The configuration of its run, or None if unknown.
+        results: What the run wrote into results.json at its end, or None if unknown.
     """
 
     model: nn.Module
     network: nn.Module
     card: dict[str, Any]
     config: dict[str, Any] | None
+    results: dict[str, Any] | None = None
 
     @property
     def normalised(self) -> bool:
@@ -104,14 +113,15 @@ class LoadedStudent:
         return worst
 
 
-def _config_beside(file: Path, card: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration in the folder of a run's student.safetensors, or None if it is missing or of another run."""
+def _run_beside(file: Path, card: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """(configuration, results) in the folder of a run's student.safetensors; None where missing or of another run."""
     try:
         config = json.loads((file.parent / "config.json").read_text())
-        step = json.loads((file.parent / "results.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return config if step == card.get("step") and config.get("recipe") == card.get("recipe") else None
+        results = json.loads((file.parent / "results.json").read_text())
+        of_this_run = results["step"] == card.get("step") and config.get("recipe") == card.get("recipe")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None
+    return (config, results) if of_this_run else (None, None)
 
 
 def load_student(source: str | Path, weights: str | None = None, with_preprocessing: bool = False) -> LoadedStudent:
@@ -151,11 +161,12 @@ def _load(file: Path, config: dict[str, Any] | None, with_preprocessing: bool) -
         if card.get(key) is None:
             raise UserError(f"the card of {file} has no {key!r}: consolidate the checkpoint again.")
     model = build_model(str(file)).eval().float().requires_grad_(False)
-    # a path is shortened to its file name, since the card is published
-    teacher = str(card.get("teacher") or "none")
-    card = {**card, "teacher": Path(teacher).name if teacher.endswith((".safetensors", ".pth", ".pt")) else teacher}
+    # the card is published
+    card = {**card, **{key: published_name(card[key]) for key in _MAY_HOLD_PATHS if key in card}}
+    card["teacher"] = published_name(str(card.get("teacher") or "none"))
     if card.get("classes"):
         # for readers in other languages, whose texts hold no byte that is no UTF-8
         card["classes"] = [name if is_unicode(name) else escape(name) for name in map(str, card["classes"])]
     network = Normalised(model, card["mean"], card["std"]).eval() if with_preprocessing else model
-    return LoadedStudent(model, network, card, config or _config_beside(file, card))
+    beside = (config, None) if config else _run_beside(file, card)
+    return LoadedStudent(model, network, card, *beside)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from scalekd_ds.config import DataConfig
+from scalekd_ds.config import DataConfig, RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.errors import UserError
 from scalekd_ds.inspection.frequencies import radial_spectrum
@@ -73,7 +73,7 @@ def open_models(args: argparse.Namespace) -> Models:
         teacher = open_model(args.teacher, "teacher", args.teacher_weights)
     elif args.teacher is None and student.source.cfg is not None and student.source.cfg.teacher != "none":
         try:
-            teacher = _teacher_of_run(student)
+            teacher = _teacher_of_run(student.source.cfg)
         except UserError as error:
             notes.append(f"teacher left out: {error} Or name it with --teacher.")
     if args.baseline is not None:
@@ -85,13 +85,12 @@ def open_models(args: argparse.Namespace) -> Models:
     return Models(student, teacher, baseline, notes)
 
 
-def _teacher_of_run(student: InspectedModel) -> InspectedModel:
-    """Opens the teacher of the student's run.
+def _teacher_of_run(cfg: RunConfig) -> InspectedModel:
+    """Opens the teacher of a run.
 
     Raises:
         UserError: It had random weights, or cannot be built.
     """
-    cfg = student.source.cfg
     card = read_card(cfg.teacher) if cfg.teacher.endswith(".safetensors") else {}
     if cfg.teacher_weights == "none" and not card:
         raise UserError(f"the run's teacher, {cfg.teacher}, had random weights (teacher_weights none).")
@@ -193,9 +192,9 @@ def _prediction_column(
 ) -> PredictionColumn:
     """The predictions of a model, given the true classes of the images as classes of the student."""
     comparable = _comparable(student, model)
-    right_outputs = positions_of(student, model) if comparable else None
+    right_outputs = positions_of(student, model) if comparable else ()
     rows = []
-    for classes, values, truth in zip(*top_classes(output.logits), truths, strict=True):
+    for classes, values, truth in zip(*top_classes(output.answers), truths, strict=True):
         row = []
         for c, value in zip(classes.tolist(), values.tolist(), strict=True):
             names = model.classes or (student.classes if comparable else None)
@@ -226,12 +225,13 @@ def _picture_columns(
     except UserError as error:
         models.notes.append(f"attention left out: {error}; where the student's last map is strong is shown instead")
         distiller = None
-    if distiller is None:
+    student_output = outputs["student"].student_output
+    if distiller is None or student_output is None:
         return [
             *columns,
             PictureColumn("student\nwhere its last\nmap is strong", _token_norms(outputs["student"].maps, pixels)),
         ]
-    attention = projector_attention(distiller, outputs["student"].student_output, QUERIES)
+    attention = projector_attention(distiller, student_output, QUERIES)
     overlaid = attention_pictures(pixels, attention.weights)
     for i, (row, col) in enumerate(attention.queries):
         title = f"CAP of {attention.stage}: what\ntoken {row},{col} of {attention.grid[0]}x{attention.grid[1]}\nis made from"
@@ -247,7 +247,7 @@ def _restore_distiller(models: Models, size: tuple[int, int]) -> ScaleKD | None:
     """
     student, teacher = models.student, models.teacher
     cfg, checkpoint = student.source.cfg, student.source.checkpoint
-    if cfg is None or cfg.teacher == "none":
+    if cfg is None or checkpoint is None or cfg.teacher == "none":
         return None
     if teacher is None:
         raise UserError("it needs the run's teacher")
@@ -269,4 +269,4 @@ def _token_norms(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     norms = maps.float().cpu().norm(dim=1)
     low, high = norms.amin((-2, -1), keepdim=True), norms.amax((-2, -1), keepdim=True)
     shares = (norms - low) / (high - low).clamp(min=1e-12)
-    return blend(pixels, enlarge(heat_colours(shares), tuple(pixels.shape[-2:]), smooth=True))
+    return blend(pixels, enlarge(heat_colours(shares), (pixels.shape[-2], pixels.shape[-1]), smooth=True))

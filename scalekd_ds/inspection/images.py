@@ -156,8 +156,8 @@ def read_image(path: AnyImage, crop: Crop) -> torch.Tensor:
     """
     try:
         file = path if isinstance(path, Path) else io.BytesIO(path.source.read(path.index).tobytes())
-        with Image.open(file) as image:
-            image = image.convert("RGB")
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
     # Pillow raises errors of many kinds on damaged files
     except Exception as error:
         raise OSError(cause_of(error)) from None

@@ -53,6 +53,13 @@ class ModelOutput(NamedTuple):
     logits: torch.Tensor | None
     student_output: StudentOutput | None
 
+    @property
+    def answers(self) -> torch.Tensor:
+        """`logits` of a model that has a classifier."""
+        if self.logits is None:
+            raise RuntimeError("the model has no classifier")
+        return self.logits
+
 
 @dataclass(frozen=True)
 class InspectedModel:
@@ -72,7 +79,7 @@ class InspectedModel:
 
     role: str
     title: str
-    network: Student | Teacher
+    network: Any
     classes: list[str] | None
     folder_names: list[str] | None
     known: KnownClasses
@@ -103,7 +110,7 @@ class InspectedModel:
         images = self.normalise(pixels)
         if isinstance(self.network, Teacher):
             tokens, logits = self.network.targets(images)
-            return ModelOutput(tokens_to_map(tokens, self.network.last_output.grid), logits, None)
+            return ModelOutput(tokens_to_map(tokens, self.network.stages[1].grid), logits, None)
         output = self.network(images)
         return ModelOutput(output.last, output.logits if self.num_classes else None, output)
 
@@ -175,7 +182,7 @@ def wrap_model(model: nn.Module, role: str, title: str, source: ModelSource, car
     A `Teacher`, and a teacher of a known family, is run as a `Teacher`, so that its maps are the targets of distillation. All
     other models are run as a `Student`.
     """
-    network: Student | Teacher
+    network: Any
     if isinstance(model, Teacher):
         network = model
     elif role == "teacher" and isinstance(model, tuple(FAMILIES)):
@@ -205,13 +212,13 @@ def positions_of(student: InspectedModel, other: InspectedModel) -> np.ndarray:
         raise UserError(f"{it_is} has {other.num_classes} classes and the student {student.num_classes}")
     if other is student or not student.known.schemes or not other.known.schemes:
         return np.arange(student.num_classes)
-    error = None
+    problems = []
     for names in student.known.schemes:
         try:
             return match_classes(other.known, other.num_classes, names, it_is, "the student").positions
         except UserError as problem:
-            error = error or problem
-    raise error
+            problems.append(problem)
+    raise problems[0]
 
 
 def check_same_classes(student: InspectedModel, other: InspectedModel) -> str | None:

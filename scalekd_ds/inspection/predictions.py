@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from scalekd_ds.inspection.images import spread_over_folders
+from scalekd_ds.inspection.images import AnyImage, spread_over_folders
 from scalekd_ds.inspection.inspected_models import InspectedModel, positions_of
 
 
@@ -32,10 +31,10 @@ def batches(items: Iterable, size: int) -> Iterable[list]:
 
 def correctness(
     models: Sequence[InspectedModel],
-    images: Iterable[tuple[Path, torch.Tensor]],
-    label: Callable[[Path], int | None],
+    images: Iterable[tuple[AnyImage, torch.Tensor]],
+    label: Callable[[AnyImage], int | None],
     batch_size: int = 32,
-) -> list[tuple[Path, list[bool]]]:
+) -> list[tuple[AnyImage, list[bool]]]:
     """For each image of a known class, whether the first prediction of each model is right.
 
     Args:
@@ -55,13 +54,13 @@ def correctness(
         pixels = torch.stack([item[1] for item in batch]).to(device)
         columns = []
         for model, output in zip(models, outputs, strict=True):
-            first = model.run(pixels).logits.argmax(-1).tolist()
+            first = model.run(pixels).answers.argmax(-1).tolist()
             columns.append([c == output[item[2]] for c, item in zip(first, batch, strict=True)])
         found += [(item[0], list(right)) for item, right in zip(batch, zip(*columns, strict=True), strict=True)]
     return found
 
 
-def order_by_disagreement(found: Sequence[tuple[Path, list[bool]]]) -> list[Path]:
+def order_by_disagreement(found: Sequence[tuple[AnyImage, list[bool]]]) -> list[AnyImage]:
     """Paths ordered by how well they show why a student is worse than its baseline.
 
     The images that the student alone gets wrong come first, then its mistakes in the order of how many other models are
@@ -70,13 +69,13 @@ def order_by_disagreement(found: Sequence[tuple[Path, list[bool]]]) -> list[Path
     Args:
         found: From `correctness`, with the student as the first model.
     """
-    by_rank: dict[tuple[bool, int], list[Path]] = {}
+    by_rank: dict[tuple[bool, int], list[AnyImage]] = {}
     for path, (student, *others) in found:
         by_rank.setdefault((student, -sum(others)), []).append(path)
     return [path for rank in sorted(by_rank) for path in spread_over_folders(by_rank[rank], len(by_rank[rank]))]
 
 
-def crosstable(found: Sequence[tuple[Path, list[bool]]], other: str, column: int) -> str:
+def crosstable(found: Sequence[tuple[AnyImage, list[bool]]], other: str, column: int) -> str:
     """One line that counts the images on which the student, another model, both or neither are right.
 
     Args:

@@ -169,7 +169,7 @@ def _draw_sheet(sheet: Sheet, out: Path) -> None:
 
     figure.text(_GAP / width, 1 - 0.12 / height, sheet.title, fontsize=11, weight="bold", va="top")
     top = 1 - (_HEAD - 0.05) / height
-    columns = [*sheet.pictures, *sheet.predictions]
+    columns: list[PictureColumn | PredictionColumn] = [*sheet.pictures, *sheet.predictions]
     for number, column in enumerate(columns, 1):
         middle = (lefts[number] + widths[number] / 2) / width
         figure.text(middle, top, column.title, fontsize=8, ha="center", va="bottom", linespacing=1.1)

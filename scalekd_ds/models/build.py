@@ -15,7 +15,7 @@ import scalekd_ds.models.mlp_mixer_presets  # noqa: F401  registers its models w
 from scalekd_ds.errors import UserError, cause_of, say, suggest
 from scalekd_ds.models.card import card_path, read_card
 from scalekd_ds.models.known_classes import name_classes_of_hub
-from scalekd_ds.models.load_weights import load_weights
+from scalekd_ds.models.load_weights import Head, load_weights
 from scalekd_ds.models.weights_file import TORCH_SUFFIXES
 from scalekd_ds.names import utf8_path
 
@@ -34,9 +34,9 @@ def check_name(name: str) -> None:
     if name.startswith(HUB_PREFIXES):
         architecture_and_kwargs(name)
     elif not timm.is_model(name) and os.path.isdir(name):
-        files = sorted(Path(name).glob("*.safetensors"))
+        paths = sorted(Path(name).glob("*.safetensors"))
         # without its card, a file in it would be refused in turn
-        files = [path.name for path in files if card_path(path).is_file()] or [path.name for path in files]
+        files = [path.name for path in paths if card_path(path).is_file()] or [path.name for path in paths]
         found = f"give a file in it ({files[0]})" if files else "give a .safetensors with its card, as a run writes"
         if _is_of_hub(Path(name)):
             found = f"give local-dir:{name}"
@@ -173,7 +173,7 @@ def build_model(
         if num_classes is not None and image_size is not None:
             # with classes given, it is a student, which is built for its new images; a teacher keeps the card's size
             own.pop("img_size", None)
-        model = build_model(architecture, num_classes, {**own, **(kwargs or {})}, name, image_size)
+        model: Any = build_model(architecture, num_classes, {**own, **(kwargs or {})}, name, image_size)
         model.pretrained_cfg = dict(
             getattr(model, "pretrained_cfg", None) or {},
             mean=tuple(card["mean"]),
@@ -206,7 +206,7 @@ def build_model(
         return model
     model = _create(name, pretrained=False, **kwargs)
     if weights != "none":
-        head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
+        head: Head = "new" if num_classes is not None else "exact" if "num_classes" in kwargs else "file"
         notes = load_weights(model, weights, head)
         say(f"{weights}: {'; '.join(notes)}" if notes else None)
     return model

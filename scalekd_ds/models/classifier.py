@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def classifier_names(model: nn.Module) -> list[str]:
+def classifier_names(model: Any) -> list[str]:
     """Names of the modules that turn features into logits: two in a distilled DeiT, none where a model has none."""
     classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()
     classifiers = classifiers if isinstance(classifiers, tuple | list) else (classifiers,)
@@ -38,7 +39,7 @@ def classes_of_file(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
     return 0
 
 
-def reset_classifier(model: nn.Module, classes: int) -> None:
+def reset_classifier(model: Any, classes: int) -> None:
     """Gives a model a new classifier of so many classes, with as many parts as it had: RepViT would lose its second one."""
     own = inspect.signature(model.reset_classifier).parameters
     second = {"distillation": any(".head_dist." in k for k in model.state_dict())} if "distillation" in own else {}

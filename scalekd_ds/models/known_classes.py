@@ -34,7 +34,7 @@ def card_classes(card: dict[str, Any], path: str | Path) -> list[str] | None:
     return [str(name) for name in names]
 
 
-def name_classes(model: nn.Module, weights: str | Path, content: Mapping[Any, Any], outputs: int) -> str | None:
+def name_classes(model: Any, weights: str | Path, content: Mapping[Any, Any], outputs: int) -> str | None:
     """Notes the names that come with a file of weights as the model's `label_names`, where timm keeps such names.
 
     They are those of the card beside the file, of the file itself, or of timm's or Hugging Face's config.json beside it.
@@ -86,7 +86,7 @@ def _json_of(file: Path) -> dict[Any, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def name_classes_of_hub(model: nn.Module, config: Mapping[Any, Any]) -> None:
+def name_classes_of_hub(model: Any, config: Mapping[Any, Any]) -> None:
     """Notes the names in the config.json of a hub's model as its `label_names`, of which timm reads its own alone.
 
     Raises:
@@ -135,7 +135,7 @@ def _own_names(cfg: Mapping[str, Any], count: int) -> list[str] | None:
 
 def _descriptions(cfg: Mapping[str, Any], names: list[str]) -> list[list[str]]:
     """timm's `label_descriptions` of these names, which are other names of the same classes; none where one lacks its own."""
-    texts = cfg.get("label_descriptions")
+    texts: Any = cfg.get("label_descriptions")
     texts = [texts.get(name) for name in names] if isinstance(texts, Mapping) else texts
     whole = isinstance(texts, list | tuple) and len(texts) == len(names) and all(isinstance(t, str) for t in texts)
     return [list(texts)] if whole else []
@@ -151,7 +151,7 @@ def _imagenets_names(model: nn.Module, count: int) -> tuple[list[str], ...]:
     return info.label_names(), words, [word.split(",")[0] for word in words]
 
 
-def fit_classifier(model: nn.Module, classes: Sequence[str]) -> str | None:
+def fit_classifier(model: Any, classes: Sequence[str]) -> str | None:
     """Puts the outputs of a classifier that came with weights into the order of the training classes.
 
     Args:

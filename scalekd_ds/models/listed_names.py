@@ -52,13 +52,13 @@ def as_list(value: Any, key: str) -> list[str] | None:
             value = list(value)
         else:
             pairs = [(place, name) for name, place in value.items()] if by_name else list(value.items())
-            names = {_position(place): name for place, name in pairs}
-            missing = next((place for place in range(len(pairs)) if place not in names), None)
+            by_place = {_position(place): name for place, name in pairs}
+            missing = next((place for place in range(len(pairs)) if place not in by_place), None)
             if missing is not None:
                 raise UserError(
                     f"{key} has {len(pairs)} names of classes, and none for class {missing}: they count from 0, without a gap."
                 )
-            value = [names[place] for place in range(len(pairs))]
+            value = [by_place[place] for place in range(len(pairs))]
     if not isinstance(value, list | tuple) or not value:
         return None
     if bad := [name for name in value if not isinstance(name, str | int) or isinstance(name, bool)]:

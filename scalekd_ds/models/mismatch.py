@@ -70,7 +70,13 @@ class Mismatch:
 
 
 def likely_cause(mismatch: Mismatch, state: State, model_state: State) -> str:
-    """One sentence for the user: what most likely happened, and what to do."""
+    """One sentence for the user: what most likely happened, and what to do.
+
+    Args:
+        mismatch: What does not fit.
+        state: The file's tensors by the model's names.
+        model_state: The model's own state dict.
+    """
     shared = len(model_state) - len(mismatch.missing)
     cause = _not_whole(mismatch, state, model_state)
     cause = cause or (_other_layout(state, model_state) if shared * 2 < len(model_state) else None)

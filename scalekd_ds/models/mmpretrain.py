@@ -30,10 +30,10 @@ def to_timm(state: State, model_names: Iterable[str]) -> dict[str, torch.Tensor]
     """`state` with timm's names, and its tensors in timm's order; a copy of it where it has no layout of mmpretrain's.
 
     Args:
-        state: Tensors by name, without `backbone.`.
+        state: Tensors of any shape by name, without `backbone.`.
         model_names: Names of the timm model's parameters, which decide where mmpretrain's layout leaves a choice.
     """
-    convert = {"swin": _swin, "vit": _vit, "resnet": _resnet}.get(layout(state))
+    convert = {"swin": _swin, "vit": _vit, "resnet": _resnet}.get(layout(state) or "")
     return convert(state, set(model_names)) if convert else dict(state)
 
 

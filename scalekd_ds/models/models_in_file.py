@@ -51,6 +51,7 @@ class Candidate(NamedTuple):
 
     @property
     def is_average(self) -> bool:
+        """Whether its names say that it is an average of weights."""
         return any(map(_names_average, (*self.keys, *self.prefix.strip(".").split("."))))
 
     @property
@@ -130,8 +131,8 @@ def choose_model(
     if not (chosen.prefix or chosen.is_average or rivals):
         return chosen.state, []
     average = ", of averaged weights" if chosen.is_average else ""
-    others = f"; left out: {', '.join(left_out[:5])}{', ...' if len(left_out) > 5 else ''}" if left_out else ""
-    return chosen.state, [f"took {chosen}{average}{others}"]
+    beside = f"; left out: {', '.join(left_out[:5])}{', ...' if len(left_out) > 5 else ''}" if left_out else ""
+    return chosen.state, [f"took {chosen}{average}{beside}"]
 
 
 def _candidates(models: list[Candidate], needed: set[str]) -> tuple[list[Candidate], dict[int, float]]:

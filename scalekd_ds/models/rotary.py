@@ -17,9 +17,9 @@ class KeptRotaryEmbedding(RotaryEmbeddingDinoV3):
 
     def keep(self, grid: tuple[int, int]) -> None:
         """Makes the embedding of `grid`, (h, w) in patches, and holds it from then on."""
-        self.feat_shape = list(grid)
+        self.feat_shape: Any = list(grid)
         # a plain None before the first time, which no buffer may replace
-        vars(self).pop("pos_embed_cached", None)
+        self.__dict__.pop("pos_embed_cached", None)
         # as it comes, like the embeddings that it replaces: timm's `_cache_embed` would round it to the buffer's dtype
         self.register_buffer("pos_embed_cached", self._create_embed(self.feat_shape, no_aug=True), persistent=False)
 
@@ -40,7 +40,8 @@ def keep_rotary_embeddings(model: nn.Module) -> None:
 
     Numbers and state-dict stay as they are.
     """
-    rope, embed = getattr(model, "rope", None), getattr(model, "patch_embed", None)
+    rope: Any = getattr(model, "rope", None)
+    embed = getattr(model, "patch_embed", None)
     grid = getattr(embed, "grid_size", None)
     if type(rope) is RotaryEmbeddingDinoV3 and rope.feat_shape is None and grid is not None:
         # its class, and not its methods: a copy or a pickle of the model then has it too

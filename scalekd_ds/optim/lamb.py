@@ -126,7 +126,8 @@ class Lamb(torch.optim.Optimizer):
         """Adam's updates with weight decay, before the trust ratio, one after the other; it advances the moments."""
         beta1, beta2 = group["betas"]
         first, second = (self._moment(parameters, name) for name in _MOMENTS)
-        grads = [p.grad.reshape(-1) for p in parameters]
+        # `_advance` yields those that have one
+        grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
         first.lerp_(grad, 1.0 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)

@@ -89,7 +89,15 @@ def _chunks(pieces: list[int]) -> list[tuple[int, int, int]]:
 
 
 def views_of(cut: Cut, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The segments' views of flat tensors that are cut as those of `cut` are: one for each, or one for all together."""
+    """The segments' views of flat tensors that are cut as those of `cut` are: one for each, or one for all together.
+
+    Args:
+        cut: The cut of one or more shards.
+        flats: Flat tensors (n,), one for each shard or one for all.
+
+    Returns:
+        A flat view for each segment, in the order of the cut.
+    """
     sizes = cut.sizes if len(flats) == len(cut.sizes) else [[size for own in cut.sizes for size in own]]
     pieces = [piece for flat, own in zip(flats, sizes, strict=True) for piece in flat.split(own)]
     return [pieces[number] for number in cut.segments]

@@ -44,9 +44,15 @@ def build_schedule(
     lr: float,
     steps_before: float = 0.0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A torch scheduler of `learning_rate_factor`, which DeepSpeed steps; the arguments are the same.
+    """A torch scheduler of `learning_rate_factor`, which DeepSpeed steps.
 
-    `steps_before` are steps by which the run is ahead of their count, since earlier ones had another global batch.
+    Args:
+        optimizer: The optimizer whose learning rates it sets.
+        cfg: As in `learning_rate_factor`, like the three that follow.
+        steps_per_epoch: Optimizer steps in an epoch, which may be fractional.
+        total_steps: Optimizer steps of the run.
+        lr: Peak learning rate.
+        steps_before: Steps by which the run is ahead of their count, since earlier ones had another global batch.
     """
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ def fake_tensors(distiller: ScaleKD) -> Iterator[None]:
     originals = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
     fakes: dict[int, torch.Tensor] = {}
 
-    def fake(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def fake(tensor: torch.Tensor | None) -> Any:
         if tensor is None:
             return None
         if id(tensor) not in fakes:
@@ -132,7 +132,8 @@ def count_step(distiller: ScaleKD, images: int, dtype: torch.dtype | None, on_gp
         everything else, forward and backward).
     """
     autocast = torch.autocast("cpu", dtype) if dtype is not None else nullcontext()
-    pairs = [pair for pair in distiller.projectors.values() if on_gpu and len(pair.views) > 1]
+    projectors: Iterable[Any] = distiller.projectors.values()
+    pairs = [pair for pair in projectors if on_gpu and len(pair.views) > 1]
     for pair in pairs:
         pair.forward = pair.stacked
     try:

@@ -19,6 +19,7 @@ from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.teacher_placement import blocks_of, persistence_threshold, persistent_parameters
 from scalekd_ds.optim.optimizers import param_groups
 from scalekd_ds.plan.fake_step import count_step, fake_tensors
+from scalekd_ds.teacher import Teacher
 
 # sizes at which a step is measured: saved bytes grow linearly, but the slope of the peak changes while the batch is small
 MICRO_BATCHES = (2, 8, 32)
@@ -50,6 +51,7 @@ class Curve:
     points: tuple[tuple[int, int], ...]
 
     def __call__(self, images: int) -> int:
+        """Bytes or FLOP of a step of so many images, on the line through the two sizes around it."""
         starts = [i for i, (size, _) in enumerate(self.points[:-1]) if size <= images]
         (x0, y0), (x1, y1) = self.points[starts[-1] if starts else 0 :][:2]
         return round(y0 + (y1 - y0) * (images - x0) / (x1 - x0))
@@ -152,7 +154,8 @@ def measure(cfg: RunConfig, num_classes: int, autocast: torch.dtype | None, on_g
     teacher = teacher_size(distiller)
     points = [(images, *count_step(distiller, images, autocast, on_gpu)) for images in MICRO_BATCHES]
     curves = [Curve(tuple((point[0], point[i]) for point in points)) for i in range(1, 5)]
-    return Measured(groups, buffers, teacher, *curves, autocast is not None)
+    saved, peak, targets, rest = curves
+    return Measured(groups, buffers, teacher, saved, peak, targets, rest, autocast is not None)
 
 
 def step_flop(cfg: RunConfig, num_classes: int, images: int, autocast: torch.dtype | None) -> int:
@@ -196,7 +199,7 @@ def teacher_size(distiller: ScaleKD) -> TeacherSize:
     kept, small = persistent_parameters(teacher), persistence_threshold(teacher)
     kept_ids = {id(p) for p in kept}
     sizes = [sum(nbytes(p) for p in block.parameters() if id(p) not in kept_ids) for block in blocks_of(teacher)]
-    used = _used_by_last_stage(distiller) if "s3" in distiller.projectors else []
+    used = _used_by_last_stage(distiller, teacher) if "s3" in distiller.projectors else []
     return TeacherSize(
         tuple((p.numel(), p.element_size()) for p in teacher.parameters()),
         sum(nbytes(b) for b in teacher.buffers()),
@@ -206,9 +209,9 @@ def teacher_size(distiller: ScaleKD) -> TeacherSize:
     )
 
 
-def _used_by_last_stage(distiller: ScaleKD) -> list[nn.Parameter]:
+def _used_by_last_stage(distiller: ScaleKD, teacher: Teacher) -> list[torch.Tensor]:
     """The teacher's parameters that its last stage reads, found by running it on fake tensors."""
-    teacher, tokens = distiller.teacher, distiller.teacher.last_input
+    tokens, _ = teacher.stages
     used: dict[int, nn.Parameter] = {}
 
     def record(module: nn.Module, *_: Any) -> None:

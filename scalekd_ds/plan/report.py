@@ -119,7 +119,8 @@ def print_plan(
 
 
 def _table_of_plans(plans: list[Plan], best: Plan) -> Table:
-    table = Table(title="what fits", title_justify="left")
+    # without lines between the columns, all of them fit into 80
+    table = Table(title="what fits", title_justify="left", box=None, pad_edge=False)
     for name in ("ZeRO", "teacher", "micro batch", "accumulated", "memory", "ms a step", "images/s", "hours"):
         table.add_column(name, justify="right" if name != "teacher" else "left")
     for plan in plans:

@@ -66,7 +66,7 @@ def reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def lossy(descriptor: int, encoding: str, like: TextIO | None = None, shown: int | None = None) -> TextIO:
+def lossy(descriptor: int, encoding: str, like: Any = None, shown: int | None = None) -> TextIO:
     """A text file on a descriptor whose writes never fail, and which shows as `\\u2713` what `encoding` does not have.
 
     Args:
@@ -77,7 +77,7 @@ def lossy(descriptor: int, encoding: str, like: TextIO | None = None, shown: int
     """
     raw = _Lossy(descriptor, descriptor if shown is None else shown)
     through = bool(like is not None and like.write_through)
-    buffered = like.line_buffering if like is not None else True
+    buffered = bool(like.line_buffering) if like is not None else True
     return io.TextIOWrapper(
         # `python -u`: nothing may wait in a buffer
         raw if through else io.BufferedWriter(raw),

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type in which a convolution or a matrix product computes with `x`, alone of its operands."""
+    """The type in which a convolution or a matrix product computes with `x`, of any shape, alone of its operands."""
     device_type = x.device.type
     # autocast leaves float64 as it is
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,12 +72,14 @@ class CrossAttentionProjector(nn.Module):
         for name, grid in (("key_grid", key_grid), ("query_grid", query_grid)):
             if grid[0] % windows[0] or grid[1] % windows[1]:
                 raise ValueError(f"windows is {tuple(windows)}: it must divide {name}, {tuple(grid)}.")
-        self.key_grid, self.query_grid, self.windows = tuple(key_grid), tuple(query_grid), tuple(windows)
+        self.key_grid = key_grid[0], key_grid[1]
+        self.query_grid = query_grid[0], query_grid[1]
+        self.windows = windows[0], windows[1]
         self.num_heads = num_heads
         self.scale = softmax_scale * (teacher_dim // num_heads) ** -0.5
 
         self.conv = PatchConv(student_dim)
-        self.norm = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
+        self.norm: nn.Module = nn.BatchNorm2d(student_dim) if norm == "batch" else LayerNorm2d(student_dim, eps=1e-5)
         self.pos_embed = nn.Parameter(torch.zeros(1, student_dim, *key_grid))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.query = nn.Embedding(query_grid[0] * query_grid[1], teacher_dim) if learned_query else None
@@ -112,7 +116,15 @@ class CrossAttentionProjector(nn.Module):
     def attend(
         self, x: torch.Tensor, query: torch.Tensor | None = None, patches: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The attention alone, (B, P, teacher_dim), before norm and feed-forward part; takes what `forward` takes.
+        """The attention alone, before norm and feed-forward part.
+
+        Args:
+            x: (B, student_dim, h, w) student map on `key_grid`.
+            query: (B, P, teacher_dim) tokens from TPP, where there is no learned query.
+            patches: `patches_of(x)`, where the caller has them already.
+
+        Returns:
+            (B, P, teacher_dim) tokens, as `forward` orders them.
 
         Raises:
             ValueError: A map of another grid, or a query that is missing or not expected.
@@ -150,3 +162,7 @@ class CrossAttentionProjector(nn.Module):
         """
         n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
         return n + self.fc2(F.relu(self.fc1(n)))
+
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward

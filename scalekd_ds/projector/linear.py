@@ -49,5 +49,5 @@ class LinearPair(nn.Module):
         return self.one_by_one(x, ())
 
     def one_by_one(self, x: torch.Tensor, queries: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The same as `forward`."""
+        """The same as `forward`, (B, student_dim, h, w) -> (V, B, P, teacher_dim); `queries` are not used."""
         return torch.stack([getattr(self, name)(x) for name in self.names])

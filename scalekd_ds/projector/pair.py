@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,13 @@ def _batched_linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
-def _batch_norm(x: torch.Tensor, norms: list[nn.BatchNorm2d]) -> torch.Tensor:
-    """BatchNorm of V views that are concatenated along the channels, each with its own statistics."""
+def _batch_norm(x: torch.Tensor, norms: list[Any]) -> torch.Tensor:
+    """BatchNorm of V views that are concatenated along the channels, each with its own statistics.
+
+    Args:
+        x: (B, V * C, h, w) map.
+        norms: An nn.BatchNorm2d of each view, with statistics, which PyTorch's types do not know.
+    """
     first = norms[0]
     mean, var, weight, bias = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
@@ -97,8 +103,23 @@ class ProjectorPair(nn.Module):
             return self.one_by_one(x, [None] * len(views) if queries is None else queries.unbind(0))
         return self.stacked(x, queries)
 
+    if TYPE_CHECKING:
+        # nn.Module's own would return Any
+        __call__ = forward
+
     def stacked(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` in one pass for all views, whose projectors must not use windows."""
+        """`forward` in one pass for all views, whose projectors must not use windows.
+
+        Args:
+            x: (B, student_dim, h, w) student map.
+            queries: (V, B, P, teacher_dim) from TPP, where the projectors have no learned queries.
+
+        Returns:
+            (V, B, P, teacher_dim), V views.
+
+        Raises:
+            ValueError: A map of another grid, or queries that are missing.
+        """
         views = self.views
         count, batch, heads = len(views), x.shape[0], views[0].num_heads
         tokens = self._keys(x, views)
@@ -108,7 +129,10 @@ class ProjectorPair(nn.Module):
         k, v = kv.unflatten(1, (batch, -1)).flatten(0, 1).unflatten(-1, (2, heads, -1)).unbind(2)
 
         if queries is None:
-            queries = torch.stack([view.query.weight for view in views])
+            learned = [view.query for view in views if view.query is not None]
+            if len(learned) < count:
+                raise ValueError("queries is missing: these projectors have no learned ones.")
+            queries = torch.stack([query.weight for query in learned])
         else:
             queries = queries.flatten(1, 2)
         q = _batched_linear(F.relu(_batched_linear(queries, [v.query_mlp for v in views])), [v.q for v in views])

@@ -69,7 +69,7 @@ def package_versions() -> dict[str, str]:
 
 def flat_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of `RunConfig.as_dict` by their dotted names, as JSON has them; those of `run` are left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(config)).items():
         if name == "run":
             continue
@@ -204,7 +204,7 @@ def engine_changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[s
     """
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for key, value in values.items():
             if not prefix and key in FROM_THE_RUN:
                 continue

@@ -102,8 +102,8 @@ class StudentEma:
         for shard in shards_of(self.engine):
             self._averaged |= {id(p) for p in shard.parameters if id(p) in names}
             for segment in shard.segments:
-                name = names.get(id(shard.parameters[segment.layer]))
-                if name is None:
+                name = names.get(id(shard.parameters[segment.layer]), "")
+                if not name:
                     continue
                 if shard.flat.numel() < segment.start + segment.count:
                     raise UserError(
@@ -146,21 +146,24 @@ class StudentEma:
         """
         pieces, buffers = self._averages_by_name()
         average_over_ranks(list(buffers.values()))
-        state, wholes = {}, {}
+        state: dict[str, torch.Tensor] = {}
+        wholes: dict[int, torch.Tensor] = {}
         for name, tensor in self.student.state_dict(keep_vars=True).items():
             if id(tensor) not in self._averaged:
                 state |= gather_all({name: buffers.get(name, tensor)}, is_kept=is_kept)
                 continue
             if id(tensor) not in wholes:
                 whole = self._gather_average(tensor, pieces.get(name, []))
-                wholes[id(tensor)] = whole.cpu() if is_kept else None
+                # where it is not kept, an entry alone, which says that its turn has been
+                wholes[id(tensor)] = whole.cpu() if is_kept else whole.new_empty(0)
             if is_kept:
                 state[name] = wholes[id(tensor)].clone()
         return state
 
     def _averages_by_name(self) -> tuple[dict[str, list], dict[str, torch.Tensor]]:
         """Name -> (offset in the flattened layer, average) of each segment, and name -> average of each buffer."""
-        count, pieces = len(self._pieces), {}
+        count = len(self._pieces)
+        pieces: dict[str, list] = {}
         for (name, _, segment), average in zip(self._pieces, self._averages, strict=False):
             pieces.setdefault(name, []).append((segment.offset, average))
         return pieces, dict(zip(self._buffers, self._averages[count:], strict=True))

@@ -1,4 +1,4 @@
-"""Runs a training in a process of its own, unless it is finished already; benchmarks fill tables with it."""
+"""Runs a training in a process of its own, unless it is finished already; the quickstart and benchmarks fill tables so."""
 
 from __future__ import annotations
 
@@ -11,44 +11,55 @@ from pathlib import Path
 from typing import Any
 
 from scalekd_ds.cluster.job import run_job
+from scalekd_ds.data import fashion
 from scalekd_ds.errors import UserError
+from scalekd_ds.names import escape
 from scalekd_ds.process import signals
 from scalekd_ds.recipes.command_line import parse_run
 
+# with -P, since a file of the current folder would else stand for a library of its name
+TRAIN = (sys.executable, "-P", "-m", "scalekd_ds", "train")
 
-def fashion_runner(launch: Path, data: Path, out: Path) -> Callable[..., dict[str, Any]]:
-    """Writes Fashion-MNIST unless it is there already, and returns a function that runs a training on it.
+
+def place_fashion(data: Path) -> None:
+    """Writes Fashion-MNIST into the folder `data` unless it is there already, and says in a line what is there.
+
+    Raises:
+        UserError: The images are not on this machine, or cannot be written.
+    """
+    described = fashion.describe_existing(data, None) or fashion.write(data, *fashion.find(None, False))
+    print(f"{escape(data)}: {described}", flush=True)
+
+
+def log_of(out: Path, name: str) -> Path:
+    """The file for the output of the run `name` of a table whose runs are in the folder `out`."""
+    return out / "logs" / f"{name}.log"
+
+
+def fashion_runner(data: Path, out: Path) -> Callable[..., dict[str, Any]]:
+    """A function that runs a training on the images of a folder.
 
     Args:
-        launch: The folder launch/.
-        data: The folder of the images.
+        data: The folder of the images, with train/ and val/.
         out: The folder of the runs.
 
     Returns:
         A function of a recipe, the name of the run's folder in `out`, a number of threads, and further command line
         arguments of the run. It returns and raises as `finished_run`.
-
-    Raises:
-        SystemExit: The images cannot be written; launch/prepare_data.py has printed why.
     """
-    prepared = subprocess.run([sys.executable, launch / "prepare_data.py", "fashion-mnist", data])
-    if prepared.returncode:
-        raise SystemExit(prepared.returncode)
 
     def run(recipe: str, name: str, threads: int, *more: str) -> dict[str, Any]:
         common = ["--data.root", str(data), "--run.dir", str(out / name), "--run.progress", "plain"]
-        arguments = ["--recipe", recipe, *common, *more]
-        return finished_run(launch / "train.py", arguments, threads, out / "logs" / f"{name}.log")
+        return finished_run(["--recipe", recipe, *common, *more], threads, log_of(out, name))
 
     return run
 
 
-def finished_run(script: Path, arguments: list[str], threads: int, log: Path) -> dict[str, Any]:
+def finished_run(arguments: list[str], threads: int, log: Path) -> dict[str, Any]:
     """The results of a run, which is started, resumed where it was cut, or not repeated where it is finished.
 
     Args:
-        script: Path of launch/train.py.
-        arguments: Command line arguments of the run.
+        arguments: Command line arguments of the run, as of `scalekd train`.
         threads: Number of threads of the process (OMP_NUM_THREADS).
         log: File for the output of the process.
 
@@ -57,9 +68,13 @@ def finished_run(script: Path, arguments: list[str], threads: int, log: Path) ->
 
     Raises:
         UserError: The run failed; the message has the last line of its output.
+        ValueError: The arguments list the recipes.
     """
     command = [*arguments, "--run.resume", "auto"]
-    cfg, _ = parse_run(command)
+    parsed = parse_run(command)
+    if parsed is None:
+        raise ValueError(f"arguments is {arguments}: it must be a run, and not --list-recipes.")
+    cfg, _ = parsed
     run_dir = Path(cfg.run.dir)
     results, config = run_dir / "results.json", run_dir / "config.json"
     # converted through JSON, so that tuples equal the lists in the file
@@ -72,7 +87,7 @@ def finished_run(script: Path, arguments: list[str], threads: int, log: Path) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as out:
-        status, number = run_job([sys.executable, script, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
+        status, number = run_job([*TRAIN, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
     if number is not None:
         raise signals.Interrupted(number)
     if status:

@@ -10,8 +10,9 @@ from scalekd_ds.errors import UserError
 
 
 def micro_batch_notice(cfg: RunConfig, world_size: int, trained: nn.Module) -> str | None:
-    """One line where the micro batch is smaller than asked for, since a rank's share has no larger divisor, or where a
-    BatchNorm sees one image because a rank has no more; else None.
+    """One line where the micro batch is smaller than asked for, or where a BatchNorm sees one image; else None.
+
+    The one is since a rank's share has no larger divisor, the other because a rank has no more images.
 
     Args:
         cfg: The run.

@@ -33,7 +33,7 @@ def planned_placement(
         total = torch.cuda.get_device_properties(device).total_memory
         chosen += PLACEMENTS.index(_first_that_fits(teacher, cfg, config, num_classes, total))
     dist.broadcast(chosen, 0)
-    return PLACEMENTS[chosen.item()]
+    return PLACEMENTS[int(chosen)]
 
 
 def _first_that_fits(

@@ -131,3 +131,14 @@ class Run:
     def accuracy_of(self, weights: Literal["student", "ema"]) -> dict[str, float] | None:
         """Accuracy of the student's own weights or of their average at the last evaluation, None before the first."""
         return self.ema_accuracy if weights == "ema" else self.accuracy
+
+    def measured(self, weights: Literal["student", "ema"]) -> dict[str, float]:
+        """`accuracy_of` after an evaluation.
+
+        Raises:
+            RuntimeError: There was none yet.
+        """
+        accuracy = self.accuracy_of(weights)
+        if accuracy is None:
+            raise RuntimeError(f"the weights {weights!r} are not evaluated yet")
+        return accuracy

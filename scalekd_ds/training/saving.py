@@ -68,7 +68,7 @@ def ship(run: Run) -> str | None:
     if run.shipped_step == run.step:
         return problem_of_rank_0(lambda: write_json(card_path(file), card_of(run, run.shipped_weights)))
     is_first = dist.get_rank() == 0
-    if run.shipped_weights == "ema":
+    if run.ema is not None and run.shipped_weights == "ema":
         weights = run.ema.state(is_first)
     else:
         weights = student_state(run.distiller, is_kept=is_first)
@@ -79,7 +79,7 @@ def ship(run: Run) -> str | None:
 
 def problem_of_rank_0(write: Callable[[], None]) -> str | None:
     """Rank 0 calls `write`; returns what is wrong with the disk, the same on every rank, or None; collective."""
-    problem = [None]
+    problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             write()

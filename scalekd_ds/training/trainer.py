@@ -7,7 +7,7 @@ import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepspeed import comm as dist
 
@@ -26,6 +26,7 @@ from scalekd_ds.training.run import Run
 from scalekd_ds.training.run_dir import check_apart, held_run_dir, set_results_aside
 from scalekd_ds.training.saving import accuracies, begin_checkpoint, card_of, problem_of_rank_0, ship
 from scalekd_ds.training.setup import build
+from scalekd_ds.training.start_lines import start_lines
 from scalekd_ds.training.step import train_step
 from scalekd_ds.training.student_card import MEASURED
 from scalekd_ds.training.validation import validate
@@ -57,7 +58,7 @@ def evaluate_and_note(run: Run, reporter: Reporter, watch: Watch, saved: bool) -
         raise LeftOutError(
             f"{error} What was trained is in {run.saver.folder / f'step{run.step:08d}'}; --run.resume auto goes on from it."
         ) from None
-    names = ("student", "ema") if run.ema is not None else ("student",)
+    names: tuple[Literal["student", "ema"], ...] = ("student", "ema") if run.ema is not None else ("student",)
     cards = {WEIGHTS[name]: {key: card_of(run, name)[key] for key in MEASURED} for name in names}
     spent = {"seconds": watch.seconds(), "joules": watch.joules()}
     run.saver.note_evaluation(run.step, {"state": accuracies(run) | spent, "cards": cards})
@@ -97,6 +98,7 @@ def _train(run: Run) -> dict[str, Any]:
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
+    reporter.begin(start_lines(run))
     signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
     with run.preemption, Watch(run) as watch:
         try:
@@ -191,6 +193,8 @@ def evaluation_is_due(run: Run) -> bool:
 def _stop(run: Run, reporter: Reporter) -> dict[str, Any]:
     """Ends a run after a signal: waits for the checkpoint, and tells the user how to resume."""
     run.saver.finish()
+    # what to do is the last line, below the bar
+    reporter.close()
     reporter.line(
         f"stopped at step {run.step} of {run.total_steps} ({run.preemption.signal or 'a signal to another rank'}); the same "
         f"command with --run.resume auto goes on "
@@ -207,7 +211,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         reporter.line(f"nothing is left to train after step {run.step}")
         evaluate_and_note(run, reporter, watch, saved=True)
     problem = ship(run)
-    shipped = run.accuracy_of(run.shipped_weights)
+    shipped = run.measured(run.shipped_weights)
     results = {
         "step": run.step,
         "total_steps": run.total_steps,
@@ -219,7 +223,7 @@ def _finish(run: Run, reporter: Reporter, watch: Watch) -> dict[str, Any]:
         "val_images": shipped.get("images"),
         "val_images_left_out": shipped.get("left_out", 0),
         "best": run.best,
-        "student_top1": run.accuracy["top1"],
+        "student_top1": run.measured("student")["top1"],
         "ema_top1": (run.ema_accuracy or {}).get("top1"),
         "teacher_top1": (run.teacher_accuracy or {}).get("top1"),
         "seconds": watch.seconds(),

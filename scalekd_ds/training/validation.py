@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
+import torch
 from deepspeed import comm as dist
 from torch import nn
 
 from scalekd_ds.cluster.preemption import Preempted
+from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.gather import student_state, synchronise_buffers
 from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
 from scalekd_ds.evaluation.left_out import check_left_out
 from scalekd_ds.rng import rng_state, set_rng_state
+from scalekd_ds.training.ema import StudentEma
 from scalekd_ds.training.run import Run
 from scalekd_ds.watching.run_pictures import draw_run_pictures, images_to_show
 from scalekd_ds.watching.terminal import Reporter
@@ -30,13 +34,13 @@ def student_to_evaluate(run: Run) -> nn.Module:
     return run.unsharded_student
 
 
-def averaged_student(run: Run) -> nn.Module:
+def averaged_student(run: Run, average: StudentEma) -> nn.Module:
     """An unsharded student that holds the moving average; collective.
 
     Below ZeRO-3 it is a copy that exists only during the evaluation, to leave its memory to training.
     """
     student = copy.deepcopy(run.distiller.student) if run.unsharded_student is None else run.unsharded_student
-    student.load_state_dict(run.ema.state())
+    student.load_state_dict(average.state())
     return student
 
 
@@ -52,6 +56,7 @@ def validate(run: Run, reporter: Reporter) -> None:
     """
     before = run.accuracy, run.ema_accuracy, run.evaluated_step
     generators = rng_state()
+    reporter.evaluating()
     try:
         _measure(run)
     except Preempted:
@@ -59,26 +64,33 @@ def validate(run: Run, reporter: Reporter) -> None:
         raise
     finally:
         set_rng_state(generators)
-    top1 = run.accuracy_of(run.shipped_weights)["top1"]
-    if run.best is None or top1 > run.best["top1"]:
-        run.best = {"top1": top1, "step": run.step}
+    top1, best = run.measured(run.shipped_weights)["top1"], run.best
+    if best is None or top1 > best["top1"]:
+        best = run.best = {"top1": top1, "step": run.step}
     # (prefix in TensorBoard, name in the table, accuracy)
     found = [("", "student", run.accuracy), ("ema_", "average", run.ema_accuracy)]
     found.append(("teacher_", "teacher", run.teacher_accuracy))
-    found = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
-    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in found for key in ("top1", "top5")}
-    scalars |= {"val/best_top1": run.best["top1"], "data/bad_val_files": float(run.left_out)}
+    shown = [(prefix, name, accuracy) for prefix, name, accuracy in found if accuracy]
+    scalars = {f"val/{prefix}{key}": accuracy[key] for prefix, _, accuracy in shown for key in ("top1", "top5")}
+    scalars |= {"val/best_top1": best["top1"], "data/bad_val_files": float(run.left_out)}
     run.monitor.log(run.step, scalars)
-    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in found]
-    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **run.best}])
+    rows = [{"name": n, "top1": a["top1"], "top5": a["top5"], "step": run.step} for _, n, a in shown]
+    reporter.evaluation(run.step, [*rows, {"name": "best so far", "top5": None, **best}])
 
 
 def _accuracy(run: Run, measure: Callable[[Iterator], dict[str, float]]) -> dict[str, float]:
     """What `measure` finds on the validation images, of which a few may be left out."""
     accuracy = measure(run.validation_batches())
     check_left_out(run.val_loader, accuracy, run.cfg.data.max_bad_share, "data.max_bad_share", run.left_out)
-    run.left_out = accuracy["left_out"]
+    run.left_out = int(accuracy["left_out"])
     return accuracy
+
+
+def _teacher_logits(distiller: ScaleKD, images: torch.Tensor) -> torch.Tensor:
+    logits = distiller.teacher_targets(images).logits
+    if logits is None:
+        raise RuntimeError("the teacher has no classifier")
+    return logits
 
 
 def _measure(run: Run) -> None:
@@ -100,8 +112,8 @@ def _measure(run: Run) -> None:
     if answers and run.teacher_accuracy is None:
         run.teacher_accuracy = _accuracy(
             run,
-            lambda batches: evaluate(lambda images: run.distiller.teacher_targets(images).logits, batches, run.device),
+            lambda batches: evaluate(partial(_teacher_logits, run.distiller), batches, run.device),
         )
     if run.ema is not None:
-        average = averaged_student(run)
+        average = averaged_student(run, run.ema)
         run.ema_accuracy = _accuracy(run, lambda batches: evaluate_module(average, batches, run.device))

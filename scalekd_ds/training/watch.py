@@ -125,7 +125,7 @@ class Watch:
         found["system/share_other"] = max(0.0, 1.0 - sum(shares.get(name, 0.0) for name in PARTS))
         found["system/share_communication"] = shares.get("communication", 0.0)
         found["data/wait_s"] = shares.get("data_wait", 0.0) * wall / steps
-        if self.peak_flops is not None:
+        if self.peak_flops is not None and self._flop is not None:
             found["system/mfu"] = self._flop * images / wall / self.peak_flops
         return found | memory(self.run.device)
 

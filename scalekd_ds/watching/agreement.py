@@ -41,11 +41,12 @@ def cosines(losses: dict[str, float], distiller: ScaleKD) -> dict[str, float]:
     Returns:
         `teacher/cosine_VIEW_STAGE` for each of them.
     """
-    found = {}
+    if distiller.teacher is None or not distiller.feature_weights:
+        return {}
+    found, (before, after) = {}, distiller.teacher.stages
     for name, weight in distiller.feature_weights.items():
         stage = name.rsplit("_", 1)[1]
-        before_last_stage = stage == "s3" and not distiller.tpp
-        target = distiller.teacher.last_input if before_last_stage else distiller.teacher.last_output
+        target = before if stage == "s3" and not distiller.tpp else after
         num_tokens = target.grid[0] * target.grid[1]
         found[f"teacher/cosine_{name}"] = 1.0 - losses[f"loss/{name}"] / (2.0 * weight * num_tokens)
     return found

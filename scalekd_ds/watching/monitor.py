@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Monitor:
         """Writes the scalars of an optimizer step, and flushes everything to disk."""
         events = [(name, value, step) for name, value in scalars.items()]
         for name, monitor in list(self._monitors.items()):
-            self._attempt(name, lambda name=name, monitor=monitor: self._log(name, monitor, events))
+            self._attempt(name, partial(self._log, name, monitor, events))
 
     def _log(self, name: str, monitor: Any, events: list[tuple[str, float, int]]) -> None:
         if name == "tensorboard" and name in self._failed:
@@ -192,5 +193,5 @@ def _silence_writer_threads() -> None:
         if not type(args.thread).__module__.startswith("tensorboard"):
             previous(args)
 
-    hook.without_tensorboard = True
+    vars(hook)["without_tensorboard"] = True
     threading.excepthook = hook

@@ -85,7 +85,7 @@ def hyperparameters(cfg: RunConfig) -> dict[str, bool | str | float]:
     """
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for key, value in values.items():
             if isinstance(value, dict):
                 found |= flat(value, f"{prefix}{key}.")

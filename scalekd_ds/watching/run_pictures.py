@@ -95,7 +95,7 @@ def draw_run_pictures(distiller: ScaleKD, student: nn.Module, images: torch.Tens
     attention = None
     if teacher is not None and distiller.projectors:
         tokens = distiller.teacher_targets(images).tokens
-        maps = {"teacher": tokens_to_map(tokens, teacher.last_output.grid), **maps}
+        maps = {"teacher": tokens_to_map(tokens, teacher.stages[1].grid), **maps}
         if found := attending_projector(distiller):
             stage, projector = found
             student_map = output.before if stage == "s3" else output.last
@@ -104,7 +104,8 @@ def draw_run_pictures(distiller: ScaleKD, student: nn.Module, images: torch.Tens
 
     shown = unnormalise(images, *normalisation_of(distiller.student))
     factor = _SIDE / min(shown.shape[-2:])
-    size = tuple(round(side * max(1.0, factor)) for side in shown.shape[-2:])
+    height, width = (round(side * max(1.0, factor)) for side in shown.shape[-2:])
+    size = (height, width)
     inputs = enlarge(shown, size)
     colours = [enlarge(pca_colours(values), size) for values in maps.values()]
     pictures = {"pictures/maps": tile([list(row) for row in zip(inputs, *colours, strict=True)])}

@@ -107,6 +107,7 @@ def test_two_nodes_train_the_weights_that_one_node_trains(cluster, tmp_path):
     torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_launcher_on_each_node_needs_no_ssh(cluster):
     """`--no_ssh`: somebody else starts one launcher on each node."""
     environment = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": THREADS}
@@ -206,7 +207,8 @@ def test_a_slurm_job_looks_first_and_saves_when_its_time_is_up(cluster, tmp_path
     assert not list(ROOT.glob(".hosts-*"))
 
 
-@pytest.mark.parametrize("fault", ["cut", pytest.param("crash", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["cut", "crash"])
 def test_a_node_that_is_gone_ends_the_job_and_is_named(cluster, tmp_path, fault):
     job, run_dir = write_job(tmp_path), tmp_path / "run"
     more = ["--config", job, "--run.dir", run_dir, "--schedule.epochs", 4000, "--run.save_every", 5]

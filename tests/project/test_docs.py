@@ -36,6 +36,7 @@ VERBS = {
     "evaluate",
     "consolidate",
     "export",
+    "push",
     "inspect",
     "plan",
     "doctor",

@@ -31,7 +31,7 @@ def copy_of_repo(folder: Path) -> Path:
     """What a clone would hold, symlinks kept: builds write into the tree they build."""
     copy = folder / "repo"
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CITATION.cff", "CHANGELOG.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for name in ("scalekd_ds", "kernels", "ds_configs"):

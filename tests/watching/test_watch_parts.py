@@ -305,7 +305,7 @@ def on_a_terminal(*arguments: str) -> str:
 
 def test_rank_0_draws_a_bar_on_a_terminal_and_others_nothing():
     shown = on_a_terminal("0")
-    for words in ("7/10", "left", "loss 3.2500", "100 img/s (mean 90)", "data wait 25%", "1.5 GiB", "ce 1.5000"):
+    for words in ("7/10", "left", "loss 3.2500", "  100 img/s (mean    90)", "data wait 25%", "1.5 GiB", "ce 1.5000"):
         assert words in shown, words
     for words in ("step 7 of 10", "55.50%", "best so far (step 4)", "60.00%", "a [bold]line[/bold]"):
         assert words in shown, words

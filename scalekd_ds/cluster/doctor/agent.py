@@ -4,6 +4,8 @@ It reads requests from stdin, one line of JSON each, and prints one line of JSON
 standard library alone, and nothing of scalekd_ds: the node may have other code, or none.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import hmac
@@ -20,6 +22,8 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 # starts every answer, since a login shell may print lines of its own
 MARK = "scalekd-doctor:"
@@ -28,7 +32,7 @@ SOURCES = (".py", ".json", ".sh")
 BLOCK = 1 << 20
 
 
-def run(command, seconds=10):
+def run(command: Sequence[str], seconds: float = 10) -> str | None:
     """Standard output of a program, or None if it fails, does not exist, or runs longer than `seconds`."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
@@ -36,9 +40,9 @@ def run(command, seconds=10):
     return None
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Name -> version of Python, the installed packages of `PACKAGES`, and `cuda`, for which torch was built."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    found: dict[str, Any] = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -51,7 +55,7 @@ def versions():
     return found
 
 
-def gpus():
+def gpus() -> tuple[list[dict[str, Any]], str | None]:
     """The GPUs, and an error message or None.
 
     Returns:
@@ -72,7 +76,7 @@ def gpus():
     return found, None
 
 
-def code():
+def code() -> dict[str, str | None]:
     """The scalekd_ds that a job in this folder would import.
 
     Returns:
@@ -98,14 +102,14 @@ def code():
     return {"folder": folder, "hash": digest.hexdigest(), "commit": commit.strip() if commit else None}
 
 
-def memory():
+def memory() -> int:
     """Available host memory in bytes."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["MemAvailable"].split()[0]) << 10
 
 
-def disk(path):
+def disk(path: str) -> int:
     """Bytes that are free for this user on the file system where `path` is or would be made."""
     path = os.path.abspath(path)
     while not os.path.exists(path):
@@ -114,7 +118,7 @@ def disk(path):
     return state.f_bavail * state.f_frsize
 
 
-def index_hash(path):
+def index_hash(path: str) -> str | None:
     """A hash of the names, labels and lengths in the data set's index, or None if no index was built yet."""
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "scalekd_ds")
     key = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]
@@ -134,7 +138,7 @@ def index_hash(path):
     return None
 
 
-def count_files(path, deadline):
+def count_files(path: str, deadline: float) -> int | None:
     """Number of files below a folder, or of those that match a pattern of shards; None if `deadline` passes meanwhile."""
     path = os.path.abspath(path)
     if not os.path.isdir(path):
@@ -156,14 +160,14 @@ def count_files(path, deadline):
     return files
 
 
-def data(paths, seconds):
+def data(paths: Mapping[str, str], seconds: float) -> dict[str, dict[str, Any]]:
     """Key -> `files` (their number) and `index` (its hash) of each path, or `error` if it cannot be read.
 
     Args:
         paths: Key -> path.
         seconds: Time for counting files, all paths together.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + seconds
     for key, path in paths.items():
         try:
@@ -175,12 +179,12 @@ def data(paths, seconds):
     return found
 
 
-def first_address():
+def first_address() -> str | None:
     """The first address of `hostname -I`, which DeepSpeed's launcher takes as the master's; None if there is none."""
-    return ((run(["hostname", "-I"]) or "").split() or [None])[0]
+    return next(iter((run(["hostname", "-I"]) or "").split()), None)
 
 
-def own_address():
+def own_address() -> str | None:
     """The address at which ssh reached this node, else its first address."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if len(connection) == 4 and connection[2] not in ("127.0.0.1", "::1"):
@@ -191,7 +195,7 @@ def own_address():
     return first_address()
 
 
-def follow_nccl(environment, interfaces=None):
+def follow_nccl(environment: MutableMapping[str, str], interfaces: Collection[str] | None = None) -> None:
     """Sets GLOO_SOCKET_IFNAME to the interface that NCCL_SOCKET_IFNAME names, where it is not set; ranks do the same.
 
     A job on GPUs reduces over NCCL, and needs gloo as well, for the flags of its signals. NCCL looks for an interface by
@@ -211,19 +215,19 @@ def follow_nccl(environment, interfaces=None):
         environment["GLOO_SOCKET_IFNAME"] = named
 
 
-def gloo_address():
+def gloo_address() -> str:
     """What gloo takes to connect the ranks: the interface that is set, else the address of this machine's name."""
     environment = dict(os.environ)
     follow_nccl(environment)
     if environment.get("GLOO_SOCKET_IFNAME"):
         return environment["GLOO_SOCKET_IFNAME"]
     with contextlib.suppress(OSError):
-        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     # where nobody knows the name
     return "127.0.0.1"
 
 
-def facts(request):
+def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Answers `facts`: everything about this node that the doctor checks."""
     found, error = gpus()
     return {
@@ -245,7 +249,7 @@ def facts(request):
     }
 
 
-def listening(address):
+def listening(address: str) -> socket.socket:
     """A server socket on a free port of `address`."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, 0), family=family, backlog=8)
@@ -262,7 +266,7 @@ class Listener:
         seconds: Time until it gives up.
     """
 
-    def __init__(self, address, token, seconds):
+    def __init__(self, address: str, token: str, seconds: float) -> None:
         self.socket = listening(address)
         self.port = self.socket.getsockname()[1]
         self.token, self.deadline = bytes.fromhex(token), time.monotonic() + seconds
@@ -270,7 +274,7 @@ class Listener:
         self.thread = threading.Thread(target=self.receive_from_peer, daemon=True)
         self.thread.start()
 
-    def receive_from_peer(self):
+    def receive_from_peer(self) -> None:
         """Body of the thread: leaves the bytes and seconds of the transfer, or an error, in `result`."""
         with self.socket:
             peer = self.accept()
@@ -278,7 +282,7 @@ class Listener:
             with peer:
                 self.result = self.receive(peer)
 
-    def accept(self):
+    def accept(self) -> socket.socket | None:
         """The connection of the first peer that knows the token, or None after the deadline."""
         while time.monotonic() < self.deadline:
             self.socket.settimeout(max(0.01, self.deadline - time.monotonic()))
@@ -289,7 +293,7 @@ class Listener:
                 peer.close()
         return None
 
-    def authenticate(self, peer):
+    def authenticate(self, peer: socket.socket) -> bool:
         """Whether the peer sends the token, within a second: another connection must not keep the real peer waiting."""
         peer.settimeout(1)
         received = b""
@@ -298,7 +302,7 @@ class Listener:
                 received += part
         return hmac.compare_digest(received, self.token)
 
-    def receive(self, peer):
+    def receive(self, peer: socket.socket) -> dict[str, Any]:
         """Counts the `bytes` and `seconds` until the peer closes the connection or the deadline passes."""
         peer.settimeout(3)
         buffer, total, started = bytearray(BLOCK), 0, time.monotonic()
@@ -310,7 +314,7 @@ class Listener:
         return {"bytes": total, "seconds": time.monotonic() - started}
 
 
-def send(address, port, token, seconds):
+def send(address: str, port: int, token: str, seconds: float) -> dict[str, Any]:
     """Answers `send`: sends the token, and then zeros for some seconds, to another node's `Listener`."""
     block = bytes(BLOCK)
     with socket.create_connection((address, port), timeout=5) as peer:
@@ -321,13 +325,15 @@ def send(address, port, token, seconds):
     return {}
 
 
-def free_port(address):
+def free_port(address: str) -> dict[str, int]:
     """Answers `free_port`: a port of `address` that is free now."""
     with listening(address) as probe:
         return {"port": probe.getsockname()[1]}
 
 
-def reduce(code, ranks, env, seconds, start_seconds):
+def reduce(
+    code: str, ranks: Iterable[tuple[int, int]], env: Mapping[str, str], seconds: float, start_seconds: float
+) -> dict[str, Any]:
     """Answers `reduce`: runs the program that takes part in an all-reduce, one process for each rank of this node.
 
     Args:
@@ -348,7 +354,7 @@ def reduce(code, ranks, env, seconds, start_seconds):
     workers = []
     for rank, local_rank in ranks:
         worker_env = {**base, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         workers.append(subprocess.Popen([sys.executable, "-c", code], env=worker_env, text=True, **pipes))
     # a process that hangs says itself in which part, a moment before it is killed
     deadline = time.monotonic() + seconds + start_seconds
@@ -369,7 +375,7 @@ def reduce(code, ranks, env, seconds, start_seconds):
     return reduced(outputs)
 
 
-def reduced(outputs):
+def reduced(outputs: Sequence[str]) -> dict[str, Any]:
     """The answer of `reduce` from what its processes have printed, NCCL among it."""
     # a library may print at its end, after the result
     lines = [line for output in outputs for line in output.splitlines()]
@@ -380,11 +386,13 @@ def reduced(outputs):
     return {"seconds": max(r["seconds"] for r in results), "nccl": network[1].strip()[:100] if network else None}
 
 
-def main():
+def main() -> None:
     """Answers requests until stdin ends."""
     # ends this process after two minutes, should the doctor be killed and leave the connection open
     signal.alarm(120)
-    listener = None
+    # after `listen`, which comes first, a Listener
+    listener: Any = None
+    answer: dict[str, Any]
     for line in sys.stdin.buffer:
         request = json.loads(line)
         action = request.pop("do")

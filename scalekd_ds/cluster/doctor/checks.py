@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 GIB = 1 << 30
@@ -72,12 +73,20 @@ def differences(
             yield Problem(name, f"{what} is {show(value)}, {others} {show(common)}: {cure}")
 
 
+def _version_of(package: str, node: Facts) -> Any:
+    return node["versions"].get(package)
+
+
+def _of_data(key: str, part: str, node: Facts) -> Any:
+    return node["data"][key][part]
+
+
 def version_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
     """Yields versions of Python, packages, CUDA and drivers that differ between nodes."""
     packages = dict.fromkeys(key for node in facts.values() for key in node["versions"])
     for package in packages:
         cure = f"install the same {package} there"
-        yield from differences(facts, package, cure, lambda node, p=package: node["versions"].get(p), _or_missing)
+        yield from differences(facts, package, cure, partial(_version_of, package), _or_missing)
         if package == "torch" and all(node["versions"].get("torch") is None for node in facts.values()):
             yield Problem(next(iter(facts)), "torch is installed nowhere: pip install -e . on every node")
     drivers = {name: node for name, node in facts.items() if node["gpus"]}
@@ -170,7 +179,7 @@ def data_problems(facts: Mapping[str, Facts]) -> Iterator[Problem]:
                 comparable,
                 f"{key}: {what}",
                 cure,
-                lambda node, k=key, p=part: node["data"][k][p],
+                partial(_of_data, key, part),
                 lambda value: str(value)[:12],
             )
 

@@ -3,24 +3,27 @@
 On GPUs it makes one over gloo first, whose connections a job needs beside those of NCCL.
 """
 
+from __future__ import annotations
+
 import datetime
 import json
 import os
 import sys
 import threading
 import time
+from typing import Any
 
 # what the program does at the moment, for the line of one that hangs
 part = ["the meeting of the ranks"]
 
 
-def give_up(seconds):
+def give_up(seconds: float) -> None:
     """Ends this process, inside of a library that hangs."""
     print(f"{part[0]} is not done within {seconds:.0f} s", flush=True)
     os._exit(1)
 
 
-def reduce(dist, numbers, world_size, group=None):
+def reduce(dist: Any, numbers: Any, world_size: int, group: Any = None) -> float:
     """Seconds of an all-reduce of 1 MiB; the first one also makes the connections."""
     started = time.monotonic()
     dist.all_reduce(numbers, group=group)
@@ -33,6 +36,7 @@ def reduce(dist, numbers, world_size, group=None):
 
 
 def main() -> None:
+    """Meets the other ranks, reduces, and prints a line of JSON with the seconds."""
     import torch
     import torch.distributed as dist
 

@@ -77,7 +77,8 @@ class Node:
         self._command = command
         self._stderr: deque[str] = deque(maxlen=20)
         self._timed_out: str | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        # an asyncio.subprocess.Process with three pipes, once it is started
+        self._process: Any = None
 
     async def start(self) -> None:
         """Starts the agent. Its other failures, such as those of ssh, show at the first `ask`.

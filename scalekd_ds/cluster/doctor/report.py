@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,11 +30,24 @@ _COLUMNS = (
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Prints the table, the problems and a summary line; a row ends with OK if its node has no problem."""
-    table = Table(*_COLUMNS, title=f"looked at in {report.seconds:.1f} s")
-    for host in report.hosts:
-        table.add_row(*_row(report, host))
-    console.print(table)
+    """Prints the table, the problems and a summary line; a row ends with OK if its node has no problem.
+
+    In a terminal that is too narrow for the table, each node has a paragraph in its place.
+    """
+    rows = [_row(report, host) for host in report.hosts]
+    table = Table(*_COLUMNS, title=f"looked at in {report.seconds:.1f} s", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    if Console(width=1000).measure(table).maximum <= console.width:
+        console.print(table, highlight=False)
+    else:
+        console.print(f"looked at in {report.seconds:.1f} s", highlight=False)
+        for host, *values, verdict in rows:
+            facts = ", ".join(f"{name} {value}" for name, value in zip(_COLUMNS[1:-1], values, strict=True) if value)
+            lines = textwrap.wrap(facts, console.width - 4)
+            console.print(
+                "\n".join([f"{host}: {verdict}", *(f"    {line}" for line in lines)]), markup=False, highlight=False
+            )
     if report.all_reduce_s is not None:
         console.print(f"all-reduce of 1 MiB over {report.backend}: {1e3 * report.all_reduce_s:.1f} ms", highlight=False)
     if len(report.facts) > 1:

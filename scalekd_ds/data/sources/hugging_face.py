@@ -14,7 +14,7 @@ import numpy as np
 
 from scalekd_ds.class_names import are_numbers
 from scalekd_ds.data.sources.index import Index, read_file
-from scalekd_ds.data.sources.labels import encode_labels, resolve_labels
+from scalekd_ds.data.sources.labels import Classes, encode_labels, resolve_labels
 from scalekd_ds.errors import UserError, say, suggest
 from scalekd_ds.names import is_unicode, text_of, utf8_path
 
@@ -78,7 +78,7 @@ class HubSource:
         return replace(self, order=self.order[chosen], labels=self.labels[chosen])
 
 
-def open_hub(where: str, key: str, classes: list[str] | None = None) -> HubSource:
+def open_hub(where: str, key: str, classes: Classes = None) -> HubSource:
     """Opens `hf:NAME_OR_FOLDER[:SPLIT]`.
 
     A folder may be what `save_to_disk` wrote, or anything that `load_dataset` takes: an imagefolder, Parquet files.
@@ -148,7 +148,7 @@ def _columns(features: dict) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
 
 
-def _load(datasets, name: str, split: str | None, where: str, key: str):
+def _load(datasets: Any, name: str, split: str | None, where: str, key: str) -> Any:
     """The data set, or a dictionary of its splits."""
     if os.path.isdir(name):
         # for as long as the process reads images
@@ -170,7 +170,7 @@ def _load(datasets, name: str, split: str | None, where: str, key: str):
         raise UserError(f"{key}: {where!r} cannot be loaded: {text}") from None
 
 
-def _select_split(splits: dict, split: str | None, where: str, key: str):
+def _select_split(splits: dict[str, Any], split: str | None, where: str, key: str) -> tuple[Any, str]:
     """The split that the user named, or the only one there is, and its name."""
     if split is None and len(splits) == 1:
         split = next(iter(splits))
@@ -183,7 +183,9 @@ def _select_split(splits: dict, split: str | None, where: str, key: str):
     return splits[split], split
 
 
-def _resolve_labels(dataset, feature, column: str, classes: list[str] | None, where: str, key: str):
+def _resolve_labels(
+    dataset: Any, feature: Any, column: str, classes: Classes, where: str, key: str
+) -> tuple[np.ndarray, list[str]]:
     """(labels, classes) of the data set, as `resolve_labels` gives them."""
     values = dataset.with_format("arrow")[column]
     values = values.to_pylist() if hasattr(values, "to_pylist") else [value.as_py() for value in values]

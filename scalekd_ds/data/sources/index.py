@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalekd_ds.names import one_line, paths_in
+from scalekd_ds.process.console import readable_console
 
 SUFFIX = ".scalekd_index.npz"
 VERSION = 4
@@ -113,7 +113,7 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T], what: str, chun
     quiet = not sys.stderr.isatty()
     with (
         ThreadPoolExecutor(_THREADS, thread_name_prefix="index") as pool,
-        Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar,
+        Progress(*columns, console=readable_console(stderr=True), transient=True, disable=quiet) as bar,
     ):
         task = bar.add_task(one_line(what), total=len(items))
         starts = range(0, len(items), chunk)
@@ -209,13 +209,13 @@ def _store(index: Index, paths: Sequence[Path], key: str, data: Path) -> None:
     head = json.dumps({"version": VERSION, "stamp": index.stamp, "raw": index.raw}).encode()
     texts = {"head": head, "names": "\0".join(index.names).encode("utf-8", "surrogateescape")}
     blobs = {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in _ARRAYS} | blobs
     for path in paths:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
-                np.savez(file, **blobs, **arrays)
+                np.savez(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

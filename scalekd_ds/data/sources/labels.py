@@ -109,7 +109,7 @@ def resolve_labels(
     elif not numbers:
         unknown = sorted(label for label, position in zip(index.raw, positions, strict=True) if position < 0)
         raise UserError(
-            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes)} classes lacks "
+            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes or ())} classes lacks "
             f"({', '.join(map(escape, unknown[:5]))}), such as that of {first_image_of(unknown[0])!r}: they must be the "
             "training set's."
         )
@@ -155,7 +155,7 @@ def labels_of(index: Index, folder: Path, classes: Classes, key: str, where: str
     positions = positions_in(own, classes)
     if unknown := sorted(own[label] for label in np.unique(labels) if positions[label] < 0):
         raise UserError(
-            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes)} classes lacks "
+            f"{key}: {where} has {len(unknown)} classes that the list of {len(classes or ())} classes lacks "
             f"({', '.join(map(escape, unknown[:5]))}): they must be the training set's."
         )
     return positions[labels], classes

@@ -36,7 +36,9 @@ def is_packed(where: str | Path) -> bool:
 
 
 def open_source(where: str | Path, key: str, classes: Classes = None, root: Path | None = None) -> Source:
-    """Opens a source of images. Its kind follows from `where`:
+    """Opens a source of images.
+
+    Its kind follows from `where`:
 
     - a folder of class folders: the image files below them;
     - a folder of *.tar, one .tar, or a pattern such as `shard-{000..012}.tar`: WebDataset;

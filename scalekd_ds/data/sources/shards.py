@@ -220,7 +220,7 @@ def _digest(file: str, most: int) -> str:
     try:
         size = os.fstat(fd).st_size
         if size <= most:
-            places = range(0, size, _BLOCK)
+            places: Sequence[int] = range(0, size, _BLOCK)
         else:
             places = sorted({max(0, size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
         for place in places:

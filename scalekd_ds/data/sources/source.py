@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,17 +14,20 @@ from scalekd_ds.names import escape
 
 
 class Source(Protocol):
-    """Encoded images with labels. Threads may share one object.
+    """Encoded images with labels. Threads may share one object."""
 
-    Attributes:
-        root: Where the images are, for messages.
-        labels: (n,) int64 positions in `classes`.
-        classes: Names of the classes.
-    """
+    # properties, since the sources are frozen
+    @property
+    def root(self) -> Path:
+        """Where the images are, for messages."""
 
-    root: Path
-    labels: np.ndarray
-    classes: list[str]
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 positions in `classes`."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +53,9 @@ def with_classes(source: Source, positions: np.ndarray, classes: Sequence[str]) 
         positions: (classes of the source,) int64 position of each in `classes`.
         classes: Names of the classes.
     """
-    return replace(source, labels=positions[source.labels], classes=list(classes))
+    # every source is a dataclass, which a protocol cannot say
+    copied: Any = source
+    return replace(copied, labels=positions[source.labels], classes=list(classes))
 
 
 def check_all_present(source: Source, key: str, flag: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from scalekd_ds.data.sources.image_folder import ImageFolder
 from scalekd_ds.data.sources.index import Index, cached_index, file_length, parallel_map, reason
-from scalekd_ds.data.sources.labels import encode_labels, labels_of
+from scalekd_ds.data.sources.labels import Classes, encode_labels, labels_of
 from scalekd_ds.errors import UserError, suggest
 from scalekd_ds.files.mistaken import HEAD, mistaken
 from scalekd_ds.names import escape, is_unicode, path_of
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VALUES = (str, bytes, int, float, decimal.Decimal, type(None))
 
 
-def open_table(table: Path, key: str, classes: list[str] | None = None, root: Path | None = None) -> ImageFolder:
+def open_table(table: Path, key: str, classes: Classes = None, root: Path | None = None) -> ImageFolder:
     """Opens a table with the columns `path` and `label`.
 
     A missing file is not an error here, because a run replaces a small share of bad files; a table of which no file
@@ -196,7 +196,8 @@ def _read_parquet(table: Path, key: str) -> tuple[list[str], list[str]]:
                     f"{key}: {str(table)!r}, row {row}, has the {column} {value!r:.60}: it must be {kind}; a data set of "
                     "Hugging Face is given as hf:FOLDER."
                 )
-    return tuple(list(map(_text, columns[column])) for column in _COLUMNS)
+    paths, labels = (list(map(_text, columns[column])) for column in _COLUMNS)
+    return paths, labels
 
 
 def _text(value: object) -> str:

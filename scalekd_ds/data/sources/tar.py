@@ -6,6 +6,7 @@ import copy
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from scalekd_ds.data.sources.index import reason
@@ -142,7 +143,7 @@ def _samples(
             raise UserError(f"{key}: the tar {tar!r} has no images, but {inside} archives: unpack it.")
         raise UserError(f"{key}: the tar {tar!r} has no images ({', '.join(EXTENSIONS)}): leave it out.")
     beside = _group(images, labels, tar, fd, key) if labels else {}
-    found = [read_label(tar, fd, beside[m.name], key) if labels else None for m in images]
+    found: Sequence[str | None] = [read_label(tar, fd, beside[m.name], key) if labels else None for m in images]
     labelled = any(label is not None for label in found)
     if not labelled:
         # the folder of an image names its class, and each image is a sample; what a .json holds is something else

@@ -66,7 +66,7 @@ def attention_pictures(images_BCHW: torch.Tensor, weights_BQhw: torch.Tensor) ->
     """
     shown = weights_BQhw.float().cpu()
     shown = shown / shown.amax((-2, -1), keepdim=True).clamp(min=1e-30)
-    coloured = enlarge(heat_colours(shown), tuple(images_BCHW.shape[-2:]), smooth=True)
+    coloured = enlarge(heat_colours(shown), (images_BCHW.shape[-2], images_BCHW.shape[-1]), smooth=True)
     return blend(images_BCHW.float().cpu()[:, None], coloured)
 
 

@@ -1,6 +1,6 @@
 """Reports a run on the standard output of rank 0, for people or for programs.
 
-Its modules use the standard library and rich, and of this library `output` and `names` alone.
+Its modules use the standard library and rich, and of this library `process` and `names` alone.
 """
 
 from __future__ import annotations

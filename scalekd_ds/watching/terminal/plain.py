@@ -19,11 +19,17 @@ class Reporter:
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
 
+    def begin(self, lines: list[str]) -> None:
+        """Reports, in lines of text, what will be trained."""
+
     def step(self, step: int) -> None:
         """Reports that an optimizer step is done."""
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Reports the scalars of a logged step, by their names in TensorBoard."""
+
+    def evaluating(self) -> None:
+        """Reports that an evaluation begins."""
 
     def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Reports an evaluation.
@@ -44,20 +50,35 @@ class Reporter:
 
 
 def status(scalars: dict[str, float]) -> str:
-    """One line with the loss, images/s now and since the start, the share of waiting for data, and memory."""
+    """One line with the loss, images/s now and since the start, the share of waiting for data, and memory.
+
+    Numbers keep their width from step to step, so that the line does not jitter where it is redrawn.
+    """
     memory = f"{scalars['system/host_rss_gib']:.1f} GiB"
     if "system/gpu_peak_gib" in scalars:
         memory = f"GPU {scalars['system/gpu_peak_gib']:.1f} GiB"
     return (
-        f"loss {scalars['loss/total']:.4f}  {scalars['system/images_per_s']:.0f} img/s "
-        f"(mean {scalars['system/images_per_s_mean']:.0f})  data wait {100 * scalars['system/share_data_wait']:.0f}%  {memory}"
+        f"loss {scalars['loss/total']:.4f}  {scalars['system/images_per_s']:5.0f} img/s "
+        f"(mean {scalars['system/images_per_s_mean']:5.0f})  "
+        f"data wait {100 * scalars['system/share_data_wait']:2.0f}%  {memory}"
     )
 
 
-def losses(scalars: dict[str, float]) -> str:
-    """One line with each term of the loss."""
+def losses(scalars: dict[str, float]) -> list[str]:
+    """Each term of the loss with its name."""
     terms = {name.removeprefix("loss/"): value for name, value in scalars.items() if name.startswith("loss/")}
-    return "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
+    return [f"{name} {value:.4f}" for name, value in terms.items() if name != "total"]
+
+
+def fitted(parts: list[str], width: int) -> list[str]:
+    """The parts in lines of at most `width` columns, none of them broken in two unless it is longer itself."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
@@ -75,11 +96,15 @@ def evaluation_lines(step: int, rows: list[dict[str, Any]]) -> list[str]:
 class Plain(Reporter):
     """Prints lines on standard output."""
 
+    def begin(self, lines: list[str]) -> None:
+        for line in lines:
+            self.line(line)
+
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         left = duration((self.total - step) * scalars["system/step_s"])
-        self.line(
-            f"step {step}/{self.total}  {status(scalars)}  lr {scalars['optim/lr']:.3g}  {left} left  {losses(scalars)}"
-        )
+        count = f"{step:>{len(str(self.total))}}/{self.total}"
+        parts = [status(scalars), f"lr {scalars['optim/lr']:.2e}", f"{left} left", *losses(scalars)]
+        self.line(f"step {count}  {'  '.join(parts)}")
 
     def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         for line in evaluation_lines(step, rows):

@@ -46,8 +46,13 @@ class ReportCard:
     files: dict[str, str] = field(default_factory=dict)
     next: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """The report card as lines of plain text."""
+    def lines(self, columns: int | None = None) -> list[str]:
+        """The report card as lines of plain text.
+
+        Args:
+            columns: Width of the terminal: a command that is longer goes on in a further line, as a shell takes it; None
+                breaks none.
+        """
         which = "average of the weights" if self.weights == "ema" else "student"
         rows = [("top-1", f"{self.top1:.2f}%  ({which}, after {self.steps} steps)")]
         rows.append(("best", f"{self.best_top1:.2f}%  (step {self.best_step})"))
@@ -63,4 +68,15 @@ class ReportCard:
         rows += [(name, escape(path)) for name, path in self.files.items()]
         rows += [("next" if i == 0 else "", command) for i, command in enumerate(self.next)]
         width = max(len(name) for name, _ in rows)
+        if columns is not None:
+            rows = [row for name, value in rows for row in _broken(name, value, columns - width - 2)]
         return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _broken(name: str, value: str, columns: int) -> list[tuple[str, str]]:
+    """A row, or for a command that is too long a row for each of its options."""
+    if len(value) <= columns or " --" not in value:
+        return [(name, value)]
+    first, *options = value.split(" --")
+    parts = [first, *(f"  --{option}" for option in options)]
+    return [("" if i else name, f"{part} \\" if part is not parts[-1] else part) for i, part in enumerate(parts)]
