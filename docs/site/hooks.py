@@ -20,6 +20,8 @@ PAGES = {"benchmarks/README.md": "benchmarks.md"}
 IMAGES = ("png", "svg", "jpg")
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]*)((?:#[^)\s]*)?\))")
 CODE = re.compile(r"(```.*?```)", re.S)
+# a command below a point of a list: GitHub counts from the text of the point, and Python-Markdown wants eight blanks
+COMMAND_IN_LIST = re.compile(r"^ {7}(?=\S)", re.M)
 
 # start of a page's place -> how much its words count in the search: a page that explains comes before one that lists
 WORTH = {
@@ -98,4 +100,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{before}{config.repo_url.rstrip('/')}/{kind}/main/{place}{after}"
 
     parts = CODE.split(markdown)
-    return "".join(part if number % 2 else LINK.sub(follow, part) for number, part in enumerate(parts))
+    prose = (COMMAND_IN_LIST.sub(" " * 8, LINK.sub(follow, part)) for part in parts[::2])
+    return "".join(part if number % 2 else next(prose) for number, part in enumerate(parts))

@@ -131,7 +131,7 @@ def test_links_out_of_the_documents_lead_into_the_repository_and_broken_ones_end
     page.write_text("[gone](../launch/no.py) [missing](missing.md)\n")
     done = build(config, tmp_path / "site")
     assert done.returncode != 0
-    assert "docs/index.md links to launch/no.py, and there is no launch/no.py in the repository" in done.stderr
+    assert "docs/index.md links to ../launch/no.py, and there is no launch/no.py in the repository" in done.stderr
     assert "'missing.md'" in done.stderr
 
 
@@ -185,6 +185,12 @@ def test_every_page_loads_without_an_error_and_asks_no_other_host(site, address,
             "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
         )
         assert broken == [], page
+        # commands that Markdown took for prose
+        loose = driver.execute_script(
+            "return [...document.querySelectorAll('article p')].map(p => p.firstChild && p.firstChild.nodeValue || '')"
+            ".filter(t => /^(python|scalekd|deepspeed|pip|make) \\S/.test(t))"
+        )
+        assert loose == [], page
         wide = driver.execute_script(
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
