@@ -16,7 +16,7 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = ["usage: scalekd VERB ...", "", "Distil huge vision transformers into models that ship."]
     for heading, names in GROUPS.items():
-        lines += ["", heading, *(f"  {name:<{width}}  {VERBS[name].about}" for name in names if name in VERBS)]
+        lines += ["", heading, *(f"  {name:<{width}}  {VERBS[name].about}" for name in names)]
     return "\n".join([*lines, "", "scalekd VERB --help lists a verb's options, and commands to type.", ""])
 
 

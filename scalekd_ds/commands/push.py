@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.quiet import on_cpu
 from scalekd_ds.errors import UserError
 from scalekd_ds.names import escape
+
+# release of huggingface_hub, as in setup.py
+OLDEST = (1, 16)
 
 
 def parser() -> Parser:
@@ -50,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if not args.dry_run and (args.out or args.overwrite):
         raise UserError("--out and --overwrite are for --dry-run, which writes a folder: leave them out, or add it.")
-    if find_spec("huggingface_hub") is None:
-        raise UserError("push needs huggingface_hub: pip install 'scalekd_ds[hub]' installs what it needs.")
+    _check_library()
     on_cpu()
     # after DeepSpeed has been told to use the CPU
     from scalekd_ds.export.hub import describe, push
@@ -75,7 +78,21 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _in_units(size: int) -> str:
+def _check_library() -> None:
+    """Raises UserError where the hub's library is missing, or is older than the one that keeps to --endpoint throughout."""
+    try:
+        found = version("huggingface_hub")
+    except PackageNotFoundError:
+        found = ""
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
+        lacks = f"and this is {found}" if found else "which is missing"
+        needed = ".".join(map(str, OLDEST))
+        raise UserError(
+            f"push needs huggingface_hub {needed} or newer, {lacks}: pip install 'scalekd_ds[hub]' installs it."
+        )
+
+
+def _in_units(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -80,11 +80,10 @@ def place_images(data: Path, out: Path) -> tuple[Path, str, int]:
                 "Fashion-MNIST's four idx files; or name a new folder, into which Fashion-MNIST goes."
             )
         root, ways = data, "give a folder of images as --data DIR"
-        described = fashion.describe_existing(root, None)
-        if described is None:
-            if not fashion.DEBIAN.is_dir():
-                print("no Fashion-MNIST on this machine: fetching it, 30 MB", flush=True)
-            described = fashion.write(root, *fashion.find(None, True, ways))
+        existing = fashion.describe_existing(root, None)
+        if existing is None and not fashion.DEBIAN.is_dir():
+            print("no Fashion-MNIST on this machine: fetching it, 30 MB", flush=True)
+        described = existing or fashion.write(root, *fashion.find(None, True, ways))
     count = len(open_source(root / "train", "--data"))
     print(f"images: {described}" + (f"; {count:,} to train on" if own else ""), flush=True)
     return root, described, count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from functools import partial
 
 # set to anything but 0, all that libraries print is shown
 VERBOSE = "SCALEKD_VERBOSE"
@@ -30,9 +31,11 @@ def without_chatter() -> None:
     # they tell the library's callers, among them DeepSpeed, what a later release will not take
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name, beginnings in CHATTER.items():
-        logging.getLogger(name).addFilter(
-            lambda record, beginnings=beginnings: not record.getMessage().startswith(beginnings)
-        )
+        logging.getLogger(name).addFilter(partial(_is_none_of, beginnings))
+
+
+def _is_none_of(beginnings: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginnings)
 
 
 def on_cpu() -> None:

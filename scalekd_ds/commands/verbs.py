@@ -84,7 +84,7 @@ VERBS: dict[str, Verb] = {
         ("scalekd supervise --hostfile launch/hosts -- --recipe NAME --data.root DIR --run.dir DIR",),
     ),
     "quickstart": Verb(
-        "the first distillation: a small CNN learns from a small Swin on Fashion-MNIST",
+        "a first distillation: a small CNN learns from a Swin, in minutes",
         (
             "scalekd quickstart --quick",
             "scalekd quickstart --seeds 3",
@@ -115,7 +115,7 @@ DOCUMENTS = "https://scalekd-ds.github.io/scalekd_ds/"
 # What `scalekd` alone shows: a heading -> commands to type, and what each does, or "" where it says that itself.
 FIRST_COMMANDS: dict[str, dict[str, str]] = {
     "Begin here, without a GPU and without images of your own:": {
-        "scalekd quickstart": "distil a small model, in minutes",
+        "scalekd quickstart --quick": "distil a small model, in minutes",
     },
     "Then a run of your own, on a folder DIR with train/ and val/:": {
         "scalekd recipes": "published settings by name",

@@ -32,7 +32,8 @@ def print_recipes() -> None:
     console.print(_table(rows, _LEFT_OUT[:left_out]))
     if left_out:
         console.print(
-            f"\nM: 10^6 parameters. For a wider terminal, or `scalekd recipes | less -S`: {', '.join(_LEFT_OUT[:left_out])}."
+            "\nM: 10^6 parameters; G: 10^9 multiply-adds. In a wider terminal, and in `scalekd recipes | less -S`, also: "
+            f"{', '.join(_LEFT_OUT[:left_out])}."
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from deepspeed import comm as dist
 
@@ -19,8 +17,8 @@ def start_lines(run: Run) -> list[str]:
     cfg = run.cfg
     rows = {
         "recipe": cfg.recipe,
-        "student": _named(cfg.student),
-        "teacher": _named(cfg.teacher) if run.teacher is not None else "",
+        "student": escape(cfg.student),
+        "teacher": escape(cfg.teacher) if run.teacher is not None else "",
         "images": f"{len(run.train_loader.source):,} to train on, {len(run.val_loader.source):,} to evaluate on",
         "folder": escape(cfg.data.root) if cfg.data.root else "",
         "course": f"{cfg.schedule.epochs:g} epoch{'s' * (cfg.schedule.epochs != 1)}, {run.total_steps:,} steps of "
@@ -29,11 +27,6 @@ def start_lines(run: Run) -> list[str]:
         "writes to": escape(cfg.run.dir),
     }
     return [f"{label:<{_LABEL}}  {text}" for label, text in rows.items() if text]
-
-
-def _named(model: str) -> str:
-    """A model's name, or that of its file without the folder."""
-    return escape(Path(model).name) if model.endswith(".safetensors") else escape(model)
 
 
 def _device(run: Run) -> str:

@@ -23,7 +23,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Every line that a run may show, from its start to its end. A line of another library is in none of these shapes.
 SHAPES = [
     # while the images are listed
-    r"(folders|images) of data/(train|val) ━* +\d+/\d+ [\d:-]+",
+    r"(folders|images) of data/(train|val) [━╸╺]* +\d+/\d+ [\d:-]+",
     r"the teacher has no class names: .*|  .*\(0 is 'class_0', 2 is 'class_2'\)",
     r" +student +teacher",
     r"(model|parameters|image|classes|before last stage|last stage|projectors|weights)  +\S.*",
@@ -95,7 +95,8 @@ def test_a_first_run_shows_only_our_own_lines_and_they_fit(tmp_path, how):
     # one rank alone speaks
     assert told.count("finished") == 1
     # what is trained, and on what
-    start = dict(re.split(r" {2,}", line, maxsplit=1) for line in lines if re.match(r"\w+( \w+)* {2,}\S", line))
+    before = lines_of(told[: told.index("finished")])
+    start = dict(re.split(r" {2,}", line, maxsplit=1) for line in before if re.match(r"\w+( \w+)* {2,}\S", line))
     assert (start["recipe"], start["student"]) == ("fashion-scalekd", "resnet18")
     assert (start["images"], start["folder"]) == ("40 to train on, 11 to evaluate on", "data")
     assert start["course"].startswith("1 epoch, 5 steps of 8 images") and start["writes to"] == "mine"

@@ -1,14 +1,13 @@
 """A student that is published on a hub, by the hub's own library, and loaded from it by timm; and what is refused."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError
 
 import huggingface_hub
 import pytest
@@ -424,9 +423,17 @@ def test_an_address_that_is_no_hub(hub, run, tmp_path):
     assert line.startswith(f"{hub.url} does not answer as a hub does")
 
 
-def test_the_extra_is_named_where_the_library_is_missing(run, monkeypatch):
-    monkeypatch.setattr("scalekd_ds.commands.push.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'scalekd_ds\[hub\]'"):
-        dispatch(["push", str(run), NAME])
-    assert '"hub": ["huggingface_hub' in (ROOT / "setup.py").read_text()
-    assert Path(os.path.realpath(ROOT / "launch" / "push.py")).stat().st_mode & 0o111
+@pytest.mark.parametrize(("found", "told"), [(None, "which is missing"), ("0.36.2", "and this is 0.36.2")])
+def test_the_extra_is_named_where_the_library_is_missing_or_old(hub, run, monkeypatch, found, told):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("scalekd_ds.commands.push.version", version)
+    assert f"push needs huggingface_hub 1.16 or newer, {told}: pip install 'scalekd_ds[hub]'" in refused(hub, run)
+    assert not hub.requests and '"hub": ["huggingface_hub>=1.16"]' in (ROOT / "setup.py").read_text()
+
+
+def test_the_script_of_the_verb_may_be_run():
+    assert (ROOT / "launch" / "push.py").stat().st_mode & 0o111

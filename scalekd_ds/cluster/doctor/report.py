@@ -38,7 +38,7 @@ def print_report(console: Console, report: Report) -> None:
     table = Table(*_COLUMNS, title=f"looked at in {report.seconds:.1f} s", title_justify="left")
     for row in rows:
         table.add_row(*row)
-    if Console(width=1000).measure(table).maximum <= console.width:
+    if not console.is_terminal or Console(width=1000).measure(table).maximum <= console.width:
         console.print(table, highlight=False)
     else:
         console.print(f"looked at in {report.seconds:.1f} s", highlight=False)

@@ -102,9 +102,8 @@ class Plain(Reporter):
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         left = duration((self.total - step) * scalars["system/step_s"])
-        count = f"{step:>{len(str(self.total))}}/{self.total}"
         parts = [status(scalars), f"lr {scalars['optim/lr']:.2e}", f"{left} left", *losses(scalars)]
-        self.line(f"step {count}  {'  '.join(parts)}")
+        self.line(f"step {step}/{self.total}  {'  '.join(parts)}")
 
     def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         for line in evaluation_lines(step, rows):
