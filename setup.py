@@ -60,6 +60,8 @@ setup(
         "tensorboard>=2.18",
         "safetensors>=0.5",
         "jsonargparse>=4.49",
+        # the card of a model, as the Hub reads it
+        "pyyaml>=6.0.1",
         # what a shell completes after `scalekd`
         "argcomplete>=3.5",
         "docstring-parser>=0.17",
