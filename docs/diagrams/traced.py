@@ -26,19 +26,18 @@ def trace() -> dict[str, str]:
 
     Returns:
         `images`; `teacher_before`, `teacher_last` and `teacher_logits`; `student_before`, `student_last` and
-        `student_logits`; `projected` (before the teacher's last stage), `P`, `R`; `heads_s3` and `heads_s4`; and the
-        `terms` of the loss, joined by blanks.
+        `student_logits`; `projected` (before the teacher's last stage), `P`, `R`; `heads_s3`, `heads_s4` and
+        `kd_weight`.
     """
     with torch.device("meta"):
         teacher = Teacher(TEACHER, weights="none")
         distiller = ScaleKD(STUDENT, teacher, verbose=False)
     with fake_tensors(distiller), torch.no_grad():
-        images, labels = torch.empty(1, 3, *distiller.image_size), torch.zeros(1, dtype=torch.int64)
+        images = torch.empty(1, 3, *distiller.image_size)
         targets = distiller.teacher_targets(images)
         student = distiller.tapped_student(images)
         into_last_stage = distiller.projectors["s3"](student.before)
         projected = distiller.project(student)
-        losses = distiller(images, labels, targets)
     before = teacher.last_input
     return {
         "images": f"{images.shape[1]} {TIMES} {images.shape[2]}{TIMES}{images.shape[3]}",
@@ -54,5 +53,4 @@ def trace() -> dict[str, str]:
         "heads_s3": str(distiller.projectors["s3"].views[0].num_heads),
         "heads_s4": str(distiller.projectors["s4"].views[0].num_heads),
         "kd_weight": f"{distiller.kd_weight:g}",
-        "terms": " ".join(name.removeprefix("loss/") for name in losses),
     }

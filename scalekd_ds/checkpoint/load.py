@@ -165,7 +165,7 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
         The checkpoint's `state.json`.
 
     Raises:
-        UserError: A release before 0.2 wrote the checkpoint, or it is that of another model or optimizer.
+        UserError: An older release wrote the checkpoint, or it is that of another model or optimizer.
     """
     state = read_state(checkpoint)
     if not (checkpoint / ENGINE).is_file():

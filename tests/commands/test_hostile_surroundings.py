@@ -64,6 +64,8 @@ TRAIN = [
     "8",
 ]
 TRAIN += ["--data.image_size", "32", "--run.ds_config", "cpu_fp32"]
+QUICKSTART = ["quickstart", "--quick"]
+AS_FAR_AS_THE_FIRST_RUN = ["--train-args", "--schedule.epochs", "-1"]
 PLAN = ["plan", "--gpus", "1", "--gpu-memory", "8"]
 
 
@@ -145,6 +147,7 @@ INPUTS = {
     ),
     "prepare-data verify": ("data", lambda w, x: ["prepare-data", "verify", x]),
     "prepare-data --source": ("data", lambda w, x: ["prepare-data", "fashion-mnist", w.new, "--source", x]),
+    "quickstart --data": ("data", lambda w, x: [*QUICKSTART, "--data", x, "--out", w.new, *AS_FAR_AS_THE_FIRST_RUN]),
     "doctor --hostfile": ("hosts", lambda w, x: ["doctor", "--hostfile", x, "--data.root", "nowhere/{"]),
     "supervise --hostfile": ("hosts", lambda w, x: ["supervise", "--hostfile", x, "--", "--config", "nowhere"]),
     "supervise --config": (
@@ -173,6 +176,7 @@ OUTPUTS = {
     "push --out": lambda w, x: ["push", w.run, "me/student", "--dry-run", "--out", x, "--overwrite"],
     "inspect --out": lambda w, x: ["inspect", w.student + ".safetensors", w.data, "--out", x, "--images", "1"],
     "prepare-data fashion-mnist": lambda w, x: ["prepare-data", "fashion-mnist", x, "--limit", "20"],
+    "quickstart --out": lambda w, x: [*QUICKSTART, "--data", w.data, "--out", x, *AS_FAR_AS_THE_FIRST_RUN],
     "supervise --run.dir": lambda w, x: [
         "supervise",
         "--hostfile",
@@ -205,8 +209,8 @@ def place(world: World, slot: str, here: Path) -> tuple[Path, Path]:
     return right, here / f"odd{right.suffix}"
 
 
-# they start processes on their nodes, or plan for seconds
-SLOW = ("doctor --hostfile", "plan --config", "plan --run.ds_config")
+# they start processes on their nodes, plan for seconds, or write 70,000 images
+SLOW = ("quickstart --data", "doctor --hostfile", "plan --config", "plan --run.ds_config")
 
 
 def slots(names) -> list:

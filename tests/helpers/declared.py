@@ -41,7 +41,11 @@ def declared() -> list[Requirement]:
 
 def optional() -> set[str]:
     """Names of what a user may install beside them, which the extras of developers are not."""
-    extras = {name: texts for name, texts in setup_arguments()["extras_require"].items() if name not in ("test", "dev", "docs")}
+    extras = {
+        name: texts
+        for name, texts in setup_arguments()["extras_require"].items()
+        if name not in ("test", "dev", "docs")
+    }
     return {canonicalize_name(Requirement(text).name) for texts in extras.values() for text in texts}
 
 
