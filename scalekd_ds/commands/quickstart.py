@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     check_plain_weights(shipped)
     text = table(rows, teacher, args.seeds, seen)
     if args.quick:
-        text += f"\n--quick is {QUICK_EPOCHS} epochs in place of {EPOCHS}, too few to compare the methods by: ScaleKD is often behind here"
+        text += f"\n--quick is {QUICK_EPOCHS} epochs in place of {EPOCHS}: too few to compare the methods by"
     print(f"\n{described}; students see {min(IMAGES, count):,} images; {args.seeds} seed(s)\n\n{text}\n")
     (out / "table.txt").write_text(text + "\n")
     print(f"took {(time.time() - started) / 60:.1f} minutes")
