@@ -59,7 +59,7 @@ setup(
         "nvidia-dali-cuda130>=2.2; platform_system=='Linux'",
         "tensorboard>=2.18",
         "safetensors>=0.5",
-        "jsonargparse>=4.49",
+        "jsonargparse>=4.51",
         # the card of a model, as the Hub reads it
         "pyyaml>=6.0.1",
         # what a shell completes after `scalekd`
