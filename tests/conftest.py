@@ -41,12 +41,16 @@ LONGEST = [
     "test_gpu_parts",
     "test_step_on_cuda",
     "test_options_on_cuda",
+    "test_wheel",
+    "test_notebooks",
+    "test_push",
     "test_teacher_placement",
     "test_ema",
     "test_zero_optim",
     "test_faults",
     "test_watching",
     "test_supervise",
+    "test_site",
     "test_reshard",
 ]
 
