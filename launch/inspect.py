@@ -16,7 +16,16 @@ elif __name__ == "inspect":
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
-    other_folders = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+    here = os.path.dirname(os.path.realpath(__file__))
+
+    def is_here(folder: str) -> bool:
+        try:
+            return os.path.realpath(folder) == here
+        except FileNotFoundError:
+            # a relative one, such as the name of a hook that editable installs add, where the current folder was deleted
+            return False
+
+    other_folders = [folder for folder in sys.path if not is_here(folder)]
     spec = PathFinder.find_spec("inspect", other_folders)
     # an import statement returns what sys.modules has when the import ends
     sys.modules["inspect"] = module = module_from_spec(spec)
