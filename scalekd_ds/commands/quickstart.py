@@ -40,7 +40,7 @@ def parser() -> Parser:
     options.add_argument(
         "--quick",
         action="store_true",
-        help="two minutes: shows that all works; too few epochs to compare the methods by",
+        help="three minutes: shows that all works; too few epochs to compare the methods by",
     )
     options.add_argument("--out", type=Path, help="where the runs go: runs/quickstart, or runs/quickstart-quick")
     options.add_argument(
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or Path("runs/quickstart-quick" if args.quick else "runs/quickstart")
     # before the images are written, so that a folder that cannot be used is told at once
     log_of(out, "teacher").parent.mkdir(parents=True, exist_ok=True)
-    minutes = (1 + args.seeds) if args.quick else (4 + 2 * args.seeds)
+    minutes = (2 + args.seeds) if args.quick else (4 + 2 * args.seeds)
     print(
         f"about {minutes} minutes on two CPU cores; here are {cores()}. Ctrl-C stops, the same command goes on.",
         flush=True,

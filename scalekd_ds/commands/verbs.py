@@ -86,7 +86,7 @@ VERBS: dict[str, Verb] = {
     "quickstart": Verb(
         "a first distillation: a small CNN learns from a Swin, in minutes",
         (
-            "scalekd quickstart --quick",
+            "scalekd quickstart",
             "scalekd quickstart --seeds 3",
             "scalekd quickstart --data DIR --out runs/first",
         ),
@@ -115,7 +115,7 @@ DOCUMENTS = "https://scalekd-ds.github.io/scalekd_ds/"
 # What `scalekd` alone shows: a heading -> commands to type, and what each does, or "" where it says that itself.
 FIRST_COMMANDS: dict[str, dict[str, str]] = {
     "Begin here, without a GPU and without images of your own:": {
-        "scalekd quickstart --quick": "distil a small model, in minutes",
+        "scalekd quickstart": "distil a small model, in six minutes",
     },
     "Then a run of your own, on a folder DIR with train/ and val/:": {
         "scalekd recipes": "published settings by name",
