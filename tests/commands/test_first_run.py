@@ -1,17 +1,13 @@
 """What a newcomer sees: `scalekd` alone, and a short run in a terminal of 80 columns, where only this package speaks."""
 
-import fcntl
-import os
-import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
-from launching import LIMIT, ROOT, environment
+from launching import ROOT, environment
+from terminals import on_a_terminal
 from tiny_run import arguments, images
 
 from scalekd_ds.commands.dispatch import first_screen
@@ -42,35 +38,14 @@ SHAPES = [
 ]
 
 
-def on_a_terminal(command, cwd, **variables):
-    """Runs a command on a pseudo-terminal of 80 columns: its exit status, and what it shows, without colours."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+def on_a_newcomers_terminal(command, cwd, **variables):
+    """Runs a command on a terminal of 80 columns: its exit status, and what it shows, without colours."""
     env = environment(PYTHONPATH=str(ROOT), TERM="xterm-256color", **variables)
     for name in ("DS_ACCELERATOR", "COLUMNS", "LINES", "NO_COLOR", "SCALEKD_VERBOSE"):
         # what the other tests set, and a newcomer does not
         env.pop(name, None) if name not in variables else None
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scalekd_ds", *map(str, command)],
-        cwd=cwd,
-        env=env,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65_536)
-        except OSError:
-            # the last process that held the terminal has ended
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(leader)
-    return process.wait(LIMIT), CONTROL.sub("", shown.decode())
+    status, shown = on_a_terminal([sys.executable, "-m", "scalekd_ds", *command], COLUMNS, cwd, env)
+    return status, CONTROL.sub("", shown)
 
 
 def lines_of(shown: str) -> list[str]:
@@ -86,7 +61,7 @@ LAUNCHERS = {"alone": [], "two ranks": ["--gpus", 2]}
 def test_a_first_run_shows_only_our_own_lines_and_they_fit(tmp_path, how):
     images(tmp_path / "data")
     words = arguments("data", "mine", "--schedule.epochs", 1)
-    status, told = on_a_terminal(["train", *LAUNCHERS[how], *words], tmp_path)
+    status, told = on_a_newcomers_terminal(["train", *LAUNCHERS[how], *words], tmp_path)
     assert status == 0, told[-3000:]
     lines = lines_of(told)
     foreign = [line for line in lines if not any(re.fullmatch(shape, line) for shape in SHAPES)]
@@ -110,7 +85,7 @@ def test_a_first_run_shows_only_our_own_lines_and_they_fit(tmp_path, how):
 
 
 def test_scalekd_alone_says_what_to_do_first(tmp_path):
-    status, shown = on_a_terminal([], tmp_path)
+    status, shown = on_a_newcomers_terminal([], tmp_path)
     # a script whose variable for the verb is empty must not go on
     assert status == 2
     assert shown.replace("\r\n", "\n") == first_screen()

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from image_fixtures import make_dataset
-from launching import LIMIT, environment
+from launching import environment
+from terminals import on_a_terminal
 
 from scalekd_ds.commands.dispatch import dispatch
 from scalekd_ds.commands.quickstart import place_images, table
@@ -148,22 +148,10 @@ with runs_shown() as (begin, end):
 
 
 def test_a_terminal_shows_bars_and_a_file_lines(tmp_path):
-    ours, theirs = pty.openpty()
     env = environment(TERM="xterm-256color", COLUMNS="80")
-    process = subprocess.Popen([sys.executable, "-c", BARS], cwd=tmp_path, env=env, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            got = os.read(ours, 65536)
-        except OSError:
-            break
-        if not got:
-            break
-        shown += got
-    os.close(ours)
-    assert process.wait(LIMIT) == 0, shown
-    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    status, shown = on_a_terminal([sys.executable, "-c", BARS], 80, tmp_path, env)
+    assert status == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     # half of twenty cells, and then all
     assert re.search(r"teacher \u2501{10}\S? ", text) or re.search(r"teacher \u2501{9,10}[\u2578\u257a]", text), text
     assert "top-1 88.00" in text.splitlines()[-1]

@@ -269,7 +269,7 @@ def test_a_node_starts_one_launcher_with_its_share_of_the_job(tmp_path, variable
 
 @pytest.mark.parametrize("missing", ["NODES", "NODE_RANK", "MASTER_ADDR", "SLOTS", "RUN_DIR"])
 def test_a_node_that_does_not_know_its_place_says_so(missing):
-    variables = {**STARTERS["by hand"], "SLOTS": "8", "RUN_DIR": "/work"}
+    variables = {**STARTERS["by hand"], "SLOTS": "8", "RUN_DIR": "/workspace"}
     del variables[missing]
     done = subprocess.run([NODE], env=environment(**variables), capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,7 +1,5 @@
 """What a watched run is made of: agreement, cosines, FLOP, energy, monitors, reporters and errors, each by its numbers."""
 
-import os
-import pty
 import subprocess
 import sys
 import time
@@ -11,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import LIMIT, ROOT, environment
+from launching import ROOT, environment
+from terminals import on_a_terminal
 from tiny_run import RESNET, SWIN
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -281,37 +280,23 @@ reporter.close()
 """
 
 
-def on_a_terminal(*arguments: str) -> str:
+def bar_on_a_terminal(*arguments: str) -> str:
     """What BAR draws on a terminal of 120 columns."""
-    leader, follower = pty.openpty()
     env = environment(COLUMNS="120", TERM="xterm", DS_ACCELERATOR="cpu")
-    process = subprocess.Popen(
-        [sys.executable, "-c", BAR, *arguments], cwd=ROOT, env=env, stdout=follower, stdin=follower
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(leader, 4096)
-        except OSError:
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(leader)
-    assert process.wait(timeout=LIMIT) == 0, shown.decode()
-    return shown.decode()
+    status, shown = on_a_terminal([sys.executable, "-c", BAR, *arguments], 120, ROOT, env)
+    assert status == 0, shown
+    return shown
 
 
 def test_rank_0_draws_a_bar_on_a_terminal_and_others_nothing():
-    shown = on_a_terminal("0")
+    shown = bar_on_a_terminal("0")
     for words in ("7/10", "left", "loss 3.2500", "  100 img/s (mean    90)", "data wait 25%", "1.5 GiB", "ce 1.5000"):
         assert words in shown, words
     for words in ("step 7 of 10", "55.50%", "best so far (step 4)", "60.00%", "a [bold]line[/bold]"):
         assert words in shown, words
     for words in ("finished", "+0.50 over the baseline's 60.50%", "do this"):
         assert words in shown, words
-    assert on_a_terminal("1") == ""
+    assert bar_on_a_terminal("1") == ""
 
 
 FAULT = "from scalekd_ds.errors import UserError, run_cli\ndef main(): raise {}\nrun_cli(main)"
