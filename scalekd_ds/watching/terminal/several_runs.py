@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from scalekd_ds.names import one_line
+from scalekd_ds.process.console import readable_console
 
 # as `Plain` writes it
 _STEP = re.compile(r"^step (\d+)/(\d+) ", re.MULTILINE)
@@ -49,7 +49,7 @@ def runs_shown() -> Iterator[tuple[Callable[[str, Path], None], Callable[[str, s
         A function of a name and a log, to be called when a run begins, and one of a name and a text, when it has ended.
         Both may be called from any thread.
     """
-    console = Console()
+    console = readable_console()
     if not console.is_terminal:
         yield (lambda name, log: None), (lambda name, text: print(one_line(f"{name:<16} {text}"), flush=True))
         return
