@@ -18,7 +18,7 @@ from scalekd_ds.commands.dispatch import dispatch
 from scalekd_ds.commands.quickstart import place_images, table
 from scalekd_ds.data import digits, fashion
 from scalekd_ds.errors import UserError
-from scalekd_ds.watching.terminal.several_runs import share_done
+from scalekd_ds.watching.terminal.several_runs import share_done, stamp
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -131,7 +131,11 @@ def test_progress_is_read_from_the_newest_line_of_a_log(tmp_path):
     assert share_done(log) == 0
     log.write_text("".join(f"step {step}/200  loss 1.0 {'x' * 100}\n" for step in range(0, 151, 10)) + "step 3")
     assert share_done(log) == 0.75
-    assert share_done(log, log.stat().st_mtime + 1) == 0
+    # what an earlier start of the run wrote
+    before = stamp(log)
+    assert share_done(log, before) == 0
+    log.write_text("step 50/200  loss 1.0\n")
+    assert share_done(log, before) == 0.25
 
 
 BARS = """

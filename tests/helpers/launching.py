@@ -41,6 +41,20 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **extra}
 
 
+def make(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs `make` as a user does: an outer make, as that of `make test`, would have it print its folder and its level."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TORCH")}
+    command = ["make", "--no-print-directory", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=inherited, capture_output=True, text=True, timeout=LIMIT)
+
+
+def make_errors(*arguments: object, cwd: Path = ROOT) -> list[str]:
+    """What a `make` that fails prints as errors, without make's own last line."""
+    done = make(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+
+
 def launcher_command(ranks: int = 2) -> list[str]:
     """`deepspeed` with the options that start `ranks` processes here, on a port of their own."""
     return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LIMIT, ROOT, environment, free_port, wait_until
+from launching import LIMIT, ROOT, environment, free_port, make_errors, wait_until
 from tiny_run import images, supervised_arguments
 
 from scalekd_ds.cluster.hosts import parse_hosts, read_hosts
@@ -294,10 +294,7 @@ def test_an_ssh_server_without_keys_says_how_to_make_them(tmp_path):
 
 
 def test_make_image_without_an_engine_says_so():
-    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    command = ["make", "--no-print-directory", "image", "ENGINES=no-such-engine"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=LIMIT)
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    (line,) = make_errors("image", "ENGINES=no-such-engine")
     assert (
         line
         == "error: an image is built by docker or podman: neither works here (`docker info` and `podman info` fail)"

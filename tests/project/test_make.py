@@ -1,35 +1,24 @@
 """What `make` says where a machine lacks something: one line, and what to do."""
 
-import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from launching import LIMIT, ROOT
-
-
-def make(*arguments, cwd: Path = ROOT) -> list[str]:
-    """What a `make` that fails prints as errors, without make's own last line."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TORCH")}
-    command = ["make", "--no-print-directory", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=LIMIT)
-    assert done.returncode == 2, done.stdout + done.stderr
-    return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+from launching import ROOT, make_errors
 
 
 def test_an_old_python(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
     python.chmod(0o755)
-    lines = make("venv", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+    lines = make_errors("venv", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
     assert lines == [f"error: {python} is Python 3.9.2: Python 3.11 or newer is needed (make PYTHON=python3.12)"]
     assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13", "none"])
 def test_an_old_torch(version):
-    assert make("venv", f"TORCH={version}") == [f"error: TORCH is {version}: torch 2.11 or newer is needed"]
+    assert make_errors("venv", f"TORCH={version}") == [f"error: TORCH is {version}: torch 2.11 or newer is needed"]
     assert not (ROOT / f".venv-torch{version}").exists()
 
 
@@ -38,13 +27,13 @@ def test_an_environment_in_a_path_with_a_blank(tmp_path):
     checkout.mkdir()
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, checkout)
-    (line,) = make("venv", cwd=checkout)
+    (line,) = make_errors("venv", cwd=checkout)
     assert line.startswith(f"error: '{checkout / '.venv'}' has a blank") and line.endswith("make VENV=FOLDER")
     assert not (checkout / ".venv").exists()
 
 
 def test_a_missing_compiler():
-    lines = make("compiler", "CXX=no-such-compiler", "APT=", "STAMP=")
+    lines = make_errors("compiler", "CXX=no-such-compiler", "APT=", "STAMP=")
     assert lines == ["error: DeepSpeed needs a C++ compiler and Python's headers (Debian: g++ python3-dev)"]
 
 
@@ -55,7 +44,7 @@ def test_a_full_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
     try:
-        lines = make("venv", f"VENV={tmp_path / 'venv'}", "APT=")
+        lines = make_errors("venv", f"VENV={tmp_path / 'venv'}", "APT=")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert lines == [f"error: the disk that holds {tmp_path / 'venv'} is full: free 8 GB there"]
@@ -64,5 +53,5 @@ def test_a_full_disk(tmp_path):
 def test_packages_that_pip_does_not_find(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    (line,) = make("venv", f"VENV={tmp_path / 'venv'}")
+    (line,) = make_errors("venv", f"VENV={tmp_path / 'venv'}")
     assert line.startswith(f"error: pip could not fill {tmp_path / 'venv'}: Could not find a version that satisfies")

@@ -11,7 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import browser
 import pytest
-from launching import LIMIT, ROOT
+from launching import LIMIT, ROOT, make_errors
 
 DIAGRAMS = ROOT / "docs" / "diagrams"
 ABSENT = [name for name in ("mkdocs", "material", "mkdocstrings") if importlib.util.find_spec(name) is None]
@@ -136,10 +136,7 @@ def test_links_out_of_the_documents_lead_into_the_repository_and_broken_ones_end
 
 
 def test_make_docs_without_the_extra_and_without_a_network(tmp_path):
-    command = ["make", "--no-print-directory", "docs", "STAMP=", f"BIN={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    (line,) = make_errors("docs", "STAMP=", f"BIN={tmp_path}")
     assert line == (
         f"error: the site needs the extra docs, which pip could not install: {tmp_path}/pip install -e '.[docs]' says why"
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from launching import LIMIT, ROOT
+from launching import LIMIT, ROOT, make
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = {path.name: path for path in sorted((GITHUB / "workflows").glob("*.yml"))}
@@ -148,9 +148,7 @@ def test_the_gpus_workflow_runs_the_parts_that_the_benchmarks_name():
     for name, value in (("GPU_PARTS", inputs["parts"]["default"]), ("GPU_MINUTES", inputs["minutes"]["default"])):
         assert re.search(rf"^{name} \?= {re.escape(value)}$", MAKEFILE, re.M)
     # as make writes the command, with the environment that the workflow sets
-    command = subprocess.run(
-        ["make", "-n", "gpu", "GPU_PARTS=correct step", "GPU_MINUTES=7"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()[-1]
+    command = make("-n", "gpu", "GPU_PARTS=correct step", "GPU_MINUTES=7").stdout.splitlines()[-1]
     assert command.endswith("benchmarks/gpu.py --part correct step --minutes 7")
     (upload,) = [step["with"] for step in dict(jobs("gpu.yml"))["gpu"]["steps"] if "with" in step]
     assert upload["path"].rstrip("/") == dict(jobs("gpu.yml"))["gpu"]["env"]["OUT"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +21,27 @@ _SECONDS = 0.5
 _TAIL = 4096
 
 
-def share_done(log: Path, since: float = 0.0) -> float:
+def stamp(log: Path) -> tuple[int, int] | None:
+    """What tells that a log was written since: when it last was, in nanoseconds, and its bytes; None where there is none."""
+    try:
+        about = log.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
+
+
+def share_done(log: Path, before: tuple[int, int] | None = None) -> float:
     """The share of its steps that a run has done, by its log; 0 where that says nothing yet.
 
     Args:
         log: The file that `Plain` lines go to.
-        since: When the run began, in seconds of `time.time`: what an earlier start of it wrote is not its progress.
+        before: The log's `stamp` when the run began: what an earlier start of it wrote is not its progress. The
+            time of day would not do: a file's is that of the last tick, or of another machine.
     """
     try:
         with log.open("rb") as file:
             about = os.fstat(file.fileno())
-            if about.st_mtime < since:
+            if (about.st_mtime_ns, about.st_size) == before:
                 return 0.0
             file.seek(max(0, about.st_size - _TAIL))
             steps = _STEP.findall(file.read().decode("utf-8", "replace"))
@@ -55,11 +64,11 @@ def runs_shown() -> Iterator[tuple[Callable[[str, Path], None], Callable[[str, s
         return
     columns = [TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.fields[text]}")]
     bars = Progress(*columns, console=console)
-    logs: dict[str, tuple[TaskID, Path, float]] = {}
+    logs: dict[str, tuple[TaskID, Path, tuple[int, int] | None]] = {}
     ended = threading.Event()
 
     def begin(name: str, log: Path) -> None:
-        logs[name] = bars.add_task(one_line(name), total=1.0, text=""), log, time.time()
+        logs[name] = bars.add_task(one_line(name), total=1.0, text=""), log, stamp(log)
 
     def end(name: str, text: str) -> None:
         task = logs.pop(name)[0]
@@ -67,8 +76,8 @@ def runs_shown() -> Iterator[tuple[Callable[[str, Path], None], Callable[[str, s
 
     def follow() -> None:
         while not ended.wait(_SECONDS):
-            for name, (task, log, since) in list(logs.items()):
-                if share := share_done(log, since):
+            for name, (task, log, before) in list(logs.items()):
+                if share := share_done(log, before):
                     bars.update(task, completed=share)
                 if name not in logs:
                     # it ended meanwhile
