@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalekd_ds.commands.parser import Parser
 from scalekd_ds.commands.quiet import on_cpu
 from scalekd_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_ds.config import RunConfig
 
 
 def parser() -> Parser:
@@ -29,9 +34,14 @@ def parser() -> Parser:
     options.add_argument(
         "--stage", choices=("auto", "0", "1", "2", "3"), default="auto", help="ZeRO stage (default auto)"
     )
-    options.add_argument("--classes", type=int, default=1000, help="classes of the data (default 1000)")
     options.add_argument(
-        "--train-images", type=int, metavar="N", help="images in an epoch (default: the recipe's, else ImageNet-1K's)"
+        "--classes", type=int, metavar="N", help="classes of the data (default: those in --data.root, else 1000)"
+    )
+    options.add_argument(
+        "--train-images",
+        type=int,
+        metavar="N",
+        help="images in an epoch (default: those in --data.root, else the recipe's, else ImageNet-1K's)",
     )
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     for name, value in vars(Assumptions()).items():
@@ -68,11 +78,11 @@ def plan(argv: list[str] | None = None) -> None:
         return
     cfg, _ = parsed
     cfg.batches(cluster.gpus)
-    measured = measure(cfg, arguments.classes, ds_config.autocast_dtype(ds_config.read(cfg.run.ds_config)))
-    images = arguments.train_images or cfg.data.train_images or 1_281_167
+    classes, images = _size_of_data(cfg, arguments.classes, arguments.train_images)
+    measured = measure(cfg, classes, ds_config.autocast_dtype(ds_config.read(cfg.run.ds_config)))
     stage = None if arguments.stage == "auto" else int(arguments.stage)
     placement = arguments.teacher_placement
-    best, plans = make_plan(cfg, cluster, arguments.classes, images, assume, placement, stage, measured)
+    best, plans = make_plan(cfg, cluster, classes, images, assume, placement, stage, measured)
     if arguments.json:
         json.dump(plans_as_dict(cfg, cluster, measured, assume, best, plans), sys.stdout, indent=1)
         print()
@@ -80,6 +90,20 @@ def plan(argv: list[str] | None = None) -> None:
     from scalekd_ds.process.console import readable_console
 
     print_plan(readable_console(), cfg, cluster, measured, assume, best, plans)
+
+
+def _size_of_data(cfg: RunConfig, classes: int | None, images: int | None) -> tuple[int, int]:
+    """The number of classes, and of images in an epoch: as given, else of the data where it is here, else ImageNet-1K's.
+
+    Raises:
+        UserError: The folder of the data holds none that a run takes.
+    """
+    if (classes is None or images is None) and cfg.data.root and Path(cfg.data.root).is_dir():
+        from scalekd_ds.data.run_sources import read_sources
+
+        train, _ = read_sources(cfg)
+        return classes or len(train.classes), images or len(train)
+    return classes or 1000, images or cfg.data.train_images or 1_281_167
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import tiny_run
 import torch
 from launching import ROOT, alone
 from plan_cases import CLASSES, SMALL_BUCKETS, config_of, counted, counted_pair, pair_of
@@ -169,6 +170,20 @@ def test_a_share_without_divisors_is_said(batch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     words = "a GPU's 347 of the 694 images have no divisor above 1 up to 3"
     assert (words in said) == (batch == 694), said
+
+
+def test_classes_and_images_are_those_of_the_data_where_it_is_here(tmp_path, capsys):
+    root = tiny_run.images(tmp_path / "images")
+    # a teacher of as many classes: logit KD takes no other
+    more = tiny_run.arguments(
+        root, tmp_path / "run", "--data.train_images", 30, "--gpus", 1, "--gpu-memory", 8, "--json"
+    )
+    command(*more)
+    few = json.loads(capsys.readouterr().out)["plan"]
+    command(*more, "--classes", 3, "--train-images", 60)
+    many = json.loads(capsys.readouterr().out)["plan"]
+    assert few["memory"] == many["memory"]
+    assert 2 * few["hours"] == pytest.approx(many["hours"])
 
 
 def test_the_command_prints_json(capsys):
