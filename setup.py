@@ -29,6 +29,8 @@ def long_description() -> str:
 # setuptools: the tests of packaging build this package without the network
 ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 HUGGING_FACE = ["transformers>=4.50"]
+# a teacher in 8-bit floats
+FP8 = ["torchao>=0.14"]
 # of watching a run
 WATCHING = ["selenium>=4.11", "wandb"]
 # of the documentation's site; mkdocs 2 and what follows Material read other settings
@@ -36,7 +38,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.2
 NOTEBOOKS = ["ipykernel>=6.29", "ipywidgets>=8", "nbclient>=0.10", "matplotlib"]
 # the schemas of workflows, forms, compose files and manifests
 SCHEMAS = ["check-jsonschema>=0.33", "kubernetes-validate>=1.30", "pyyaml"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=77", *ONNX, *HUGGING_FACE, *WATCHING, *FP8]
 
 setup(
     long_description=long_description(),
@@ -105,6 +107,7 @@ setup(
         "huggingface": ["datasets"],
         "onnx": ONNX,
         "hf": HUGGING_FACE,
+        "fp8": FP8,
         # scalekd push; timm depends on it too
         "hub": ["huggingface_hub>=1.16"],
     },

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from timm.layers import RotaryEmbedding, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from torch import nn
 
 from scalekd_ds.class_names import match_classes
@@ -39,6 +40,9 @@ __all__ = [
     "last_block_count",
     "register_family",
 ]
+
+# their angles do not survive 16 bits, and timm rounds what they rotate to the type of the values
+_ROTARY = (RotaryEmbedding, RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed)
 
 
 class TeacherTargets(NamedTuple):
@@ -88,6 +92,7 @@ class Teacher(nn.Module):
         last_input, last_output: `Stage` of the tokens that enter and leave the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
         precision: The dtype of its own autocast, set by `lower_precision`; None leaves autocast to the caller.
+        held_in: The dtype of all of its weights and activations, without autocast, set by `hold_in`; None elsewhere.
         engine: The DeepSpeed engine that shards the weights (set by `engine.teacher_placement`), in a tuple, so that it
             is no submodule; an empty tuple where the weights are whole.
 
@@ -116,6 +121,7 @@ class Teacher(nn.Module):
         self.register_buffer("class_positions", None, persistent=False)
         self.same_classes = True
         self.precision: torch.dtype | None = None
+        self.held_in: torch.dtype | None = None
         self.engine: tuple[Any, ...] = ()
         self.requires_grad_(False)
         self.train(False)
@@ -199,6 +205,18 @@ class Teacher(nn.Module):
                 module.to(dtype)
         return self
 
+    def hold_in(self, dtype: torch.dtype) -> Teacher:
+        """Holds all weights in `dtype`, and computes in it from then on, whatever autocast the caller is under.
+
+        Unlike `lower_precision` it changes the numbers: the residual stream and the norms are rounded too. Rotary
+        embeddings keep their type.
+        """
+        self.held_in = dtype
+        for module in self.modules():
+            if not isinstance(module, _ROTARY):
+                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        return self
+
     def compile(self, **kwargs: Any) -> Teacher:  # type: ignore[override] # it takes torch.compile's by name alone
         """Compiles `targets` and `last_stage` with torch.compile; `kwargs` are its arguments.
 
@@ -235,7 +253,12 @@ class Teacher(nn.Module):
         return self.last_input, self.last_output
 
     def _autocast(self, x: torch.Tensor) -> AbstractContextManager:
+        if self.held_in is not None:
+            return torch.autocast(x.device.type, enabled=False)
         return torch.autocast(x.device.type, self.precision) if self.precision else nullcontext()
+
+    def _entering(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.held_in is None else x.to(self.held_in)
 
     @torch.no_grad()
     def targets(self, images: torch.Tensor) -> TeacherTargets:
@@ -246,6 +269,7 @@ class Teacher(nn.Module):
             order of the training classes where `match` has found it.
         """
         model: Any = self.model
+        images = self._entering(images)
         with self._autocast(images):
             if self.family is None:
                 return TeacherTargets(images.new_empty(0), self._in_order(model(images)))
@@ -267,6 +291,7 @@ class Teacher(nn.Module):
         """
         last_input, _ = self.stages
         model: Any = self.model
+        images = self._entering(images)
         blocks = getattr(model, "blocks", None)
         is_plain_vit = blocks is not None and not hasattr(model, "layers")
         # an index from the end is right for any number of stages
@@ -304,8 +329,11 @@ class Teacher(nn.Module):
         h, w = last_input.grid
         if tokens.shape[1:] != (h * w, last_input.dim):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {last_input.dim}).")
+        # without autocast, what follows takes no other type than its weights'
+        dtype = None if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
         with self._autocast(tokens):
-            return run.last_stage(self.model, tokens).contiguous()
+            out: torch.Tensor = run.last_stage(self.model, self._entering(tokens)).contiguous()
+        return out if self.held_in is None or dtype is None else out.to(dtype)
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
         """Same as `targets`: tokens (B, P, C) and logits (B, K) of images (B, 3, H, W)."""

@@ -32,6 +32,13 @@ class RunDirConfig:
         teacher_placement: Where the frozen teacher's weights are. `replica`: whole on every rank; `sharded`: a share on
             each rank, gathered block by block as they are used; `offload`: that share in the host's memory; `auto`: a
             replica on CPUs, and on GPUs the first of the three that fits by the memory plan.
+        teacher_precision: What the frozen teacher computes in. `autocast`: as the DeepSpeed JSON says of the run;
+            `fp32`: float32; `bf16`: weights and all activations, also the residual stream; `fp8`: the same, and the
+            linear layers before its last stage in 8-bit floats (torchao). The last two change the target of the run:
+            at the start, 256 validation images show by how much.
+        teacher_gate_spatial: Most that `bf16` and `fp8` may change the teacher's tokens: the mean of 1 - cosine.
+        teacher_gate_frequency: The same of the tokens in the frequency view.
+        teacher_gate_kl: The same of the teacher's logits: the mean KL divergence in nats.
         progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`)
             shows nothing, `json` prints one JSON object a line on standard output, and nothing else there.
         monitors: Where scalars go, separated by commas: `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard
@@ -60,6 +67,10 @@ class RunDirConfig:
     max_skipped: int = 10
     stop_after: int | None = None
     teacher_placement: Literal["auto", "replica", "sharded", "offload"] = "auto"
+    teacher_precision: Literal["autocast", "fp32", "bf16", "fp8"] = "autocast"
+    teacher_gate_spatial: float = 1e-3
+    teacher_gate_frequency: float = 4e-3
+    teacher_gate_kl: float = 1e-2
     progress: Literal["auto", "bar", "plain", "quiet", "none", "json"] = "auto"
     monitors: str = ""
     pictures: int = 4
@@ -78,5 +89,8 @@ class RunDirConfig:
         require(self.save_every >= 0, "run.save_every", self.save_every, "not negative (0 is off)")
         require(self.eval_every >= 0, "run.eval_every", self.eval_every, "not negative (0 is off)")
         require(self.stop_after is None or self.stop_after > 0, "run.stop_after", self.stop_after, "at least 1")
+        for gate in ("spatial", "frequency", "kl"):
+            bound = getattr(self, f"teacher_gate_{gate}")
+            require(bound > 0.0, f"run.teacher_gate_{gate}", bound, "positive")
         require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
         require(self.peak_tflops is None or self.peak_tflops > 0.0, "run.peak_tflops", self.peak_tflops, "positive")

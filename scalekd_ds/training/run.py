@@ -58,6 +58,7 @@ class Run:
         best: `top1` and `step` of the best evaluation so far.
         seconds_before: Wall-clock seconds of earlier starts of the run.
         joules_before: Energy of earlier starts in joules.
+        gate: What `run.teacher_precision` changed of the teacher's answers, for the monitors.
         picture_images: Validation images of the pictures, once they are read.
         logs_pictures: Whether TensorBoard is on, which takes pictures.
         is_elsewhere: Whether the run goes on from a checkpoint that is none of its own folder's.
@@ -93,6 +94,7 @@ class Run:
     best: dict[str, float] | None = None
     seconds_before: float = 0.0
     joules_before: float = 0.0
+    gate: dict[str, float] = field(default_factory=dict)
     picture_images: torch.Tensor | None = None
     logs_pictures: bool = False
     is_elsewhere: bool = False

@@ -32,7 +32,7 @@ from scalekd_ds.engine.determinism import choose_algorithms
 from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.engine.time_limits import lift_time_limits, nccl_error
-from scalekd_ds.errors import say
+from scalekd_ds.errors import UserError, say
 from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
@@ -58,6 +58,7 @@ from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.run import Run
 from scalekd_ds.training.run_dir import check_room, write_config
+from scalekd_ds.training.teacher_precision import gate_notice, lower_teacher
 from scalekd_ds.watching.continued_logs import continue_wandb
 from scalekd_ds.watching.monitor import Monitor
 
@@ -112,6 +113,10 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     if distiller.teacher is not None:
         prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)
+    gate = lower_teacher(distiller, cfg, val)
+    say(gate_notice(gate, cfg.run))
+    if cfg.run.compile_teacher and distiller.teacher is not None:
+        distiller.teacher.compile()
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
             distiller.tapped_student.synchronise_batchnorm()
@@ -179,6 +184,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         ema=ema,
         ema_accuracy=state.get("ema_accuracy"),
         best=state.get("best"),
+        gate=gate,
         seconds_before=state.get("seconds", 0.0),
         joules_before=state.get("joules") or 0.0,
         is_elsewhere=is_elsewhere,
@@ -232,15 +238,24 @@ def _record(
 def prepare_teacher(
     teacher: Teacher, cfg: RunConfig, ds_merged: dict[str, Any], num_classes: int, device: torch.device
 ) -> None:
-    """Converts the teacher to the compute dtype, places it and compiles it, as the run asks; collective."""
-    dtype = ds_config.autocast_dtype(ds_merged)
-    if dtype is not None:
+    """Converts the teacher to the compute dtype of the run and places it, as the run asks; collective.
+
+    Raises:
+        UserError: Its precision is not the run's own, and its weights do not fit on one device.
+    """
+    dtype, precision = ds_config.autocast_dtype(ds_merged), cfg.run.teacher_precision
+    if precision == "fp32":
+        teacher.hold_in(torch.float32)
+    elif dtype is not None:
         teacher.lower_precision(dtype)
     placement = cfg.run.teacher_placement
     if placement == "auto":
         placement = planned_placement(teacher, cfg, ds_merged, num_classes, device)
+    if precision in ("bf16", "fp8") and placement != "replica":
+        raise UserError(
+            f"run.teacher_precision is {precision} and the teacher is {placement}: its answers are compared with those of "
+            "the whole teacher; set --run.teacher_precision autocast or --run.teacher_placement replica."
+        )
     place_teacher(teacher, placement, device)
     if dist.get_rank() == 0 and placement != "replica":
         print(f"teacher: {placement}, {held_bytes(teacher) / 2**20:,.1f} MiB of its weights on rank 0", flush=True)
-    if cfg.run.compile_teacher:
-        teacher.compile()

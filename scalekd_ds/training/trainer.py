@@ -97,6 +97,8 @@ def _train(run: Run) -> dict[str, Any]:
             set_results_aside(Path(cfg.run.dir))
         text = summary(cfg, run.distiller.pairing(), dist.get_world_size(), run.device)
         run.monitor.begin(run.step, text, hyperparameters(cfg))
+        if run.gate:
+            run.monitor.log(run.step, run.gate)
     reporter = reporter_for(cfg.run.progress, dist.get_rank(), last, run.step)
     reporter.begin(start_lines(run))
     signals.outcome("the last checkpoint is intact, and --run.resume auto goes on from it")
