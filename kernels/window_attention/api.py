@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -55,6 +58,11 @@ def takes_maps(
     return implementation("cuda", *arguments) == "triton"
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on `device`; the meta device, on which models are planned, has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def attend_in_windows(
     qkv: torch.Tensor, constant: torch.Tensor, scale: float, head_scale: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -72,7 +80,7 @@ def attend_in_windows(
     M, T, dtype = qkv.shape[0], qkv.shape[1], qkv.dtype
     # on CPUs, PyTorch's backward in 16 bits takes up to three times as long as in float32, with twice the error
     widened = qkv.device.type == "cpu" and dtype != torch.float64 and qkv.requires_grad and torch.is_grad_enabled()
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         if widened:
             qkv = qkv.float()
         if head_scale is not None:

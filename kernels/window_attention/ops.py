@@ -77,7 +77,7 @@ def _arguments(
         pad.contiguous() if padded and pad is not None else qkv,
     )
     strides = (*qkv.stride()[:5], constant.stride(0) if constant.shape[0] > 1 else 0, *constant.stride()[1:3])
-    constants = dict(zip(("H", "W", "WH", "WW", "SH", "SW"), (H, W, *window, *shift), strict=True))
+    constants: dict[str, Any] = dict(zip(("H", "W", "WH", "WW", "SH", "SW"), (H, W, *window, *shift), strict=True))
     constants |= {"N": N, "D": D, "BD": tile.head, "BQ": tile.queries, "BS": tile.keys}
     constants |= {"COSINE": head_scale is not None, "PADDED": padded, "PRECISION": "ieee"}
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
@@ -129,8 +129,11 @@ def _scores(
     """q, k and v, (B * n, N, T, D), the first two normalised for cosine attention, and scores (B * n, N, T, T): float32."""
     q, k, v = reference.partition(qkv, window, shift, pad).float().permute(2, 0, 3, 1, 4).unbind(0)
     if head_scale is not None:
-        q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), scale * head_scale.float()[:, None, None]
-    scores = (q @ k.mT * scale).unflatten(0, (-1, constant.shape[0]))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    scores = q @ k.mT * scale
+    if head_scale is not None:
+        scores = scores * head_scale.float()[:, None, None]
+    scores = scores.unflatten(0, (-1, constant.shape[0]))
     return q, k, v, (scores + constant[..., : q.shape[2]].float()).flatten(0, 1)
 
 

@@ -16,7 +16,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import nn
 
 from scalekd_ds.kernels.window_attention import reference
-from scalekd_ds.kernels.window_attention.api import attend_in_windows, takes_maps, window_attention
+from scalekd_ds.kernels.window_attention.api import attend_in_windows, takes_maps, window_attention, without_autocast
 
 # largest logarithm of a head's scale that Swin v2 takes, as timm computes it
 _LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
@@ -25,7 +25,8 @@ _LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The type that a linear layer gives its results in."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # the meta device, on which models are planned, has no autocast
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _rebuild(module: Any, _: Any) -> None:
@@ -86,10 +87,10 @@ class _Frozen(nn.Module):
         """Builds the constant, and the order of tokens in windows, from the weights that it has now."""
         if not self._whole():
             return
-        self.grid, self.shift = tuple(grid), tuple(shift)
+        self.grid, self.shift = (grid[0], grid[1]), (shift[0], shift[1])
         window = self.window_size
         first = self._first()
-        with torch.autocast(first.device.type, enabled=False) if first.device.type != "meta" else torch.no_grad():
+        with without_autocast(first.device):
             mask = reference.mask_of(self.grid, window, self.shift, device=first.device, dtype=first.dtype)
             constant = reference.constant_of(self._bias(), mask)
         order = inverse = None
@@ -138,14 +139,15 @@ class _Frozen(nn.Module):
         x = x.to(dtype)
         order, inverse = self.window_order, self.window_inverse
         # the backward of a gather adds up in any order on GPUs
-        gathered = order is not None and inverse is not None and not gradient
-        if gathered:
+        if gradient:
+            order = inverse = None
+        if order is not None:
             windows = x.flatten(1, 2).index_select(1, order).unflatten(1, (-1, window[0] * window[1])).flatten(0, 1)
         else:
             windows = reference.partition(x, window, shift)
         qkv = self._qkv(windows).unflatten(-1, heads)
         out = self.proj(attend_in_windows(qkv, self.window_constant, scale, head_scale).flatten(-2))
-        if gathered:
+        if inverse is not None:
             merged = out.unflatten(0, (x.shape[0], -1)).flatten(1, 2).index_select(1, inverse).view(*x.shape[:3], -1)
         else:
             merged = reference.merge(out, self.grid, window, shift)
@@ -155,20 +157,27 @@ class _Frozen(nn.Module):
 class FrozenWindowAttention(_Frozen, swin_transformer.WindowAttention):
     """Swin's."""
 
+    relative_position_bias_table: torch.Tensor
+    scale: float
+
     def _first(self) -> torch.Tensor:
         return self.relative_position_bias_table
 
     def _bias(self) -> torch.Tensor:
-        return self._get_rel_pos_bias()[0]
+        timms: Any = self
+        bias: torch.Tensor = timms._get_rel_pos_bias()
+        return bias[0]
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        return self.qkv(x)
+        project: Any = self.qkv
+        out: torch.Tensor = project(x)
+        return out
 
     def _pad(self) -> torch.Tensor | None:
         return self.qkv.bias
 
     def _scales(self) -> tuple[float, torch.Tensor | None]:
-        return float(self.scale), None
+        return self.scale, None
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of a map (B, H, W, C); or timm's, of windows (B * n, T, C)."""
@@ -180,6 +189,13 @@ class FrozenWindowAttentionV2(_Frozen, swin_transformer_v2.WindowAttention):
 
     window_head_scale: torch.Tensor
     window_qkv_bias: torch.Tensor | None
+    logit_scale: torch.Tensor
+    relative_coords_table: torch.Tensor
+    relative_position_index: torch.Tensor
+    cpb_mlp: Any
+    q_bias: torch.Tensor | None
+    k_bias: torch.Tensor
+    v_bias: torch.Tensor
 
     def _first(self) -> torch.Tensor:
         return self.logit_scale
@@ -190,7 +206,8 @@ class FrozenWindowAttentionV2(_Frozen, swin_transformer_v2.WindowAttention):
         hidden = F.linear(self.relative_coords_table.to(dtype), first.weight.to(dtype), first.bias.to(dtype)).relu()
         table = F.linear(hidden, second.weight.to(dtype)).view(-1, self.num_heads)
         bias = table[self.relative_position_index.flatten()].unflatten(0, self.relative_position_index.shape)
-        return 16 * torch.sigmoid(bias.permute(2, 0, 1))
+        bias = 16 * torch.sigmoid(bias.permute(2, 0, 1))
+        return bias
 
     @torch.no_grad()
     def prepare(self, grid: tuple[int, int], shift: tuple[int, int]) -> None:
@@ -225,7 +242,7 @@ class _FrozenBlock(nn.Module):
     shift_size: tuple[int, int]
     input_resolution: tuple[int, int]
 
-    def _attn(self, x: torch.Tensor) -> torch.Tensor:
+    def _attn(self, x: torch.Tensor) -> Any:
         # timm's own where the map is another one
         return self.attn(x) if self.attn.takes(x) else super()._attn(x)  # type: ignore[misc]
 
@@ -262,7 +279,9 @@ def _difference(block: Any) -> str | None:
     kind = next((k for k in _KINDS if type(block) is k), None)
     if kind is None:
         return f"it is a {type(block).__name__}"
-    attn, own = block.attn, _KINDS[kind][0]
+    attn: Any = block.attn
+    own = _KINDS[kind][0]
+    built, window = tuple(getattr(attn, "window_size", ())), tuple(block.window_size)
     if type(attn) is not own:
         return f"its attention is a {type(attn).__name__}"
     if any(_has_hooks(m) for m in attn.modules()):
@@ -277,11 +296,12 @@ def _difference(block: Any) -> str | None:
         or len(getattr(attn, "cpb_mlp", (0, 0, 0))) != 3
     ):
         return "its attention has layers of its own"
-    if tuple(attn.window_size) != tuple(block.window_size):
-        return f"its attention was built for windows of {attn.window_size} and it has {block.window_size}"
+    if built != window:
+        return f"its attention was built for windows of {built} and it has {window}"
     mask = block.attn_mask
     if mask is not None and mask.device.type != "meta":
-        ours = reference.mask_of(tuple(block.input_resolution), block.window_size, block.shift_size)
+        rows, columns = block.input_resolution
+        ours = reference.mask_of((rows, columns), block.window_size, block.shift_size)
         if mask.shape != ours.shape or not torch.equal(mask.to("cpu", ours.dtype), ours):
             return "its mask is not that of shifted windows"
     elif mask is None and any(block.shift_size) and not block.dynamic_mask:
@@ -302,7 +322,7 @@ def fuse_window_attention(model: nn.Module) -> str | None:
         What a user should know, in one line, where some of its blocks are not timm's and keep their own; or None.
     """
     kept: list[tuple[str, str]] = []
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(_KINDS))]
+    blocks: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(_KINDS))]
     for name, block in blocks:
         if isinstance(block, _FrozenBlock):
             continue
@@ -314,7 +334,7 @@ def fuse_window_attention(model: nn.Module) -> str | None:
         # the class, and not methods: a copy or a pickle of the model then has it too
         attn.__class__ = attn_class
         attn.held = None
-        attn.prepare(block.input_resolution, block.shift_size)  # type: ignore[arg-type]
+        attn.prepare(block.input_resolution, block.shift_size)
         # after the modules within it, which a hook on loading is called after
         attn.register_load_state_dict_post_hook(_rebuild)
         block.__class__ = block_class
