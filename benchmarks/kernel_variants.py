@@ -1,4 +1,4 @@
-"""The ways to compute the two kernels that `kernels.py` measures, on random tensors of a shape."""
+"""The ways to compute the kernels that `kernels.py` measures, on random tensors of a shape."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from scalekd_ds import kernels
 from scalekd_ds.kernels.cross_attention import reference as attention_reference
 from scalekd_ds.kernels.cross_attention.api import fused_attention
+from scalekd_ds.kernels.window_attention import reference as window_reference
+from scalekd_ds.kernels.window_attention.api import attend_in_windows
 
 DIRECTIONS = ("forward", "forward+backward")
 # the forward of a variant, and the tensors that get gradients
@@ -104,6 +106,75 @@ def attention_calls(
 
         if ops.supports(shape.head_size, shape.queries, shape.keys, dtype):
             calls["triton"] = with_kv(lambda *arguments: ops.cap_attention(*arguments)[0], q)
+    return calls
+
+
+def timms_window_attention(
+    x: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+) -> torch.Tensor:
+    """Window attention in timm's unfused order of operations, without its projections.
+
+    Args:
+        x: (B, H, W, C) map, which is rolled and cut before it is projected.
+        qkv: (B * n, T, 3, N, D) what the projection gave.
+        bias: (N, T, T) position bias.
+        mask: (n or 1, T, T) of shifted windows.
+        window: (rows, columns) of a window.
+        shift: (rows, columns) of the shift.
+
+    Returns:
+        (B, H, W, C).
+    """
+    window_reference.partition(x, window, shift)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias
+    if any(shift):
+        scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+    out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return window_reference.merge(out, (x.shape[1], x.shape[2]), window, shift)
+
+
+def window_calls(
+    shape: shapes.Windows, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> dict[str, Variant]:
+    """The variants of window attention by name. All but Triton's cut the map before its projection, and merge it after."""
+    (H, W), N, D = shape.grid, shape.heads, shape.head_size
+    window, shift = (shape.window,) * 2, (shape.window // 2 * shape.shifted,) * 2
+    T, scale = shape.window**2, D**-0.5
+    x = torch.randn(batch, H, W, N * D, device=device).to(dtype)
+    mapped = torch.randn(batch, H, W, 3, N, D, device=device).to(dtype).requires_grad_()
+    cut = window_reference.partition(mapped.detach(), window, shift).contiguous().requires_grad_()
+    bias = torch.randn(N, T, T, device=device)
+    mask = window_reference.mask_of(shape.grid, window, shift, device=device)
+    constant = window_reference.constant_of(bias, mask).to(dtype)
+
+    def sdpa() -> torch.Tensor:
+        window_reference.partition(x, window, shift)
+        out = attend_in_windows(cut, constant, scale).flatten(2)
+        return window_reference.merge(out, shape.grid, window, shift)
+
+    def timms() -> torch.Tensor:
+        return timms_window_attention(x, cut, bias.to(dtype), mask.to(dtype), window, shift)
+
+    calls: dict[str, Variant] = {
+        "library": (lambda: kernels.window_attention(mapped, constant, window, shift, scale), [mapped]),
+        "published": (timms, [cut]),
+        "eager": (lambda: window_reference.window_attention(mapped, constant, window, shift, scale), [mapped]),
+        "sdpa": (sdpa, [cut]),
+    }
+    if compiled:
+        calls["compile"] = (torch.compile(timms, dynamic=False), [cut])
+    if device.type == "cuda":
+        from scalekd_ds.kernels.window_attention import ops
+
+        if ops.supports(D, T, dtype):
+            rest = (constant, None, None, *window, *shift, scale)
+            calls["triton"] = (lambda: ops.window_attention(mapped, *rest)[0], [mapped])
     return calls
 
 

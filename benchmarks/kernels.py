@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures both kernels, forward and forward+backward, on the published recipes' shapes: `python benchmarks/kernels.py`.
+"""Measures the kernels, forward and forward+backward, on the published recipes' shapes: `python benchmarks/kernels.py`.
 
 They alternate with the published order of operations, lean eager PyTorch, torch.compile and, for attention, SDPA. All are
 compared with the floor: the bytes that must move or the products that must be computed, over the ceilings that are measured
@@ -23,6 +23,7 @@ import timing
 import torch
 
 from scalekd_ds.kernels.cross_attention import table
+from scalekd_ds.kernels.window_attention import table as window_table
 
 # predicted ms of forward and backward at batch 128 in bf16 on one H100 80GB, written before anything was measured. For the dual
 # view they are passes over a tensor (8, or 14 for two stages; 22 compiled, 186 published) at 3.0 TB/s; for the attention they
@@ -44,7 +45,7 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def measure_shape(
-    shape: shapes.DualView | shapes.Attention,
+    shape: shapes.DualView | shapes.Attention | shapes.Windows,
     args: argparse.Namespace,
     device: torch.device,
     ceilings: dict[str, float],
@@ -58,7 +59,11 @@ def measure_shape(
         ceilings: What the device reaches at most, from `harness.ceilings`.
     """
     dtype, flush = harness.DTYPES[args.dtype], harness.flush_buffer(device)
-    build = kernel_variants.dual_view_calls if isinstance(shape, shapes.DualView) else kernel_variants.attention_calls
+    build: Callable[..., dict[str, kernel_variants.Variant]] = {
+        "dual_view_loss": kernel_variants.dual_view_calls,
+        "cap_attention": kernel_variants.attention_calls,
+        "window_attention": kernel_variants.window_calls,
+    }[shape.operation]
     # torch.compile stops compiling a function after a number of shapes
     torch.compiler.reset()
     calls = build(shape, args.batch, dtype, device, shape.name in args.compile)
@@ -100,7 +105,10 @@ def measure_shape(
 
 
 def predicted(
-    shape: shapes.DualView | shapes.Attention, direction: str, args: argparse.Namespace, device: torch.device
+    shape: shapes.DualView | shapes.Attention | shapes.Windows,
+    direction: str,
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, float] | None:
     """The predicted milliseconds, or None: predictions are for forward and backward in bf16 at batch 128 on a GPU."""
     if (device.type, args.batch, args.dtype, direction) != ("cuda", 128, "bf16", "forward+backward"):
@@ -113,6 +121,8 @@ def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict
     picks = {}
     for row in rows:
         measured = {name for name, variant in row["variants"].items() if "error" not in variant}
+        if row.get("operation") == "window_attention":
+            continue
         if row["direction"] != "forward+backward" or not {"triton", "sdpa"} <= measured:
             continue
         architecture, sizes = int(machine["sm"].replace(".", "")), row["sizes"]
@@ -121,6 +131,22 @@ def attention_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict
         key = table.key_of(architecture, *shape, harness.DTYPES[row["dtype"]])
         picks[key] = "triton" if triton < fused else "sdpa"
     return picks
+
+
+def windows_table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict[str, str]:
+    """The same of window attention, whose keys have a direction; the shapes of one key are summed."""
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        measured = {name for name, variant in row["variants"].items() if "error" not in variant}
+        if row.get("operation") != "window_attention" or not {"triton", "sdpa"} <= measured:
+            continue
+        architecture, sizes = int(machine["sm"].replace(".", "")), row["sizes"]
+        shape = (sizes["head_size"], sizes["window"] ** 2, sizes["shifted"], row["direction"] != "forward")
+        key = window_table.key_of(architecture, *shape, harness.DTYPES[row["dtype"]])
+        both = sums.setdefault(key, [0.0, 0.0])
+        for i, name in enumerate(("triton", "sdpa")):
+            both[i] += row["variants"][name]["median"]
+    return {key: "triton" if triton < fused else "sdpa" for key, (triton, fused) in sums.items()}
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -229,7 +255,7 @@ def json_path(out: Path, device: str) -> Path:
 
 
 def save_to(out: Path, args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
-    """A function that writes the results so far into the folder `out`, and the attention's picks with them."""
+    """A function that writes the results so far into the folder `out`, and the attentions' picks with them."""
 
     def save(result: dict[str, Any]) -> None:
         harness.write_json(json_path(out, args.device), result)
@@ -237,6 +263,10 @@ def save_to(out: Path, args: argparse.Namespace) -> Callable[[dict[str, Any]], N
             harness.write_json(out / "attention-table.json", picks)
             if args.write_table:
                 harness.write_json(table.PATH, dict(sorted((table.measured() | picks).items())))
+        if picks := windows_table(result["rows"], result["machine"]):
+            harness.write_json(out / "windows-table.json", picks)
+            if args.write_table:
+                harness.write_json(window_table.PATH, dict(sorted((window_table.measured() | picks).items())))
 
     return save
 

@@ -1,4 +1,4 @@
-"""The shapes of both kernels in the published recipes, and the bytes and FLOP that no implementation can avoid."""
+"""The shapes of the kernels in the published recipes, and the bytes and FLOP that no implementation can avoid."""
 
 from __future__ import annotations
 
@@ -78,6 +78,45 @@ class Attention:
         return {"bytes": 3 * q + 3 * kv + 3 * y, "flop": 7 * product}
 
 
+@dataclass(frozen=True)
+class Windows:
+    """A shape of the attention in windows of a map, in a frozen Swin.
+
+    Attributes:
+        name: Its name in the results.
+        grid: (rows, columns) of the map.
+        window: Rows, and columns, of a window.
+        heads: Attention heads.
+        head_size: Channels of a head.
+        shifted: Whether the windows are shifted by half of one.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    window: int
+    heads: int
+    head_size: int = 32
+    shifted: bool = False
+    operation = "window_attention"
+
+    def sizes(self, batch: int) -> dict[str, Any]:
+        """The sizes in a row of the results."""
+        names = ("grid", "window", "heads", "head_size", "shifted")
+        return {"batch": batch, **{name: getattr(self, name) for name in names}}
+
+    def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
+        """The least `bytes` to move, and `flop` of matrix products.
+
+        Forward reads q, k, v and writes y, with 2 products. Backward reads q, k, v, y, dy and writes dq, dk, dv, with 5.
+        """
+        tokens = batch * self.grid[0] * self.grid[1]
+        tensor = tokens * self.heads * self.head_size * itemsize
+        product = 2 * tokens * self.window**2 * self.heads * self.head_size
+        if direction == "forward":
+            return {"bytes": 4 * tensor, "flop": 2 * product}
+        return {"bytes": 12 * tensor, "flop": 7 * product}
+
+
 ALL = (
     DualView("swin_s", (7, 7), 768),
     DualView("swin_l", (7, 7), 1536),
@@ -104,4 +143,17 @@ ALL = (
     Attention("beit_l-vit_b.s4", 256, 256, 8, 128, False),
     Attention("beit_l-eva02_s.s3", 576, 576, 8, 128, True),
     Attention("beit_l-eva02_s.s4", 576, 576, 8, 128, False),
+    # the teacher Swin-L at 224 pixels, its blocks with shifted windows and without, and at 384
+    Windows("swin_l.w7.1", (56, 56), 7, 6),
+    Windows("swin_l.w7.1.shifted", (56, 56), 7, 6, shifted=True),
+    Windows("swin_l.w7.2", (28, 28), 7, 12),
+    Windows("swin_l.w7.2.shifted", (28, 28), 7, 12, shifted=True),
+    Windows("swin_l.w7.3", (14, 14), 7, 24),
+    Windows("swin_l.w7.3.shifted", (14, 14), 7, 24, shifted=True),
+    Windows("swin_l.w7.4", (7, 7), 7, 48),
+    Windows("swin_l.w12.1", (96, 96), 12, 6),
+    Windows("swin_l.w12.1.shifted", (96, 96), 12, 6, shifted=True),
+    Windows("swin_l.w12.3", (24, 24), 12, 24),
+    Windows("swin_l.w12.3.shifted", (24, 24), 12, 24, shifted=True),
+    Windows("swin_l.w12.4", (12, 12), 12, 48),
 )

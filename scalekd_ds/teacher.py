@@ -15,11 +15,12 @@ from timm.layers import RotaryEmbedding, RotaryEmbeddingCat, RotaryEmbeddingDino
 from torch import nn
 
 from scalekd_ds.class_names import match_classes
-from scalekd_ds.errors import UserError
+from scalekd_ds.errors import UserError, say
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.known_classes import known_classes
 from scalekd_ds.models.preprocessing import Preprocessing
 from scalekd_ds.models.rotary import keep_rotary_embeddings
+from scalekd_ds.models.window_attention import fuse_window_attention, hold_window_constants
 from scalekd_ds.teacher_families import (
     FAMILIES,
     Family,
@@ -130,6 +131,7 @@ class Teacher(nn.Module):
         self.preprocessing = Preprocessing.of(model)
         self._check_patches()
         keep_rotary_embeddings(model)
+        say(fuse_window_attention(model))
         self.family = family_of(model) if features else None
         # before it was compiled
         self._built_family: Family | None = None
@@ -203,6 +205,7 @@ class Teacher(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
+        hold_window_constants(self.model, dtype)
         return self
 
     def hold_in(self, dtype: torch.dtype) -> Teacher:

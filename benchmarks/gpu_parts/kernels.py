@@ -1,4 +1,4 @@
-"""Both kernels on all shapes, by `kernels.py`, which also fills the library's table for the step, and their charts."""
+"""The kernels on all shapes, by `kernels.py`, which also fills the library's table for the step, and their charts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ from gpu_parts import commands
 
 BENCHMARKS = harness.ROOT / "benchmarks"
 # a shape of each kernel, and one with a head size that PyTorch would give to cuDNN
-_SMALL = ["--shapes", "swin_s", "swin_s.s4", "swin_l-deit.s4", "--batch", 2, "--repeats", 2, "--ceiling-repeats", 1]
+_SMALL = [
+    "--shapes",
+    "swin_s",
+    "swin_s.s4",
+    "swin_l-deit.s4",
+    "swin_l.w7.4",
+    "--batch",
+    2,
+    "--repeats",
+    2,
+    "--ceiling-repeats",
+    1,
+]
 
 
 def run(folder: Path, seconds: float, dry: bool, save: Callable[[dict], None]) -> dict[str, Any]:
@@ -39,6 +51,8 @@ def run(folder: Path, seconds: float, dry: bool, save: Callable[[dict], None]) -
     found = {"status_of_kernels": status, **result}
     picks = folder / "attention-table.json"
     found["attention_table"] = json.loads(picks.read_text()) if picks.is_file() else {}
+    picks = folder / "windows-table.json"
+    found["windows_table"] = json.loads(picks.read_text()) if picks.is_file() else {}
     found["left_out"] = [
         f"{row['operation']} {row['shape']} {row['direction']} {name}: {variant['error']}"
         for row in result["rows"]

@@ -6,6 +6,7 @@ from typing import Any, TypeGuard, get_args
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from scalekd_ds.config import TeacherPlacement
@@ -84,6 +85,9 @@ def place_teacher(teacher: Teacher, placement: TeacherPlacement, device: torch.d
         # DeepSpeed ignores its own mark for such parameters, ds_persist, while it traces its first pass, but it never
         # releases a parameter that it takes for another module's
         parameter.ds_persist = parameter.is_external_param = True
+    for buffer in teacher.buffers():
+        # every rank has rank 0's weights now, and what was built from them has to follow
+        dist.broadcast(buffer, 0)
     # the engine is kept, because its hooks vanish with it; in a tuple, so that it is not registered as a submodule
     teacher.engine = (engine,)
 

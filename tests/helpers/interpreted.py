@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def run_cases(file: str) -> dict[str, dict[str, float]]:
+def run_cases(file: str, *arguments: str) -> dict[str, dict[str, float]]:
     """Errors of every case of `file`, by name. TRITON_INTERPRET is read when a kernel is decorated: hence the process."""
     done = subprocess.run(
-        [sys.executable, file], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+        [sys.executable, file, *arguments], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -133,6 +133,38 @@ def test_attention_table_is_in_the_librarys_keys():
     assert picks_of([row("forward+backward", sdpa=1.0)], {}) == {}
 
 
+def test_the_table_of_window_attention_sums_the_shapes_of_a_key():
+    def row(name, grid, direction, **ms):
+        sizes = shapes.Windows(name, grid, 7, 24, shifted=True).sizes(128)
+        variants = {name: {"median": value} for name, value in ms.items()}
+        return {
+            "operation": "window_attention",
+            "direction": direction,
+            "dtype": "bf16",
+            "sizes": sizes,
+            "variants": variants,
+        }
+
+    script = load_script("kernels")
+    rows = [
+        row("a", (14, 14), "forward", triton=1.0, sdpa=2.0),
+        row("b", (28, 28), "forward", triton=4.0, sdpa=2.0),
+        row("a", (14, 14), "forward+backward", triton=1.0, sdpa=2.0),
+        row("c", (14, 14), "forward", sdpa=9.0),
+    ]
+    assert script.windows_table(rows, {"sm": "9.0"}) == {
+        "sm_90/d32/t49/shifted/forward/bfloat16": "sdpa",
+        "sm_90/d32/t49/shifted/backward/bfloat16": "triton",
+    }
+    assert script.attention_table(rows, {"sm": "9.0"}) == {}
+
+
+def test_work_of_window_attention():
+    work = shapes.Windows("x", (14, 14), 7, 24).work(128, 2, "forward")
+    # q, k, v and y; two products with the 49 tokens of a window
+    assert work == {"bytes": 4 * 128 * 196 * 768 * 2, "flop": 2 * 2 * 128 * 196 * 49 * 768}
+
+
 def run_script(name, *arguments, out):
     # one thread: these sizes are all overhead, and waiting threads take each other's time on a busy machine
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out)}
