@@ -125,6 +125,8 @@ class ScaleKD(nn.Module):
             self._check_classes(teacher)
             self._register_normalisation(self.tapped_student.preprocessing, teacher)
             self._check_teacher_size(teacher)
+        # name of a method -> what runs in its place, where it is compiled
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self.time_part: Callable[[str], AbstractContextManager] = untimed
         self.on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.projectors = nn.ModuleDict()
@@ -226,6 +228,29 @@ class ScaleKD(nn.Module):
                 )
             except ValueError as error:
                 raise UserError(f"projectors of {stage}: {error}") from None
+
+    # -- compiling -----------------------------------------------------------------------------------------------
+
+    def compile(self, **kwargs: Any) -> ScaleKD:  # type: ignore[override] # it takes torch.compile's by name alone
+        """Compiles what is trained, with torch.compile: student, projectors and losses, a graph each.
+
+        The teacher has `Teacher.compile`. Parameters, buffers and their names stay as they are, and so do copies and
+        pickles. `student` by itself, as an evaluation calls it, is not compiled.
+
+        Args:
+            **kwargs: Arguments of torch.compile.
+
+        Returns:
+            The distiller itself.
+        """
+        self.tapped_student.compile(**kwargs)
+        parts: dict[str, Callable[..., Any]] = {"project": self.project, "losses": self._losses}
+        self._compiled = {name: torch.compile(call, **kwargs) for name, call in parts.items()}
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are not compiled, as those of a module that torch has compiled."""
+        return super().__getstate__() | {"_compiled": {}}
 
     # -- parts and weights -----------------------------------------------------------------------------------------
 
@@ -341,22 +366,9 @@ class ScaleKD(nn.Module):
             teacher = self.teacher_targets(images) if teacher_targets is None else teacher_targets
             if self.projectors:
                 with self.time_part("projectors"):
-                    projected = self.project(student)
+                    projected = self._compiled.get("project", self.project)(student)
         with self.time_part("losses"):
-            losses: dict[str, torch.Tensor] = {}
-            # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
-            if targets is not None and self.kd_weight < 1.0:
-                ce = label_loss(student.logits, targets, self.loss, self.label_smoothing)
-                losses["loss/ce"] = (1.0 - self.kd_weight) * ce
-            if teacher is not None and self.kd_weight > 0.0:
-                if teacher.logits is None:
-                    raise ValueError(
-                        "teacher_targets has no logits, which logit KD needs: give them, or set kd_weight 0."
-                    )
-                losses["loss/kd"] = logit_kd(student.logits, teacher.logits, self.temperature, self.kd_weight)
-            if projected and teacher is not None:
-                losses |= self._feature_losses(projected, teacher)
-            losses["loss/total"] = torch.stack(list(losses.values())).sum()
+            losses = self._compiled.get("losses", self._losses)(student.logits, targets, teacher, projected)
         if self.on_logits is not None and teacher is not None and teacher.logits is not None:
             self.on_logits(student.logits, teacher.logits)
         return losses
@@ -364,6 +376,28 @@ class ScaleKD(nn.Module):
     if TYPE_CHECKING:
         # nn.Module's own would return Any
         __call__ = forward
+
+    def _losses(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor | None,
+        teacher: TeacherTargets | TargetsWithoutTPP | None,
+        projected: dict[str, dict[str, torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
+        """What `forward` returns, of the student's logits (B, K) and of what `project` returned."""
+        losses: dict[str, torch.Tensor] = {}
+        # a weight of 0 leaves the term out: 0 times an infinite loss would be NaN
+        if targets is not None and self.kd_weight < 1.0:
+            ce = label_loss(logits, targets, self.loss, self.label_smoothing)
+            losses["loss/ce"] = (1.0 - self.kd_weight) * ce
+        if teacher is not None and self.kd_weight > 0.0:
+            if teacher.logits is None:
+                raise ValueError("teacher_targets has no logits, which logit KD needs: give them, or set kd_weight 0.")
+            losses["loss/kd"] = logit_kd(logits, teacher.logits, self.temperature, self.kd_weight)
+        if projected and teacher is not None:
+            losses |= self._feature_losses(projected, teacher)
+        losses["loss/total"] = torch.stack(list(losses.values())).sum()
+        return losses
 
     def _feature_losses(
         self, projected: dict[str, dict[str, torch.Tensor]], teacher: TeacherTargets | TargetsWithoutTPP

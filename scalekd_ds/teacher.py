@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -133,8 +132,8 @@ class Teacher(nn.Module):
         keep_rotary_embeddings(model)
         say(fuse_window_attention(model))
         self.family = family_of(model) if features else None
-        # before it was compiled
-        self._built_family: Family | None = None
+        # name of a method -> what runs in its place, where it is compiled
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self.last_input: Stage | None = None
         self.last_output: Stage | None = None
         if self.family is not None:
@@ -218,31 +217,35 @@ class Teacher(nn.Module):
         for module in self.modules():
             if not isinstance(module, _ROTARY):
                 module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        hold_window_constants(self.model, dtype)
         return self
 
     def compile(self, **kwargs: Any) -> Teacher:  # type: ignore[override] # it takes torch.compile's by name alone
-        """Compiles `targets` and `last_stage` with torch.compile; `kwargs` are its arguments.
+        """Compiles `targets` and `last_stage`, a graph each, with torch.compile; `kwargs` are its arguments.
+
+        Weights, their names, copies and pickles are those of the teacher that is not compiled.
 
         Raises:
             UserError: Its weights are sharded: hooks gather and release them, which a compiled graph does not call.
         """
         if self.engine:
             raise UserError(
-                "run.compile_teacher is true and the teacher is sharded: a compiled teacher has to be a replica; set "
-                "--run.compile_teacher false or --run.teacher_placement replica."
+                "the teacher is to be compiled and is sharded: a compiled teacher has to be a replica; set --run.compile off "
+                "or --run.teacher_placement replica."
             )
+        self._compiled = {"targets": torch.compile(self._targets, **kwargs)}
         if self.family is not None:
-            built = self._built_family = self._built_family or self.family
-            forward, last_stage = torch.compile(built.forward, **kwargs), torch.compile(built.last_stage, **kwargs)
-            self.family = replace(built, forward=forward, last_stage=last_stage)
-        else:
-            self.model.compile(**kwargs)
+            self._compiled["last_stage"] = torch.compile(self._last_stage, **kwargs)
+        return self
+
+    def run_as_written(self) -> Teacher:
+        """Undoes `compile`."""
+        self._compiled = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which are not compiled, as those of a module that torch has compiled."""
-        state = super().__getstate__()
-        return state | {"family": self._built_family or self.family, "_built_family": None}
+        return super().__getstate__() | {"_compiled": {}}
 
     @property
     def stages(self) -> tuple[Stage, Stage]:
@@ -271,6 +274,10 @@ class Teacher(nn.Module):
             `TeacherTargets`, without gradient: tokens (B, P, C) on `last_output.grid`, row by row, and logits (B, K) in the
             order of the training classes where `match` has found it.
         """
+        return self._compiled.get("targets", self._targets)(images)
+
+    def _targets(self, images: torch.Tensor) -> TeacherTargets:
+        """`targets` as one graph."""
         model: Any = self.model
         images = self._entering(images)
         with self._autocast(images):
@@ -327,15 +334,19 @@ class Teacher(nn.Module):
                 without features.
         """
         last_input, _ = self.stages
-        # `stages` has seen that there is one
-        run: Any = self.family
         h, w = last_input.grid
         if tokens.shape[1:] != (h * w, last_input.dim):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: it must be (B, {h * w}, {last_input.dim}).")
+        return self._compiled.get("last_stage", self._last_stage)(tokens)
+
+    def _last_stage(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`last_stage` as one graph."""
+        # `stages` has seen that there is one
+        family: Any = self.family
         # without autocast, what follows takes no other type than its weights'
         dtype = None if torch.is_autocast_enabled(tokens.device.type) else tokens.dtype
         with self._autocast(tokens):
-            out: torch.Tensor = run.last_stage(self.model, self._entering(tokens)).contiguous()
+            out: torch.Tensor = family.last_stage(self.model, self._entering(tokens)).contiguous()
         return out if self.held_in is None or dtype is None else out.to(dtype)
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:

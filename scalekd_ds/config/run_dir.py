@@ -48,8 +48,10 @@ class RunDirConfig:
             None takes the paper's, for its pairs on 1,000 classes.
         peak_tflops: Peak of one device in 10^12 FLOP/s, for `system/mfu`; None takes the data sheet's for GPUs that are
             known, and leaves `system/mfu` out on others.
-        compile_teacher: Compile the frozen teacher with torch.compile, which takes minutes at the start; for long runs
-            on GPUs.
+        compile: What torch.compile compiles, which takes minutes at a first start and is kept for later ones: nothing
+            (`off`), the frozen `teacher`, or `all`, with student, projectors and losses; `auto` is the teacher on GPUs and
+            nothing on CPUs.
+        compile_teacher: The old name of `compile`, which true makes `teacher` and false `off`.
         deterministic: On GPUs, compute with algorithms only that give the same numbers again, bit for bit, which are
             slower; an operator that has none ends the run. On CPUs all do.
     """
@@ -76,10 +78,13 @@ class RunDirConfig:
     pictures: int = 4
     baseline_top1: float | None = None
     peak_tflops: float | None = None
-    compile_teacher: bool = False
+    compile: Literal["auto", "off", "teacher", "all"] = "auto"
+    compile_teacher: bool | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if self.compile_teacher is not None and self.compile == "auto":
+            self.compile = "teacher" if self.compile_teacher else "off"
         require(self.log_every > 0, "run.log_every", self.log_every, "at least 1")
         require(self.keep_last > 0, "run.keep_last", self.keep_last, "at least 1")
         require(self.keep_best >= 0, "run.keep_best", self.keep_best, "not negative")

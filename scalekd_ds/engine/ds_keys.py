@@ -238,7 +238,7 @@ REFUSED = {
     "load_universal": "any number of ranks can resume a checkpoint anyway",
     "datastates_ckpt": OWN_CHECKPOINTS,
     "aio": f"it is for offloading to NVMe, and {NVME}",
-    "compile": "the engine is not compiled; --run.compile_teacher compiles the teacher",
+    "compile": "the engine is not compiled; --run.compile compiles the parts of a step",
     "disable_allgather": "DeepSpeed reads it and does nothing with it",
     "dataloader_drop_last": "the run has a loader of its own, and each epoch is cut into whole batches",
     "vocabulary_size": "there is no vocabulary",

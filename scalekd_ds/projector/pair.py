@@ -12,42 +12,27 @@ from torch import nn
 from scalekd_ds import kernels
 from scalekd_ds.projector.convolution import autocast_dtype, patches_of
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector, LayerNorm2d
+from scalekd_ds.projector.joined import batched_linear, joined
 
 
-def _cast(layers: Sequence[nn.Module], name: str) -> list[torch.Tensor]:
-    """The weight or bias `name` of each layer, cast as autocast would cast all of them joined: half the memory traffic."""
-    parameters = [getattr(layer, name) for layer in layers]
-    return [p.to(autocast_dtype(p)) for p in parameters]
-
-
-def _batched_linear(x: torch.Tensor, *layers: list[nn.Linear]) -> torch.Tensor:
-    """(V, M, in) -> (V, M, out): applies layer v to x[v], all in one batched matrix product.
-
-    With several lists of V layers, their outputs are concatenated along the last axis.
-    """
-    weight = torch.cat([torch.stack(_cast(group, "weight")) for group in layers], 1)
-    bias = torch.cat([torch.stack(_cast(group, "bias")) for group in layers], 1)
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-
-
-def _batch_norm(x: torch.Tensor, norms: list[Any]) -> torch.Tensor:
+def _batch_norm(x: torch.Tensor, norms: list[Any], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """BatchNorm of V views that are concatenated along the channels, each with its own statistics.
 
     Args:
         x: (B, V * C, h, w) map.
         norms: An nn.BatchNorm2d of each view, with statistics, which PyTorch's types do not know.
+        weight: (V * C,), the norms' weights joined.
+        bias: (V * C,).
     """
     first = norms[0]
-    mean, var, weight, bias = (
-        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
-    )
+    own = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    statistics = torch.cat(own)
+    mean, var = statistics.chunk(2)
     x = F.batch_norm(x, mean, var, weight, bias, first.training, first.momentum, first.eps)
     if first.training:
         with torch.no_grad():
-            for norm, m, v in zip(norms, mean.chunk(len(norms)), var.chunk(len(norms)), strict=True):
-                norm.running_mean.copy_(m)
-                norm.running_var.copy_(v)
-                norm.num_batches_tracked += 1
+            torch._foreach_copy_(own, list(statistics.chunk(len(own))))
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     return x
 
 
@@ -121,40 +106,64 @@ class ProjectorPair(nn.Module):
             ValueError: A map of another grid, or queries that are missing.
         """
         views = self.views
+        if tuple(x.shape[-2:]) != views[0].key_grid:
+            raise ValueError(f"x has grid {tuple(x.shape[-2:])}: these projectors were built for {views[0].key_grid}.")
         count, batch, heads = len(views), x.shape[0], views[0].num_heads
-        tokens = self._keys(x, views)
+        learned = [view.query.weight for view in views if view.query is not None]
+        if queries is None and len(learned) < count:
+            raise ValueError("queries is missing: these projectors have no learned ones.")
+        weights = self._weights(learned if queries is None else [])
+        tokens = self._keys(x, weights)
 
-        kv = _batched_linear(tokens, [v.k for v in views], [v.v for v in views])
+        kv = batched_linear(tokens, *weights["kv"])
         # (V, B*S, 2 * teacher_dim) -> k and v without a copy, (V*B, S, heads, head size) each
         k, v = kv.unflatten(1, (batch, -1)).flatten(0, 1).unflatten(-1, (2, heads, -1)).unbind(2)
 
-        if queries is None:
-            learned = [view.query for view in views if view.query is not None]
-            if len(learned) < count:
-                raise ValueError("queries is missing: these projectors have no learned ones.")
-            queries = torch.stack([query.weight for query in learned])
-        else:
-            queries = queries.flatten(1, 2)
-        q = _batched_linear(F.relu(_batched_linear(queries, [v.query_mlp for v in views])), [v.q for v in views])
+        queries = weights["query"][0].unflatten(0, (count, -1)) if queries is None else queries.flatten(1, 2)
+        q = batched_linear(F.relu(batched_linear(queries, *weights["query_mlp"])), *weights["q"])
         grid = views[0].query_grid
         q = q.reshape(-1, grid[0] * grid[1], heads, q.shape[-1] // heads)
 
         y = kernels.cap_attention(q, k, v, views[0].scale).flatten(2).unflatten(0, (count, batch)).flatten(1, 2)
-        y = _batched_linear(y, [v.out for v in views])
-        weight, bias = (torch.stack([getattr(v.out_norm, name) for v in views])[:, None] for name in ("weight", "bias"))
+        y = batched_linear(y, *weights["out"])
+        weight, bias = (norm.unflatten(0, (count, 1, -1)) for norm in weights["out_norm"])
         n = F.layer_norm(y, y.shape[-1:], eps=views[0].out_norm.eps) * weight + bias
-        out = n + _batched_linear(F.relu(_batched_linear(n, [v.fc1 for v in views])), [v.fc2 for v in views])
+        out = n + batched_linear(F.relu(batched_linear(n, *weights["fc1"])), *weights["fc2"])
         return out.unflatten(1, (batch, -1))
 
-    def _keys(self, x: torch.Tensor, views: list[CrossAttentionProjector]) -> torch.Tensor:
+    def _weights(self, queries: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        """Weight and bias of each layer, of all views joined, as one tensor each: those of the norms in their own type.
+
+        Args:
+            queries: Learned queries of all views, (P, teacher_dim) each, or none.
+        """
+        views: list[Any] = self.views
+        layers = {"kv": ("k", "v")} | {name: (name,) for name in ("conv", "query_mlp", "q", "out", "fc1", "fc2")}
+        groups = {
+            name: [[getattr(getattr(v, part), kind) for v in views for part in parts] for kind in ("weight", "bias")]
+            for name, parts in layers.items()
+        }
+        groups["pos_embed"] = [[v.pos_embed for v in views]]
+        if queries:
+            groups["query"] = [queries]
+        names = ("out_norm", "norm") if isinstance(views[0].norm, nn.BatchNorm2d) else ("out_norm",)
+        norms = {
+            name: [[getattr(getattr(v, name), kind) for v in views] for kind in ("weight", "bias")] for name in names
+        }
+        own = views[0].out.weight
+        out: dict[str, list[torch.Tensor]] = {}
+        for part, dtype in ((groups, autocast_dtype(own)), (norms, own.dtype)):
+            tensors = iter(joined([group for layer in part.values() for group in layer], dtype))
+            out |= {name: [next(tensors) for _ in layer] for name, layer in part.items()}
+        return out
+
+    def _keys(self, x: torch.Tensor, weights: dict[str, list[torch.Tensor]]) -> torch.Tensor:
         """Tokens (V, B*S, student_dim) of all views from one convolution, whose output they are without a copy."""
-        if tuple(x.shape[-2:]) != views[0].key_grid:
-            raise ValueError(f"x has grid {tuple(x.shape[-2:])}: these projectors were built for {views[0].key_grid}.")
-        weight, bias = (torch.cat(_cast([v.conv for v in views], name)) for name in ("weight", "bias"))
-        f = F.conv2d(x, weight, bias, padding=1)
+        views = self.views
+        f = F.conv2d(x, *weights["conv"], padding=1)
         if isinstance(views[0].norm, nn.BatchNorm2d):
-            f = _batch_norm(f, [v.norm for v in views])
+            f = _batch_norm(f, [v.norm for v in views], *weights["norm"])
         else:
             f = torch.cat([v.norm(part) for v, part in zip(views, f.chunk(len(views), 1), strict=True)], 1)
-        f = F.relu(f) + torch.cat([v.pos_embed for v in views], 1).to(f.dtype)
+        f = F.relu(f) + weights["pos_embed"][0].flatten(0, 1)[None].to(f.dtype)
         return f.permute(0, 2, 3, 1).flatten(0, 2).unflatten(-1, (len(views), -1)).transpose(0, 1)

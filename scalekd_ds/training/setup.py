@@ -20,13 +20,13 @@ from scalekd_ds.cluster.heartbeat import Heartbeat
 from scalekd_ds.cluster.launcher import check_hostfile
 from scalekd_ds.cluster.preemption import Preemption
 from scalekd_ds.cluster.ranks import join_ranks
-from scalekd_ds.config import RunConfig
+from scalekd_ds.config import RunConfig, TeacherPlacement
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
 from scalekd_ds.data.run_sources import read_sources
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.engine import ds_config
+from scalekd_ds.engine import compilation, ds_config
 from scalekd_ds.engine.cpu_precision import missing_gpu_notice, slow_precision_notice
 from scalekd_ds.engine.determinism import choose_algorithms
 from scalekd_ds.engine.processes import job_store, start_processes
@@ -96,6 +96,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         lift_time_limits()
     ds_merged = ds_config.merge(ds_json, cfg, world_size)
     ds_config.check_memory(ds_merged, device, cfg.run.ds_config)
+    compiled = compilation.what_to_compile(cfg.run.compile, device.type, ds_config.stage_of(ds_merged))
+    if cfg.run.compile_teacher is not None:
+        say(f"run.compile_teacher is an old name: --run.compile is {cfg.run.compile} (off, teacher or all)")
     if device.type == "cpu" and rank == 0:
         dtype = ds_config.autocast_dtype(ds_merged)
         say(missing_gpu_notice(dtype))
@@ -110,13 +113,14 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
             "accuracies before were measured on other images, or otherwise: they are measured anew, and so is the best one"
         )
         state |= dict.fromkeys(("accuracy", "evaluated_step", "ema_accuracy", "teacher_accuracy", "best"))
+    placement: TeacherPlacement = "replica"
     if distiller.teacher is not None:
-        prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
+        placement = prepare_teacher(distiller.teacher, cfg, ds_merged, len(train.classes), device)
     distiller.to(device)
     gate = lower_teacher(distiller, cfg, val)
     say(gate_notice(gate, cfg.run))
-    if cfg.run.compile_teacher and distiller.teacher is not None:
-        distiller.teacher.compile()
+    if distiller.teacher is not None and compiled != "off" and (placement == "replica" or cfg.run.compile != "auto"):
+        distiller.teacher.compile(**compilation.options(cfg.run.deterministic))
     if cfg.student_sync_bn and world_size > 1:
         if device.type != "cpu":
             distiller.tapped_student.synchronise_batchnorm()
@@ -124,6 +128,8 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
             print("student_sync_bn does nothing on CPUs: each rank's BatchNorm sees its own images", flush=True)
     say(cut_off_notice(distiller.student, cfg.data.image_size))
     say(micro_batch_notice(cfg, world_size, distiller))
+    if compiled != "off" and cfg.run.compile == "auto":
+        say(compilation.try_teacher(distiller, cfg.batches(world_size)[0]))
     unsharded_student = copy.deepcopy(distiller.student) if ds_config.stage_of(ds_merged) == 3 else None
     steps_per_epoch = len(train) / cfg.global_batch_size
     step, batch = state.get("step", 0), cfg.global_batch_size
@@ -132,6 +138,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     total_steps = max(1, math.ceil(cfg.schedule.epochs * steps_per_epoch - steps_before - 1e-9))
     engine = build_engine(distiller, cfg, ds_merged, steps_per_epoch, total_steps, steps_before)
     skip_nonfinite(engine)
+    if compiled == "all":
+        # after the engine and BatchNorm over ranks have changed modules
+        distiller.compile(**compilation.options(cfg.run.deterministic))
     # each rank has another seed, so that dropout and stochastic depth differ
     seed_everything(cfg.seed + rank)
     if resume_from:
@@ -237,8 +246,11 @@ def _record(
 
 def prepare_teacher(
     teacher: Teacher, cfg: RunConfig, ds_merged: dict[str, Any], num_classes: int, device: torch.device
-) -> None:
+) -> TeacherPlacement:
     """Converts the teacher to the compute dtype of the run and places it, as the run asks; collective.
+
+    Returns:
+        Where it is.
 
     Raises:
         UserError: Its precision is not the run's own, and its weights do not fit on one device.
@@ -248,9 +260,8 @@ def prepare_teacher(
         teacher.hold_in(torch.float32)
     elif dtype is not None:
         teacher.lower_precision(dtype)
-    placement = cfg.run.teacher_placement
-    if placement == "auto":
-        placement = planned_placement(teacher, cfg, ds_merged, num_classes, device)
+    asked = cfg.run.teacher_placement
+    placement = planned_placement(teacher, cfg, ds_merged, num_classes, device) if asked == "auto" else asked
     if precision in ("bf16", "fp8") and placement != "replica":
         raise UserError(
             f"run.teacher_precision is {precision} and the teacher is {placement}: its answers are compared with those of "
@@ -259,3 +270,4 @@ def prepare_teacher(
     place_teacher(teacher, placement, device)
     if dist.get_rank() == 0 and placement != "replica":
         print(f"teacher: {placement}, {held_bytes(teacher) / 2**20:,.1f} MiB of its weights on rank 0", flush=True)
+    return placement

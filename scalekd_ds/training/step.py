@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from scalekd_ds.engine.compilation import naming_the_compiler
 from scalekd_ds.engine.determinism import naming_the_setting
 from scalekd_ds.engine.zero_layout import shards_of
 from scalekd_ds.training.nonfinite import statistics
@@ -24,10 +25,10 @@ def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
         The mean of each loss over the micro batches, still on the device.
 
     Raises:
-        UserError: The gradients were not finite in too many steps in a row, or an operator has no deterministic algorithm
-            where the run asks for such.
+        UserError: The gradients were not finite in too many steps in a row, torch.compile failed, or an operator has no
+            deterministic algorithm where the run asks for such.
     """
-    with naming_the_setting(run.cfg.run.deterministic):
+    with naming_the_compiler(run.cfg.run.compile), naming_the_setting(run.cfg.run.deterministic):
         return _train_step(run, batches)
 
 

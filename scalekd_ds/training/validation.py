@@ -12,6 +12,7 @@ from torch import nn
 
 from scalekd_ds.cluster.preemption import Preempted
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.compilation import eagerly
 from scalekd_ds.engine.gather import student_state, synchronise_buffers
 from scalekd_ds.evaluation.accuracy import evaluate, evaluate_module
 from scalekd_ds.evaluation.left_out import check_left_out
@@ -58,7 +59,8 @@ def validate(run: Run, reporter: Reporter) -> None:
     generators = rng_state()
     reporter.evaluating()
     try:
-        _measure(run)
+        with eagerly():
+            _measure(run)
     except Preempted:
         run.accuracy, run.ema_accuracy, run.evaluated_step = before
         raise

@@ -94,7 +94,7 @@ def test_an_offloaded_teacher_beside_a_sharded_student_gives_its_replicas_losses
 def test_a_sharded_teacher_is_not_compiled():
     teacher = Teacher("vit_tiny_patch16_224", weights="none", img_size=32, embed_dim=24, depth=2, num_heads=2)
     teacher.engine = (object(),)
-    with pytest.raises(UserError, match="compile_teacher is true and the teacher is sharded"):
+    with pytest.raises(UserError, match="the teacher is to be compiled and is sharded"):
         teacher.compile()
 
 

@@ -157,7 +157,7 @@ def test_a_channels_last_map_becomes_tokens_without_a_copy():
         {name: CrossAttentionProjector(16, 32, (7, 7), (5, 5), 4) for name in ("spatial", "frequency")}
     )
     x = torch.randn(3, 16, 7, 7).contiguous(memory_format=torch.channels_last)
-    tokens = pair._keys(x, pair.views)
+    tokens = pair._keys(x, pair._weights([]))
     # rows of both views' channels side by side: a copy would have left rows of 16
     assert tokens.shape == (2, 3 * 49, 16) and tokens.stride() == (16, 32, 1)
 
@@ -187,29 +187,40 @@ def test_a_pair_in_one_pass_equals_its_projectors(learned, norm):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-def test_weights_are_cast_before_they_are_joined(monkeypatch):
-    """The same numbers as autocast's own cast of all of them joined, bit for bit, without joining them in float32."""
+def test_weights_are_cast_and_joined_by_one_operation_on_a_list(monkeypatch):
+    """The same numbers as a cast of all of them joined, bit for bit, in one reading and one writing of each."""
     pair = ProjectorPair({n: CrossAttentionProjector(8, 16, (6, 5), (4, 4), 4, 5.0) for n in ("spatial", "frequency")})
     x, upstream = torch.randn(3, 8, 6, 5, requires_grad=True), torch.randn(2, 3, 16, 16)
-    joined = []
+    called = []
 
-    class Joins(TorchDispatchMode):
+    class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default) and out.numel() >= 2 * 16 * 8:
-                joined.append(out.dtype)
-            return out
+            called.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
 
     def run():
-        joined.clear()
-        with Joins(), torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             out = pair.stacked(x)
         return out, *torch.autograd.grad((out.float() * upstream).sum(), [x, *pair.parameters()])
 
-    ours = run()
-    # the queries, (16, 16) each, come before their product; positions are float32 in both
-    assert joined.count(torch.bfloat16) >= 7 and joined.count(torch.float32) == 2
-    monkeypatch.setattr("scalekd_ds.projector.pair._cast", lambda layers, name: [getattr(x, name) for x in layers])
+    with Calls():
+        ours = run()
+    # weights of the products and those of the norms, statistics, and the gradients
+    assert called.count(torch.ops.aten._foreach_copy_) == 4
+    # of the statistics, and of the gradients of keys and values
+    assert called.count(torch.ops.aten.cat) == called.count(torch.ops.aten.stack) == 1
+    joined = lambda groups, dtype: [torch.cat(list(group)).to(dtype) for group in groups]  # noqa: E731
+    monkeypatch.setattr("scalekd_ds.projector.pair.joined", joined)
     theirs = run()
-    assert joined.count(torch.float32) > 7
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_two_passes_before_their_backward_passes_keep_their_own_weights():
+    pair = ProjectorPair({n: CrossAttentionProjector(8, 16, (6, 5), (4, 4), 4, 5.0) for n in ("spatial", "frequency")})
+    x = torch.randn(3, 8, 6, 5)
+    parameters = list(pair.eval().parameters())
+    once = torch.autograd.grad(pair.stacked(x).square().sum(), parameters)
+    first, second = pair.stacked(x), pair.stacked(2 * x)
+    second.sum().backward()
+    for ours, expected in zip(torch.autograd.grad(first.square().sum(), parameters), once, strict=True):
+        assert torch.equal(ours, expected)
