@@ -65,39 +65,25 @@ class Blurs(NamedTuple):
     weights: Values
 
 
-class Shifts(NamedTuple):
-    """Shears and translations, which move pixels along one axis. K images, those along x first.
+class Warps(NamedTuple):
+    """Shears, translations and rotations. K images: those moved along x first, then those moved along y, then rotated ones.
 
     Attributes:
         images: (K,) int64, places in the batch.
         along_x: Number of images that are moved along x.
-        slopes: (K,) float64, pixels of movement for each pixel across.
-        offsets: (K,) float64, pixels of movement everywhere.
-        bicubic: (K,) bool; the others are bilinear.
+        along_y: Number of images that are moved along y.
+        matrices: (K, 6) float64, an affine map from the centre of a pixel to where it comes from, row by row.
+        bicubic: (K,) int32, 1 for bicubic and 0 for bilinear.
     """
 
     images: Values
     along_x: int
-    slopes: Values
-    offsets: Values
-    bicubic: Values
-
-
-class Turns(NamedTuple):
-    """Rotations about the centre.
-
-    Attributes:
-        images: (K,) int64, places in the batch.
-        matrices: (K, 6) float64, an affine map from the centre of a pixel to where it comes from, row by row.
-        bicubic: (K,) bool; the others are bilinear.
-    """
-
-    images: Values
+    along_y: int
     matrices: Values
     bicubic: Values
 
 
-Step = Points | Blends | Blurs | Shifts | Turns
+Step = Points | Blends | Blurs | Warps
 _Part = TypeVar("_Part")
 
 
@@ -187,13 +173,10 @@ def _steps_of(ops: Sequence[Op | None], side: int) -> list[Step]:
         steps.append(Blends(_places(each), len(found("Color")), np.array([_factor(op) for _, op in each], np.float32)))
     if each := found("GaussianBlur"):
         steps.append(Blurs(_places(each), np.array([_box_weights(op.arguments[0]) for _, op in each])))
-    if each := found("x", "y"):
-        moves = np.array([_move(op, side) for _, op in each])
-        slopes, offsets = np.ascontiguousarray(moves.T)
-        steps.append(Shifts(_places(each), len(found("x")), slopes, offsets, _is_bicubic(each)))
-    if each := found("Rotate"):
-        matrices = np.array([_rotation(op.arguments[0], side) for _, op in each])
-        steps.append(Turns(_places(each), matrices, _is_bicubic(each)))
+    if each := found("x", "y", "Rotate"):
+        matrices = np.array([_matrix(op, side) for _, op in each])
+        bicubic = np.array([op.resample == Image.Resampling.BICUBIC for _, op in each], dtype=np.int32)
+        steps.append(Warps(_places(each), len(found("x")), len(found("y")), matrices, bicubic))
     return steps
 
 
@@ -216,10 +199,6 @@ def _places(each: list[tuple[int, Op]]) -> np.ndarray:
     return np.array([place for place, _ in each], dtype=np.int64)
 
 
-def _is_bicubic(each: list[tuple[int, Op]]) -> np.ndarray:
-    return np.array([op.resample == Image.Resampling.BICUBIC for _, op in each])
-
-
 def _factor(op: Op) -> float:
     return min(1.0, max(0.0, 1.0 - op.arguments[0])) if op.name == "Desaturate" else op.arguments[0]
 
@@ -240,11 +219,15 @@ def _table(op: Op) -> np.ndarray:
     return np.clip(np.float32(argument) * _LEVELS.astype(np.float32), 0.0, 255.0).astype(np.uint8)
 
 
-def _move(op: Op, side: int) -> tuple[float, float]:
-    """(slope, offset) of a shear or translation."""
+def _matrix(op: Op, side: int) -> tuple[float, ...]:
+    """The affine map of a geometric operation."""
+    argument = op.arguments[0]
+    if op.name == "Rotate":
+        return _rotation(argument, side)
     if op.name.startswith("Shear"):
-        return op.arguments[0], 0.0
-    return 0.0, op.arguments[0] * side if op.name.endswith("Rel") else op.arguments[0]
+        return (1.0, argument, 0.0, 0.0, 1.0, 0.0) if op.name == "ShearX" else (1.0, 0.0, 0.0, argument, 1.0, 0.0)
+    pixels = argument * side if op.name.endswith("Rel") else argument
+    return (1.0, 0.0, pixels, 0.0, 1.0, 0.0) if op.name[:10] == "TranslateX" else (1.0, 0.0, 0.0, 0.0, 1.0, pixels)
 
 
 def _rotation(degrees: float, side: int) -> tuple[float, ...]:

@@ -10,50 +10,68 @@ from __future__ import annotations
 
 import torch
 
-from scalekd_ds.data.on_device.plan import Shifts, Turns
+from scalekd_ds.data.on_device.plan import Warps
 
 
-def shift(images: torch.Tensor, step: Shifts, fill: torch.Tensor) -> None:
-    """Applies shears and translations to images (B, S, S, 3) uint8, in place; `fill` is (3,) uint8.
+def warp(images: torch.Tensor, step: Warps, fill: torch.Tensor) -> None:
+    """Applies a step to images (B, S, S, 3) uint8, in place; `fill` is (3,) uint8."""
+    moved = step.along_x + step.along_y
+    if moved:
+        _shift(images, step.images[:moved], step.along_x, step.matrices[:moved], step.bicubic[:moved], fill)
+    if moved < len(step.images):
+        _turn(images, step.images[moved:], step.matrices[moved:], step.bicubic[moved:], fill)
+
+
+def _shift(
+    images: torch.Tensor,
+    places: torch.Tensor,
+    along_x: int,
+    matrices: torch.Tensor,
+    bicubic: torch.Tensor,
+    fill: torch.Tensor,
+) -> None:
+    """Moves images along x, the first `along_x`, or along y.
 
     Only one axis is interpolated, since along the other one every position is the centre of a pixel. Images that are moved
     along y are worked on with their axes exchanged.
     """
     side = images.shape[1]
     centres = torch.arange(0.5, side, device=images.device, dtype=torch.float64)
-    along = (step.slopes[:, None, None] * centres[:, None] + centres).add_(step.offsets[:, None, None])
+    is_x = torch.arange(len(places), device=images.device) < along_x
+    slope, offset = torch.where(is_x[:, None], matrices[:, 1:3], matrices[:, 3::2])[:, :, None, None].unbind(1)
+    along = (slope * centres[:, None] + centres).add_(offset)
     inside = _inside(along, side)
     fraction, taps = _taps(along, side)
-    is_x = torch.arange(len(step.images), device=images.device) < step.along_x
     lines = torch.arange(side, device=images.device)
     # of pixels in the batch: those of a line follow each other along x, and are a row apart along y
     stride = torch.where(is_x, 1, side)[:, None, None, None]
-    line = lines * torch.where(is_x, side, 1)[:, None] + step.images[:, None] * side**2
+    line = lines * torch.where(is_x, side, 1)[:, None] + places[:, None] * side**2
     found = images.view(-1, 3)[taps.mul_(stride).add_(line[:, :, None, None])].short()
-    bicubic = step.bicubic[:, None, None, None]
-    moved = _filled(_interpolated(found, fraction[..., None], bicubic), inside, fill)
-    if step.along_x:
-        images.index_copy_(0, step.images[: step.along_x], moved[: step.along_x])
-    if step.along_x < len(moved):
-        images.index_copy_(0, step.images[step.along_x :], moved[step.along_x :].transpose(1, 2))
+    moved = _filled(_interpolated(found, fraction[..., None], bicubic.bool()[:, None, None, None]), inside, fill)
+    if along_x:
+        images.index_copy_(0, places[:along_x], moved[:along_x])
+    if along_x < len(moved):
+        images.index_copy_(0, places[along_x:], moved[along_x:].transpose(1, 2))
 
 
-def turn(images: torch.Tensor, step: Turns, fill: torch.Tensor) -> None:
-    """Applies rotations to images (B, S, S, 3) uint8, in place; `fill` is (3,) uint8."""
+def _turn(
+    images: torch.Tensor, places: torch.Tensor, matrices: torch.Tensor, bicubic: torch.Tensor, fill: torch.Tensor
+) -> None:
+    """Resamples images at the positions of any affine map."""
     side = images.shape[1]
     centres = torch.arange(0.5, side, device=images.device, dtype=torch.float64)
-    matrix = step.matrices[:, None, None, :]
+    matrix = matrices[:, None, None, :]
     x, y = ((matrix[..., i] * centres + matrix[..., i + 1] * centres[:, None]).add_(matrix[..., i + 2]) for i in (0, 3))
     inside = _inside(x, side).logical_and_(_inside(y, side))
     (x_fraction, columns), (y_fraction, rows) = _taps(x, side), _taps(y, side)
-    first = (step.images * side**2)[:, None, None, None]
+    first = (places * side**2)[:, None, None, None]
     pixels = rows.mul_(side).add_(first)[..., None] + columns[..., None, :]
     # (K, S, S, 4 rows, 4 columns, 3)
     found = images.view(-1, 3)[pixels].short()
-    bicubic = step.bicubic[:, None, None, None, None]
-    along_x = _interpolated(found, x_fraction[..., None, None], bicubic)
-    turned = _interpolated(along_x, y_fraction[..., None], bicubic[..., 0])
-    images.index_copy_(0, step.images, _filled(turned, inside, fill))
+    is_bicubic = bicubic.bool()[:, None, None, None]
+    along_x = _interpolated(found, x_fraction[..., None, None], is_bicubic[..., None])
+    turned = _interpolated(along_x, y_fraction[..., None], is_bicubic)
+    images.index_copy_(0, places, _filled(turned, inside, fill))
 
 
 def _inside(positions: torch.Tensor, side: int) -> torch.Tensor:
