@@ -13,7 +13,7 @@ from scalekd_ds.kernels.policy import triton_kernels as kernels
 
 # pixels, or values, of a program
 BLOCK, VALUES_BLOCK, COUNTS_BLOCK = 256, 2048, 1024
-# programs that share the histograms of an image
+# programs that share the histograms of a large image
 SPLITS = 8
 # a sum of products as Pillow rounds it
 EXACT = {"enable_fp_fusion": False}
@@ -43,8 +43,9 @@ def map_levels(
     with torch.cuda.device_of(images):
         if measured:
             counts = torch.zeros(measured, 4, 256, dtype=torch.int32, device=images.device)
-            turns = triton.cdiv(pixels, SPLITS * COUNTS_BLOCK)
-            kernels.counts_kernel[(measured, SPLITS)](
+            splits = min(SPLITS, triton.cdiv(pixels, COUNTS_BLOCK))
+            turns = triton.cdiv(pixels, splits * COUNTS_BLOCK)
+            kernels.counts_kernel[(measured, splits)](
                 images, places, counts, pixels, turns, BLOCK=COUNTS_BLOCK, **EXACT
             )
             kernels.tables_kernel[(measured, 3)](counts, contrast, made, autocontrast, equalize, pixels, **EXACT)

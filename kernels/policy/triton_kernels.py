@@ -3,6 +3,9 @@
 Shape letters: K images that an operation is for, S x S pixels of 3 channels (HWC, uint8). `places` are their places in the
 batch. All arithmetic is Pillow's, in Pillow's order and precision: launches switch the fusion of multiplications and
 additions off, because one rounding less gives another level now and then.
+
+Numbers of images are not specialised: they differ from batch to batch, and Triton would compile for 1 and for multiples of
+16 anew, in the middle of a training.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def counts_kernel(images_ptr, places_ptr, counts_ptr, pixels, turns, BLOCK: tl.c
     tl.atomic_add(counts + 768, grey_counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["autocontrast", "equalize"])
 def tables_kernel(counts_ptr, factors_ptr, tables_ptr, autocontrast, equalize, pixels):
     """Makes tables (K, 3, 256) uint8 of counts: AutoContrast's first, then Equalize's, then Contrast's; grid (K, 3)."""
     k, channel = tl.program_id(0), tl.program_id(1)
@@ -79,7 +82,7 @@ def tables_kernel(counts_ptr, factors_ptr, tables_ptr, autocontrast, equalize, p
     tl.store(tables_ptr + (k * 3 + channel) * 256 + levels, table)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["measured"])
 def levels_kernel(images_ptr, places_ptr, measured_ptr, fixed_ptr, measured, values, BLOCK: tl.constexpr):
     """Looks levels up in place: tables (measured, 3, 256), then (K - measured, 256) for all channels; grid (K, blocks)."""
     k = tl.program_id(0)
@@ -94,7 +97,7 @@ def levels_kernel(images_ptr, places_ptr, measured_ptr, fixed_ptr, measured, val
     tl.store(images, new, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["colours"])
 def blend_kernel(images_ptr, out_ptr, places_ptr, factors_ptr, colours, S, BLOCK: tl.constexpr):
     """Writes to out (K, S, S, 3) blends with the grey image, of the first `colours`, or a smooth one; grid (K, blocks)."""
     k = tl.program_id(0)

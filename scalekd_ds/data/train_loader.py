@@ -213,7 +213,7 @@ class TrainLoader(Loader):
 
     def _normalised_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, S, S, 3) uint8 on the device as normalised images (B, 3, S, S) float32."""
-        return _planes(pixels.flatten(2).float().mul_(self._scale).sub_(self._shift))
+        return _planes((pixels.flatten(2) * self._scale).sub_(self._shift))
 
     def _finished(self, images: torch.Tensor, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of normalised images (B, 3, S, S) on the device: boxes are erased in place, and the labels follow."""

@@ -36,6 +36,11 @@ MOST = {
     "zero": 20,
     "policy on the host": 6,
     "policy on the host and noise": 24,
+    # operations of each kind are Triton's: one launch, four with histograms, and one to put images back
+    **dict.fromkeys(("AutoContrast", "Equalize", "Contrast"), 10),
+    **dict.fromkeys(("Invert", "Color", "Sharpness", "ShearX", "TranslateYRel", "Rotate"), 8),
+    "GaussianBlur": 46,
+    "every kind": 54,
     "evaluation": 2,
     "mix {'mixup': 0.8}": 12,
     "mix {'cutmix': 1.0}": 12,
@@ -50,6 +55,14 @@ def test_the_host_waits_for_nothing_and_a_batch_takes_a_fixed_number_of_kernels(
     for each in (small, large):
         assert each["syncs"] == {} and each["copies"] == {}
     assert 0 < small["launches"] == large["launches"] <= MOST[what]
+
+
+@pytest.mark.parametrize("what", ["policy", "policy and noise"])
+def test_a_policy_on_the_gpu_takes_a_fixed_number_of_kernels_at_most(counted, what):
+    # the kinds that are drawn differ from batch to batch
+    for each in (counted[size][what] for size in (SMALL, LARGE)):
+        assert each["syncs"] == {} and each["copies"] == {}
+        assert 4 < each["launches"] <= (24 if what == "policy" else 42)
 
 
 def test_an_evaluation_waits_at_its_end_alone(counted):

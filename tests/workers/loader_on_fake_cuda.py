@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import fake_cuda
 import numpy as np
 import torch
+from fake_cuda import launches
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scalekd_ds.config import DataConfig
@@ -24,8 +25,10 @@ from scalekd_ds.data.policy import Op
 from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.evaluation.accuracy import count_correct, evaluate
+from scalekd_ds.kernels.policy import triton_kernels
 from scalekd_ds.watching.agreement import logit_agreement
 
+KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
 GPU, SIDE = torch.device("cuda", 0), 32
 PIXELS = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.1])
 POLICY = {"auto_augment": "rand-m9-n2-mstd0.5"}
@@ -71,6 +74,8 @@ def train_loader(source: Source, count: int, options: dict) -> TrainLoader:
 def watched(work) -> dict:
     """Runs `work` and counts what it asks of the GPU."""
     with fake_cuda.Watch() as watch:
+        for name in KERNELS:
+            setattr(triton_kernels, name, launches._Kernel(name, watch))
         result = work()
     for each in result if isinstance(result, tuple) else ():
         assert each.device == GPU, each.device
