@@ -34,6 +34,8 @@ class DataConfig:
         auto_augment: Policy as timm names it, such as `rand-m9-n2-mstd0.5-inc1` (RandAugment whose severity increases,
             with noise on the magnitude), `original-mstd0.5` (AutoAugment), or `trivial` (TrivialAugmentWide); empty is
             none.
+        augment_on: Where `auto_augment` and `color_jitter` are applied when a GPU decodes: `device` on the GPU, `host` by
+            Pillow in the threads below. The pixels are the same. Without a GPU it is the host.
         color_jitter: Brightness, contrast and saturation: each factor is drawn from 1 - value to 1 + value.
         random_erasing: Probability that a box of the image is erased.
         erasing_fill: What fills the box: `zero` the mean colour, `noise` a normal deviate for each pixel and channel.
@@ -71,6 +73,7 @@ class DataConfig:
     random_crop: bool = True
     hflip: float = 0.5
     auto_augment: str = ""
+    augment_on: Literal["device", "host"] = "device"
     color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     random_erasing: float = 0.0
     erasing_fill: Literal["zero", "noise"] = "noise"

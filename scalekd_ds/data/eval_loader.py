@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
+from nvidia.dali import backend, fn, types
 from PIL import Image
 
 from scalekd_ds.config import DataConfig
@@ -58,6 +58,8 @@ class EvalLoader(Loader):
 
     # accuracies are compared with those of other libraries; it costs time, which training has other uses for
     _interpolate_colours = True
+    # the pipeline of the training is there beside this one: it takes what the images need, and only while it runs
+    _reserve_for_the_largest = False
 
     def __init__(
         self,
@@ -82,6 +84,11 @@ class EvalLoader(Loader):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self._batches(0, len(self.shard))
+
+    def _after_pipeline(self) -> None:
+        if self._gpu:
+            # else DALI keeps it for pipelines to come, and PyTorch could not have it until the next evaluation
+            backend.ReleaseUnusedMemory()
 
     def _graph(self, encoded: Any, starts: Any, ends: Any, sizes: Any, anchors: Any) -> Any:
         side = self.cfg.image_size

@@ -77,6 +77,8 @@ class Loader:
     _postprocess_in_pool = False
     # whether a GPU's decoder interpolates the colours of a JPEG, as libjpeg-turbo and so Pillow and the decoder of a CPU do
     _interpolate_colours = False
+    # whether a GPU's decoder has memory for the largest image from the start: a later growth stalls every rank of the job
+    _reserve_for_the_largest = True
 
     def __init__(
         self,
@@ -108,17 +110,21 @@ class Loader:
         common = {"output_type": types.RGB, "adjust_orientation": False}
         if not self._gpu:
             return {"device": "cpu", **common}
-        height, width = self.cfg.largest_image
-        return {
+        on_gpu = {
             "device": "mixed",
             "hw_decoder_load": self.cfg.hw_decoder_load,
-            # nvJPEG's memory for the largest image, allocated at the start: a later growth stalls every rank of the job
+            "jpeg_fancy_upsampling": self._interpolate_colours,
+            **common,
+        }
+        if not self._reserve_for_the_largest:
+            return on_gpu
+        height, width = self.cfg.largest_image
+        return {
             "device_memory_padding": min(height * width * 6, _LARGEST_DEVICE_PADDING),
             "host_memory_padding": min(height * width * 4, _LARGEST_HOST_PADDING),
             "preallocate_height_hint": height,
             "preallocate_width_hint": width,
-            "jpeg_fancy_upsampling": self._interpolate_colours,
-            **common,
+            **on_gpu,
         }
 
     def _normalised(self, images: Any, **crop: Any) -> Any:
@@ -182,15 +188,22 @@ class Loader:
 
     def _run_with_restarts(self, number: int, last: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches `number` to `last` - 1, with a new pipeline after each undecodable image."""
-        while last is None or number < last:
-            try:
-                for batch in self._run_pipeline(itertools.count(number) if last is None else iter(range(number, last))):
-                    yield batch
-                    number += 1
-                    self._read_again = False
-            except UndecodableError as error:
-                # a pipeline cannot run after an error: the next one starts at the first batch that was not yielded
-                self._handle_undecodable(error.indices, error.cause)
+        try:
+            while last is None or number < last:
+                numbers = itertools.count(number) if last is None else iter(range(number, last))
+                try:
+                    for batch in self._run_pipeline(numbers):
+                        yield batch
+                        number += 1
+                        self._read_again = False
+                except UndecodableError as error:
+                    # a pipeline cannot run after an error: the next one starts at the first batch that was not yielded
+                    self._handle_undecodable(error.indices, error.cause)
+        finally:
+            self._after_pipeline()
+
+    def _after_pipeline(self) -> None:
+        """Follows the end of an iteration, whose pipeline is gone."""
 
     def _run_pipeline(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches `numbers`, by one pipeline.

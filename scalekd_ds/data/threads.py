@@ -9,7 +9,8 @@ import torch
 from scalekd_ds.cluster.ranks import cores_of_this_rank
 from scalekd_ds.config import DataConfig
 
-# what is taken unasked: eight threads apply RandAugment to 4,700 images/s, which is more than an H100 trains on
+# what is taken unasked: eight threads apply RandAugment to 4,700 images/s; beside a GPU, which does that itself, they read
+# files and draw
 _LEAST, _MOST = 2, 8
 # a GPU's decoder keeps 0.2 GB of its memory for each thread
 _MOST_BESIDE_A_GPU = 4

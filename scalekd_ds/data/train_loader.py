@@ -1,9 +1,9 @@
 """The loader of training batches, with augmentations that are a pure function of (seed, epoch, sample).
 
-DALI decodes only the crop. On a GPU it also resizes and flips, and normalises where no policy follows. On a CPU the
-thread pool does all that follows the decoding: torch resizes 8-bit images in a fifth of the time of DALI's CPU operator
-(0.17 against 0.85 ms from a crop of 500x400 to 224), and agrees with Pillow, and so with timm's and torchvision's
-loaders, to 2 of 255 levels.
+DALI decodes only the crop. On a GPU it also resizes and flips, and normalises where no policy follows. A policy
+follows on the GPU for the whole batch, or in the thread pool where that is asked for. On a CPU the thread pool does all
+that follows the decoding: torch resizes 8-bit images in a fifth of the time of DALI's CPU operator (0.17 against 0.85 ms
+from a crop of 500x400 to 224), and agrees with Pillow, and so with timm's and torchvision's loaders, to 2 of 255 levels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from scalekd_ds.config import DataConfig
 from scalekd_ds.data import augment
 from scalekd_ds.data.bad_files import BadFiles
 from scalekd_ds.data.erasing import Boxes, ErasedBox, erase, pack_boxes
+from scalekd_ds.data.on_device import Plan, apply_plan, plan_batch
 from scalekd_ds.data.pipeline import FILTERS, Loader, Prepared
 from scalekd_ds.data.policy import Op, Policy, apply_ops, draw_erasing_box
 from scalekd_ds.data.reader import BadImageError
@@ -50,10 +51,12 @@ class Drawn(NamedTuple):
 
     Attributes:
         augmentations: One of each sample; empty where none is applied.
+        plan: The operations of the policy for the device; None where there are none, or the host applies them.
         boxes: The boxes that are erased, or None.
     """
 
     augmentations: list[Augmentation]
+    plan: Plan | None
     boxes: Boxes | None
 
 
@@ -96,10 +99,12 @@ class TrainLoader(Loader):
         self.policy = Policy(cfg.auto_augment, cfg.color_jitter, cfg.interpolation)
         # without a crop there is little to resize: such images are small or already cropped
         self._resize_on_host = not self._gpu and (cfg.random_crop or bool(self.policy))
-        self._postprocess_in_pool = self._resize_on_host or bool(self.policy)
+        self._policy_on_gpu = self._gpu and bool(self.policy) and cfg.augment_on == "device"
+        self._postprocess_in_pool = self._resize_on_host or (bool(self.policy) and not self._policy_on_gpu)
         # operations fill the pixels that they uncover with the mean colour
         red, green, blue = (round(255 * m) for m in mean)
         self._fill = (red, green, blue)
+        self._fill_on_device = torch.tensor(self._fill, dtype=torch.uint8).to(self.device)
         # normalisation of a row of pixels with the channels innermost, as `pixels * scale - shift`
         self._scale = (1.0 / (255.0 * torch.tensor(std))).repeat(cfg.image_size).to(self.device)
         self._shift = (torch.tensor(mean) / torch.tensor(std)).repeat(cfg.image_size).to(self.device)
@@ -131,8 +136,9 @@ class TrainLoader(Loader):
             subpixel_scale=False,
         )
         if self.policy:
-            # the policy is applied on the host; a copy within the graph waits for DALI alone, and for no training step
-            return fn.flip(images, horizontal=flips).cpu()
+            flipped = fn.flip(images, horizontal=flips)
+            # for the host, a copy within the graph waits for DALI alone, and for no training step
+            return flipped if self._policy_on_gpu else flipped.cpu()
         return self._normalised(images, mirror=flips)
 
     def _prepare_batch(self, number: int) -> Prepared:
@@ -156,9 +162,11 @@ class TrainLoader(Loader):
                 erased.append(self._draw_box(rng))
         if cfg.random_crop:
             inputs += [list(crops[:, :2]), list(crops[:, 2:])]
+        drawn = [each.ops for each in augmentations]
+        plan = plan_batch(drawn, cfg.image_size, self._pinned) if self._policy_on_gpu else None
         boxes = pack_boxes(erased, self._pinned)
         labels = self._pinned(torch.from_numpy(self.source.labels[indices]))
-        return Prepared(indices, inputs, labels, Drawn(augmentations, boxes))
+        return Prepared(indices, inputs, labels, Drawn(augmentations, plan, boxes))
 
     def _draw_box(self, rng: np.random.Generator) -> ErasedBox | None:
         """Draws the box to erase and what fills it; the last draw of a sample."""
@@ -173,7 +181,7 @@ class TrainLoader(Loader):
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         augmentations, size = prepared.drawn.augmentations, self.cfg.image_size
         if not self._postprocess_in_pool:
-            batch = self._finished(self._tensor(images), prepared)
+            batch = self._finished(self._augmented(self._tensor(images), prepared), prepared)
             return lambda: batch
         pixels = [np.asarray(image) for image in images]
         if self._gpu:
@@ -186,16 +194,26 @@ class TrainLoader(Loader):
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             for future in work:
                 future.result()
-            rows = self._normalised_on_gpu(out) if self._gpu else out
-            # a channels-last view, the memory format of the student
-            return self._finished(rows.unflatten(2, (size, 3)).permute(0, 3, 1, 2), prepared)
+            # copied to a GPU as bytes, a quarter of what floats would take
+            return self._finished(self._normalised_pixels(self._sent(out)) if self._gpu else _planes(out), prepared)
 
         return wait
 
-    def _normalised_on_gpu(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pinned pixels (B, S, S, 3) uint8 as normalised rows (B, S, 3S) float32 on the GPU."""
-        # copied as bytes, a quarter of what floats would take
-        return self._sent(pixels).flatten(2).float().mul_(self._scale).sub_(self._shift)
+    def _augmented(self, images: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        """Normalised images (B, 3, S, S) of what came from DALI: these, or pixels (B, S, S, 3) uint8 that a policy follows.
+
+        The pixels are changed in place.
+        """
+        if not self._policy_on_gpu:
+            return images
+        plan = prepared.drawn.plan
+        if plan is not None:
+            apply_plan(images, plan, self._sent(plan.buffer), self._fill_on_device)
+        return self._normalised_pixels(images)
+
+    def _normalised_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, S, S, 3) uint8 on the device as normalised images (B, 3, S, S) float32."""
+        return _planes((pixels.flatten(2) * self._scale).sub_(self._shift))
 
     def _finished(self, images: torch.Tensor, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of normalised images (B, 3, S, S) on the device: boxes are erased in place, and the labels follow."""
@@ -258,3 +276,8 @@ class TrainLoader(Loader):
         """Records the undecodable images of `indices`, which are then replaced; raises `error` where there is none."""
         for index, reason in self._find_undecodable(np.unique(indices).tolist(), error).items():
             self.bad_files.add(index, reason)
+
+
+def _planes(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (B, S, 3S) as images (B, 3, S, S), a channels-last view: the memory format of the student."""
+    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)

@@ -43,7 +43,7 @@ REFUSED = {
 # fields that the result does not depend on, or whose effect is compared by itself: the images, the teacher's weights
 SILENT = {
     *("recipe", "teacher", "teacher_weights", "data.root", "data.train", "data.val", "data.class_order"),
-    *("data.threads", "data.prefetch", "data.keep_mb", "data.hw_decoder_load", "data.largest_image"),
+    *("data.threads", "data.prefetch", "data.keep_mb", "data.hw_decoder_load", "data.largest_image", "data.augment_on"),
     *("data.eval_batch_size", "data.max_bad_share", "data.allow_missing_classes", "run.compile_teacher"),
 }
 # fields that nothing reads after the first step of a run

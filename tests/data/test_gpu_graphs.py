@@ -52,7 +52,8 @@ def graph_of(loader, monkeypatch) -> tuple[DataNode, dict]:
     return seen["output"], seen["arguments"]
 
 
-NO_CROP, POLICY = {"random_crop": False}, {"auto_augment": "rand-m9-n2"}
+NO_CROP, POLICY, JITTER = {"random_crop": False}, {"auto_augment": "rand-m9-n2"}, {"color_jitter": (0.1, 0.0, 0.0)}
+ON_HOST = POLICY | {"augment_on": "host"}
 ERASING = {"random_erasing": 0.5}
 
 
@@ -60,7 +61,8 @@ ERASING = {"random_erasing": 0.5}
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        *[(train_loader, crop | policy | ERASING) for crop in ({}, NO_CROP) for policy in ({}, POLICY)],
+        *[(train_loader, crop | policy | ERASING) for crop in ({}, NO_CROP) for policy in ({}, POLICY, ON_HOST)],
+        (train_loader, JITTER),
         (train_loader, {"interpolation": "bicubic", "hw_decoder_load": 0.0}),
         (eval_loader, {}),
         (eval_loader, {"eval_resize": 40, "interpolation": "bicubic"}),
@@ -69,7 +71,10 @@ ERASING = {"random_erasing": 0.5}
 def test_dali_takes_the_operators_and_arguments_for_a_gpu(source, monkeypatch, host_constants, make, options):
     output, arguments = graph_of(make(source, **options), monkeypatch)
     # the host's policy gets its pixels by a copy within the graph, all else stays on the GPU
-    assert output.device == ("cpu" if "auto_augment" in options else "gpu")
+    assert output.device == ("cpu" if "augment_on" in options else "gpu")
+    # a policy on the GPU gets pixels, and they are normalised behind it
+    is_normalised = "CropMirrorNormalize" in output.source.name
+    assert is_normalised is (options.keys().isdisjoint({"auto_augment", "color_jitter"}))
     assert arguments["device_id"] == 3
     # without it outputs are on no stream of the caller's, and there is no way back to the host
     assert arguments["exec_dynamic"] is True

@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import fake_cuda
 
 WORKER = ROOT / "tests" / "workers" / "loader_on_fake_cuda.py"
-SMALL, LARGE = 4, 12
+SMALL, LARGE = 12, 24
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,18 @@ def counted(tmp_path_factory):
     return {int(size): found for size, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-TRAINING = ["crop", "noise", "zero", "policy", "policy and noise"]
 # the most kernels that each may take
-MOST = dict(zip(TRAINING, (2, 20, 20, 6, 24), strict=True)) | {
+MOST = {
+    "crop": 2,
+    "noise": 20,
+    "zero": 20,
+    "policy on the host": 6,
+    "policy on the host and noise": 24,
+    # operations of each kind are Triton's: one launch, four with histograms, and one to put images back
+    **dict.fromkeys(("AutoContrast", "Equalize", "Contrast"), 10),
+    **dict.fromkeys(("Invert", "Color", "Sharpness", "ShearX", "TranslateYRel", "Rotate"), 8),
+    "GaussianBlur": 46,
+    "every kind": 54,
     "evaluation": 2,
     "mix {'mixup': 0.8}": 12,
     "mix {'cutmix': 1.0}": 12,
@@ -46,6 +55,14 @@ def test_the_host_waits_for_nothing_and_a_batch_takes_a_fixed_number_of_kernels(
     for each in (small, large):
         assert each["syncs"] == {} and each["copies"] == {}
     assert 0 < small["launches"] == large["launches"] <= MOST[what]
+
+
+@pytest.mark.parametrize("what", ["policy", "policy and noise"])
+def test_a_policy_on_the_gpu_takes_a_fixed_number_of_kernels_at_most(counted, what):
+    # the kinds that are drawn differ from batch to batch
+    for each in (counted[size][what] for size in (SMALL, LARGE)):
+        assert each["syncs"] == {} and each["copies"] == {}
+        assert 4 < each["launches"] <= (24 if what == "policy" else 42)
 
 
 def test_an_evaluation_waits_at_its_end_alone(counted):

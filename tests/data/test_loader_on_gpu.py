@@ -109,8 +109,16 @@ def test_erased_boxes_are_at_the_same_place_with_the_same_noise(sources, fill, p
     assert erased > 6
 
 
-def test_a_policy_gives_the_pixels_of_the_cpu(squares):
-    cfg = DataConfig(image_size=32, random_crop=False, auto_augment=POLICY, random_erasing=0.5, **SMALL)
+@pytest.mark.parametrize("augment_on", ["device", "host"])
+def test_a_policy_gives_the_pixels_of_the_cpu(squares, augment_on):
+    cfg = DataConfig(
+        image_size=32,
+        random_crop=False,
+        auto_augment=POLICY,
+        augment_on=augment_on,
+        random_erasing=0.5,
+        **SMALL,
+    )
     plain = take(train_loader(squares, replace(cfg, auto_augment="", random_erasing=0.0), 6, pixels=PIXELS), 4)
     gpu, cpu = on_both(train_loader, 4, squares, cfg, 6, pixels=PIXELS)
     for (ours, our_labels), (theirs, labels), (bare, _) in zip(gpu, cpu, plain, strict=True):
@@ -164,6 +172,20 @@ def test_several_epochs_of_training_and_evaluation_end(sources):
     assert next(batches, None) is None
 
 
+def test_an_evaluation_gives_its_memory_back(sources):
+    cfg = DataConfig(image_size=64, **SMALL)
+    batches = iter(train_loader(sources["420.jpg"], cfg, 4, device=GPU))
+    loader, free = eval_loader(sources["420.jpg"], cfg, 5, device=GPU), []
+    # the first one also loads the decoder's library
+    for _ in range(3):
+        list(loader)
+        next(batches)
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info(GPU)[0])
+    assert free[2] >= free[0] - 2**24
+    batches.close()
+
+
 def test_a_file_that_is_cut_off_is_left_out_as_on_the_cpu(tmp_path):
     source = folder(tmp_path, "420.jpg", (200, 260))
     damaged = Path(source.paths[3])
@@ -188,7 +210,11 @@ def errors_at_syncs():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{}, {"auto_augment": POLICY}], ids=["crop", "policy"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"auto_augment": POLICY}, {"auto_augment": POLICY, "augment_on": "host"}],
+    ids=["crop", "policy", "policy on the host"],
+)
 def test_the_next_batch_does_not_wait_for_the_step_before(sources, options):
     cfg = DataConfig(image_size=64, random_erasing=0.7, **options, **SMALL)
     batches = iter(train_loader(sources["444.jpg"], cfg, 6, pixels=PIXELS, device=GPU))

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,25 @@ def test_threads_end_with_the_iterator_and_with_the_loader(source):
     gc.collect()
     assert tasks() <= before
     assert not [t for t in threading.enumerate() if t.name.startswith("read-images")]
+
+
+@pytest.mark.parametrize("taken", [1, None], ids=["closed", "ended"])
+def test_the_pipeline_of_an_evaluation_is_gone_when_its_memory_is_given_back(source, monkeypatch, taken):
+    loader = eval_loader(source, DataConfig(image_size=32), 4)
+    pipelines, alive = [], []
+    build = loader._build_pipeline
+
+    def remembered(prepare):
+        pipeline = build(prepare)
+        pipelines.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(loader, "_build_pipeline", remembered)
+    monkeypatch.setattr(loader, "_after_pipeline", lambda: alive.append(pipelines[-1]() is not None))
+    assert not pipelines, "a pipeline is built when images are asked for"
+    for _ in range(2):
+        take(loader, taken) if taken else list(loader)
+    assert len(pipelines) == 2 and alive == [False, False]
 
 
 def test_a_small_set_is_read_once_and_a_large_one_is_not_kept(tmp_path):

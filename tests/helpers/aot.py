@@ -20,12 +20,13 @@ ARCHITECTURES = tuple(SHARED)
 
 
 class Resources(NamedTuple):
-    """registers a thread; stack and shared in bytes; matrix: `wgmma`, `tcgen05`, `mma` or None."""
+    """registers a thread; stack and shared in bytes; matrix: `wgmma`, `tcgen05`, `mma` or None; fused multiply-adds."""
 
     registers: int
     stack: int
     shared: int
     matrix: str | None
+    fused: int
 
 
 def aot(
@@ -36,6 +37,7 @@ def aot(
     arch: int,
     num_stages: int = 3,
     aligned: Collection[str] | None = None,
+    fp_fusion: bool = True,
 ) -> Resources:
     """Compiles `kernel` for sm_`arch`; the arguments `aligned` are multiples of 16, or all pointers and int64 ones."""
     names = kernel.arg_names
@@ -46,7 +48,7 @@ def aot(
     compiled = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -62,6 +64,7 @@ def aot(
         int(found[2]) + int(found[4]),
         compiled.metadata.shared,
         next((name for name, opcode in opcodes.items() if opcode in ptx), None),
+        len(re.findall(r"fma\.rn\.f(?:32|64)", ptx)),
     )
 
 

@@ -5,6 +5,7 @@ Arguments: the folder of the images, and sizes of a batch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,44 +15,67 @@ from types import SimpleNamespace
 import fake_cuda
 import numpy as np
 import torch
+from fake_cuda import launches
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scalekd_ds.config import DataConfig
 from scalekd_ds.data import EvalLoader, StreamSampler, TrainLoader
 from scalekd_ds.data.mix import Mixer
+from scalekd_ds.data.policy import Op
 from scalekd_ds.data.sources.image_folder import index_folder
 from scalekd_ds.data.sources.source import Source
 from scalekd_ds.evaluation.accuracy import count_correct, evaluate
+from scalekd_ds.kernels.policy import triton_kernels
 from scalekd_ds.watching.agreement import logit_agreement
 
+KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
 GPU, SIDE = torch.device("cuda", 0), 32
 PIXELS = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.1])
 POLICY = {"auto_augment": "rand-m9-n2-mstd0.5"}
+# an operation of each kind, of which every image gets one
+KINDS = [
+    *(Op(name) for name in ("AutoContrast", "Equalize", "Invert")),
+    *(Op(name, (0.7,)) for name in ("Contrast", "Color", "Sharpness", "GaussianBlur")),
+    *(Op(name, (0.2,)) for name in ("ShearX", "TranslateYRel", "Rotate")),
+]
 TRAINING = {
     "crop": {},
     "noise": {"random_erasing": 1.0},
     "zero": {"random_erasing": 1.0, "erasing_fill": "zero"},
+    "policy on the host": {**POLICY, "augment_on": "host"},
+    "policy on the host and noise": {**POLICY, "augment_on": "host", "random_erasing": 1.0, "random_crop": False},
     "policy": POLICY,
     "policy and noise": {**POLICY, "random_erasing": 1.0, "random_crop": False},
 }
 
 
-def of_dali(count: int, on_gpu: bool):
-    """What DALI would give: normalised pixels on the GPU, or 8-bit ones on the host."""
-    if on_gpu:
-        return SimpleNamespace(as_tensor=lambda: torch.empty(count, 3, SIDE, SIDE, device=GPU))
-    return [np.zeros((SIDE, SIDE, 3), dtype=np.uint8) for _ in range(count)]
+def of_dali(loader, count: int):
+    """What DALI would give: normalised pixels on the GPU, or 8-bit ones there or on the host."""
+    if loader._postprocess_in_pool:
+        return [np.zeros((SIDE, SIDE, 3), dtype=np.uint8) for _ in range(count)]
+    if getattr(loader, "_policy_on_gpu", False):
+        pixels = torch.empty(count, SIDE, SIDE, 3, dtype=torch.uint8, device=GPU)
+    else:
+        pixels = torch.empty(count, 3, SIDE, SIDE, device=GPU)
+    return SimpleNamespace(as_tensor=lambda: pixels)
 
 
 def batch_of(loader, count: int):
     with ThreadPoolExecutor(2) as pool:
         prepared = loader._prepare_batch(0)
-        return loader._postprocess(pool, of_dali(count, not loader._postprocess_in_pool), prepared)()
+        return loader._postprocess(pool, of_dali(loader, count), prepared)()
+
+
+def train_loader(source: Source, count: int, options: dict) -> TrainLoader:
+    cfg = DataConfig(image_size=SIDE, **options)
+    return TrainLoader(source, cfg, StreamSampler(len(source), 0, count, count, 0, 1), GPU, *PIXELS)
 
 
 def watched(work) -> dict:
     """Runs `work` and counts what it asks of the GPU."""
     with fake_cuda.Watch() as watch:
+        for name in KERNELS:
+            setattr(triton_kernels, name, launches._Kernel(name, watch))
         result = work()
     for each in result if isinstance(result, tuple) else ():
         assert each.device == GPU, each.device
@@ -72,8 +96,12 @@ def counted(source: Source, count: int) -> dict[str, dict]:
     """What is done -> its launches, host syncs and copies, with batches of `count` images."""
     found = {}
     for name, options in TRAINING.items():
-        cfg = DataConfig(image_size=SIDE, **options)
-        loader = TrainLoader(source, cfg, StreamSampler(len(source), 0, count, count, 0, 1), GPU, *PIXELS)
+        loader = train_loader(source, count, options)
+        found[name] = watched(lambda loader=loader: batch_of(loader, count))
+    for name, kinds in [("every kind", KINDS), *((op.name, [op]) for op in KINDS)]:
+        loader = train_loader(source, count, POLICY)
+        ops = itertools.cycle(kinds)
+        loader.policy.draw = lambda rng, ops=ops: [next(ops)]
         found[name] = watched(lambda loader=loader: batch_of(loader, count))
     loader = EvalLoader(source, DataConfig(image_size=SIDE), count, 0, 1, GPU, *PIXELS)
     found["evaluation"] = watched(lambda: batch_of(loader, count))
