@@ -89,8 +89,8 @@ class Watch(TorchDispatchMode):
         """Runs `launcher` in place of an own operator, such as `scalekd_ds::dual_view`, and counts what that does."""
         self._launchers[operator] = launcher
 
-    def kernel(self, name: str) -> None:
-        """Counts one kernel that is no operator of PyTorch."""
+    def kernel(self, name: str, tensors: Any = ()) -> None:
+        """Counts one kernel that is no operator of PyTorch; `tensors` are its arguments, for those who look at them."""
         self.launches[self._part] += 1
         self.operations[name] += 1
 

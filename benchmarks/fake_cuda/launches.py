@@ -23,7 +23,7 @@ class _Kernel:
                 raise RuntimeError(
                     f"{self.name} is launched on {current}, and its tensors are on {sorted(map(str, devices))}"
                 )
-            self.watch.kernel(self.name)
+            self.watch.kernel(self.name, args)
 
         return launch
 

@@ -106,7 +106,7 @@ def pretend() -> None:
     # PyTorch's own constructor goes around the stand-in; on a GPU it is what is written here, a blocking copy
     made = torch.tensor
     torch.tensor = lambda data, device=None, **more: (
-        made(data, **more) if device is None else made(data, **more).to(device)
+        made(data, **more) if device is None else _without_value(made(data, **more)).to(device)
     )
     # newer ones draw until all values lie inside the bounds, which values that are not there never do
     torch.nn.init._no_grad_trunc_normal_ = lambda tensor, *_, **__: tensor
@@ -117,6 +117,13 @@ def pretend() -> None:
     # fake tensors would make a real context otherwise
     if hasattr(fake_tensor, "init_gpu_context"):
         fake_tensor.init_gpu_context = lambda device: None
+
+
+def _without_value(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor whose value is known would be copied to a real GPU otherwise."""
+    if isinstance(tensor, fake_tensor.FakeTensor):
+        tensor.constant = None
+    return tensor
 
 
 def tensors(allow_real: bool = False) -> AbstractContextManager:

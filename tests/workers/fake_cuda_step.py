@@ -6,7 +6,6 @@ DeepSpeed's engine, which would want a real device, is left out: this is what su
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import fake_cuda
 import timm
 import torch
 from cuda_cases import CASES, Case
+from fake_cuda.engine import Engine, make_state
 
 from scalekd_ds import losses
 from scalekd_ds.build import build_distiller
@@ -44,39 +44,6 @@ from scalekd_ds.watching.agreement import logit_agreement
 BATCH, CLASSES = 8, 1000
 
 
-class Engine:
-    """What the step asks of DeepSpeed's engine, without ZeRO."""
-
-    def __init__(self, module: ScaleKD, optimizer: Any, dtype: torch.dtype | None, accumulation: int) -> None:
-        self.module, self.optimizer, self.dtype, self.accumulation = module, optimizer, dtype, accumulation
-        self.device, self.micro = next(module.parameters()).device, 0
-
-    def __call__(self, *args: Any) -> dict[str, torch.Tensor]:
-        with torch.autocast("cuda", self.dtype) if self.dtype else contextlib.nullcontext():
-            return self.module(*args)
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.accumulation
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        return (self.micro + 1) % self.accumulation == 0
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-    def was_step_applied(self) -> bool:
-        return not self.optimizer.overflow
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.accumulation).backward()
-
-    def step(self) -> None:
-        if self.is_gradient_accumulation_boundary():
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.micro += 1
-
-
 def build(case: Case) -> ScaleKD:
     """The distiller of a case as the trainer builds it, without memory."""
     with torch.device("meta"):
@@ -92,15 +59,6 @@ def build_there(case: Case, device: torch.device) -> ScaleKD:
     student = timm.create_model(cfg.student, num_classes=CLASSES, **cfg.student_kwargs)
     teacher = timm.create_model(cfg.teacher, num_classes=CLASSES, **cfg.teacher_kwargs)
     return ScaleKD(student.to(device), teacher.to(device), verbose=False)
-
-
-def make_state(distiller: ScaleKD, optimizer: Any, ema: Any) -> None:
-    """Makes what the first step makes and later ones find: the optimizer's moments, and the average."""
-    for parameter in distiller.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.update()
 
 
 def run_case(case: Case) -> dict[str, Any]:
