@@ -65,6 +65,17 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="module")
+def asked(request):
+    """A function: the values of a parameter with which tests of this file will run, for a fixture that works for them."""
+
+    def values(parameter):
+        specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+        return {spec.params[parameter] for spec in specs if spec is not None and parameter in spec.params}
+
+    return values
+
+
 @pytest.fixture
 def one_thread():
     """Models as small as the tests' are several times faster on one thread."""

@@ -55,7 +55,7 @@ def planned(name: str) -> tuple[Measured, RunConfig, Layout]:
     return counted(autocast), config_of(optimizer), layout
 
 
-DINOV3 = {"embed_dim": 128, "depth": 12, "num_heads": 4, "mlp_ratio": 2, "num_classes": 10}
+DINOV3 = {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "num_classes": 10}
 PAIRS = {
     "dinov3 to resnet": (
         "vit_7b_patch16_dinov3",
