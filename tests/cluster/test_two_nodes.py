@@ -177,6 +177,7 @@ def test_the_doctor_sees_two_nodes_and_what_is_wrong_with_them(cluster, tmp_path
     assert json.loads((tmp_path / "report.json").read_text())["passed"] == ["node1"]
 
 
+@pytest.mark.slow
 def test_a_slurm_job_looks_first_and_saves_when_its_time_is_up(cluster, tmp_path):
     """launch/slurm.sh itself; srun and scontrol are stand-ins that reach the nodes by ssh."""
     job, run_dir = write_job(tmp_path), tmp_path / "run"
