@@ -32,26 +32,27 @@ for _number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
 
-# minutes each: begun first, so that no worker is left alone with one of them at the end
+# a minute and more each: begun first, so that no worker is left alone with one of them at the end
 LONGEST = [
     "test_train",
-    "test_engine_bytes",
-    "test_counted_step",
     "test_two_nodes",
+    "test_supervise",
     "test_gpu_parts",
+    "test_engine_bytes",
+    "test_ema",
     "test_step_on_cuda",
+    "test_faults",
+    "test_plan",
+    "test_counted_step",
+    "test_watching",
+    "test_teacher_placement",
     "test_options_on_cuda",
-    "test_wheel",
     "test_notebooks",
     "test_push",
-    "test_teacher_placement",
-    "test_ema",
-    "test_zero_optim",
-    "test_faults",
-    "test_watching",
-    "test_supervise",
+    "test_changes",
+    "test_wheel",
+    "test_time_limits",
     "test_site",
-    "test_reshard",
 ]
 
 
@@ -63,6 +64,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def asked(request):
+    """A function: the values of a parameter with which tests of this file will run, for a fixture that works for them."""
+
+    def values(parameter):
+        specs = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+        return {spec.params[parameter] for spec in specs if spec is not None and parameter in spec.params}
+
+    return values
 
 
 @pytest.fixture

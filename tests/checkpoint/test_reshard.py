@@ -26,7 +26,7 @@ def test_any_other_stage_goes_on_but_for_rounding(saved):
     assert max(saved[1].values()) < 2e-5
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_other_number_of_ranks_goes_on_but_for_rounding(saved, ranks):
     errors = result_of(forked_ranks(WORKER, saved[0], "--load", 2, ranks=ranks))
     assert len(errors) == 3 * 21

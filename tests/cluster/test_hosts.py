@@ -91,6 +91,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         read_hosts(large)
 
 
+# `test_a_hosts_file_that_does_not_exist_is_refused` takes the same way
+@pytest.mark.slow
 def test_a_training_rank_refuses_what_deepspeed_passes_over(tmp_path):
     """`max_slots` means nothing to DeepSpeed, which would train on one rank without a word."""
     hosts = tmp_path / "hosts"

@@ -91,11 +91,9 @@ def hub(data, place):
 
 KINDS = [
     folders,
-    other_folders,
-    tables,
     tars,
-    folder_of_tars,
-    pytest.param(tfrecords, marks=pytest.mark.filterwarnings("ignore")),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in (other_folders, tables, folder_of_tars)),
+    pytest.param(tfrecords, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
     pytest.param(hub, marks=needs_datasets),
 ]
 

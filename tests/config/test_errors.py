@@ -68,7 +68,7 @@ def test_a_mistake_on_the_command_line_is_named(args, words):
 
 def test_a_dumped_config_starts_the_same_run(tmp_path):
     dumped = tmp_path / "run.json"
-    done = alone(TRAIN, "--recipe", "swin_l-resnet50-traditional", "--optim.lr", 0.2, "--dump-config", dumped)
+    done = forked(TRAIN, "--recipe", "swin_l-resnet50-traditional", "--optim.lr", 0.2, "--dump-config", dumped)
     assert done.returncode == 0, done.stderr
     direct, _ = parse_run(["--recipe", "swin_l-resnet50-traditional", "--optim.lr", "0.2"])
     again, _ = parse_run(["--config", str(dumped)])
@@ -86,7 +86,7 @@ def test_recipes_are_listed_and_help_is_given():
     assert done.returncode == 0
     assert re.search(r"^fashion-scalekd +A slim ResNet", done.stdout, re.M)
     assert "torch" not in done.stderr
-    done = alone(TRAIN, "--help")
+    done = forked(TRAIN, "--help")
     assert done.returncode == 0 and "--schedule.warmup_epochs" in done.stdout
 
 
@@ -212,7 +212,7 @@ def test_both_ranks_end_at_once_with_one_line(data):
 
 def test_a_hosts_file_that_does_not_exist_is_refused(data):
     launcher = ("--hostfile", "nowhere/hosts")
-    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data, launcher=launcher)
+    done = launch(TRAIN, "--recipe", "fashion-ce", "--data.root", data, ranks=1, launcher=launcher)
     assert done.returncode == 2
     assert "hosts file 'nowhere/hosts' does not exist" in errors_of(done)[0]
     assert "Traceback" not in done.stderr

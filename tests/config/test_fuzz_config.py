@@ -11,7 +11,8 @@ from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
 from scalekd_ds.recipes.command_line import parse_run
 
-CASES = 300
+# the long version takes a minute
+TIMES = pytest.mark.parametrize("cases", [100, pytest.param(600, marks=pytest.mark.slow)])
 VALUES = [
     None,
     True,
@@ -78,10 +79,11 @@ def one_line(error):
     return "\n" not in text.strip() and len(text) > 10
 
 
-def test_damaged_runs_are_refused_in_one_line_or_read_back_the_same(tmp_path):
+@TIMES
+def test_damaged_runs_are_refused_in_one_line_or_read_back_the_same(tmp_path, cases):
     rng, path, kept = random.Random(0), tmp_path / "run.json", 0
     whole = json.loads(json.dumps(RunConfig().as_dict()))
-    for _ in range(CASES):
+    for _ in range(cases):
         path.write_text(json.dumps(damaged(rng, whole)))
         try:
             run = read_config(path)
@@ -92,14 +94,15 @@ def test_damaged_runs_are_refused_in_one_line_or_read_back_the_same(tmp_path):
         again = tmp_path / "again.json"
         again.write_text(json.dumps(run.as_dict()))
         assert json.dumps(read_config(again).as_dict()) == json.dumps(run.as_dict())
-    assert 0.05 * CASES < kept < 0.95 * CASES
+    assert 0.05 * cases < kept < 0.95 * cases
 
 
-def test_damaged_files_are_refused_in_one_line(tmp_path):
+@TIMES
+def test_damaged_files_are_refused_in_one_line(tmp_path, cases):
     rng, path = random.Random(1), tmp_path / "run.json"
     whole = json.dumps(RunConfig().as_dict()).encode()
     refused = 0
-    for _ in range(CASES):
+    for _ in range(cases):
         text = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(text))
@@ -110,14 +113,15 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
         except UserError as error:
             refused += 1
             assert one_line(error), error
-    assert refused > 0.9 * CASES
+    assert refused > 0.9 * cases
 
 
-def test_damaged_flags_are_refused_in_one_line(capsys):
+@TIMES
+def test_damaged_flags_are_refused_in_one_line(capsys, cases):
     rng = random.Random(2)
     names = [".".join(path) for path in fields(RunConfig().as_dict())]
     refused = 0
-    for _ in range(CASES // 2):
+    for _ in range(cases // 2):
         name = rng.choice(names)
         if rng.random() < 0.2:
             name += rng.choice("xX_")
@@ -127,15 +131,16 @@ def test_damaged_flags_are_refused_in_one_line(capsys):
         except UserError as error:
             refused += 1
             assert one_line(error), error
-    assert refused > 0.3 * CASES // 2
+    assert refused > 0.3 * cases // 2
     assert capsys.readouterr().out == ""
 
 
-def test_damaged_deepspeed_files_are_refused_in_one_line(tmp_path):
+@TIMES
+def test_damaged_deepspeed_files_are_refused_in_one_line(tmp_path, cases):
     rng, path = random.Random(3), tmp_path / "ds.json"
     whole = ds_config.read("zero3")
     refused = 0
-    for _ in range(CASES):
+    for _ in range(cases):
         path.write_text(json.dumps(damaged(rng, whole)))
         try:
             config = ds_config.read(str(path))
@@ -149,7 +154,7 @@ def test_damaged_deepspeed_files_are_refused_in_one_line(tmp_path):
             ds_config.autocast_dtype(config)
         except UserError as error:
             assert one_line(error), error
-    assert refused > 0.3 * CASES
+    assert refused > 0.3 * cases
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{", "\0", "{}" * 2, '{"a": {"b": {}}}'])

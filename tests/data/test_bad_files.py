@@ -3,13 +3,12 @@
 import io
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forking import forked
 from image_fixtures import make_dataset, make_folder, picture
 from launching import ROOT
 from loading import take, train_loader
@@ -125,7 +124,7 @@ def test_a_damaged_set_of_a_thousand_is_trained_on_to_the_end(tmp_path, capfd):
     err = capfd.readouterr().err
     assert all(err.count(f"warning: {path} ") == 1 for path in damaged)
 
-    done = subprocess.run([sys.executable, str(PREPARE), "verify", str(tmp_path)], capture_output=True, text=True)
+    done = forked(PREPARE, "verify", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "50 of 1000 images cannot be used" in done.stdout
     assert set(read_quarantine(tmp_path)) == damaged

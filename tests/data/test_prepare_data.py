@@ -3,13 +3,12 @@
 import gzip
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import LIMIT, ROOT
+from forking import forked
+from launching import ROOT
 from PIL import Image
 
 from scalekd_ds.data import fashion
@@ -35,13 +34,9 @@ def raw(tmp_path):
     return folder
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=LIMIT)
-
-
 def test_fashion_mnist_is_written_as_folders_of_train_and_val(raw, tmp_path):
     out = tmp_path / "out"
-    done = run("fashion-mnist", out, "--source", raw)
+    done = forked(SCRIPT, "fashion-mnist", out, "--source", raw)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "dataset.json").read_text())["images"] == {"train": 40, "val": 20}
     classes = sorted(p.name for p in (out / "train").iterdir())
@@ -54,7 +49,7 @@ def test_fashion_mnist_is_written_as_folders_of_train_and_val(raw, tmp_path):
     # JPEG at quality 95: a few grey levels off, and the border is black
     assert np.abs(image[2:-2, 2:-2] - pixels[3]).mean() < 4
     assert image[0].mean() < 8
-    again = run("fashion-mnist", out, "--source", raw)
+    again = forked(SCRIPT, "fashion-mnist", out, "--source", raw)
     assert again.returncode == 0 and "is there already" in again.stdout
 
 
@@ -71,7 +66,7 @@ def test_a_limit_is_kept_and_a_folder_of_something_else_is_not_overwritten(raw, 
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    done = run("fashion-mnist", other, "--source", raw)
+    done = forked(SCRIPT, "fashion-mnist", other, "--source", raw)
     assert done.returncode == 2
     assert "exists and is no finished data set" in done.stderr and "Traceback" not in done.stderr
     assert (other / "thesis.txt").read_text() == "mine"

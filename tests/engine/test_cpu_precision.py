@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from forking import forked_with
 from image_fixtures import make_dataset
-from launching import ROOT, alone, environment
+from launching import ROOT
 from tiny_run import arguments
 
 from scalekd_ds.engine import ds_config
@@ -67,7 +68,7 @@ def test_every_way_to_ask_for_16_bits(monkeypatch):
 def test_a_run_says_so_once_and_goes_on(tmp_path):
     data = make_dataset(tmp_path / "data", train=8, val=3, classes=3, size=(32, 32))
     command = arguments(data, tmp_path / "run", "--run.ds_config", "zero1", "--schedule.epochs", 1)
-    done = alone(ROOT / "launch" / "train.py", *command, env=environment(ONEDNN_MAX_CPU_ISA="AVX2"))
+    done = forked_with([{"ONEDNN_MAX_CPU_ISA": "AVX2"}], ROOT / "launch" / "train.py", *command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines().count(NOTICE) == 1
 

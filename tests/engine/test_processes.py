@@ -1,14 +1,12 @@
 """The process group of a command: it is closed at the end, other people's is left alone, and the next run gets a new one."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from forking import forked, forked_ranks
-from launching import ROOT, WORKERS, environment
+from launching import WORKERS
 from tiny_run import RESNET, images, supervised_arguments
 
 from scalekd_ds.engine import processes
@@ -53,7 +51,7 @@ def test_a_process_group_of_the_caller_is_left_alone(data, tmp_path):
     assert left_of(done, tmp_path) == [[True]]
 
 
-def test_an_end_that_never_comes_is_not_waited_for():
+def test_an_end_that_never_comes_is_not_waited_for(tmp_path):
     """As where another rank was killed after it had finished: the process ends well, since its own work is done."""
     code = """
 import time
@@ -66,8 +64,9 @@ dist.destroy_process_group = lambda: time.sleep(1000)
 print("the work is done")
 processes.end_processes()
 """
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
+    script, began = tmp_path / "never.py", time.monotonic()
+    script.write_text(code)
+    done = forked(script)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "the work is done"), done.stderr[-2000:]
     assert time.monotonic() - began < 900
 

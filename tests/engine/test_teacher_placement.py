@@ -22,7 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda ranks: f"{ranks} ranks")
 def compared(request, tmp_path_factory):
     """case -> what each rank saw."""
     out = tmp_path_factory.mktemp("teachers")

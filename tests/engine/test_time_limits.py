@@ -43,9 +43,9 @@ def test_ranks_wait_for_a_slow_one_for_longer_than_a_collective_may_take(data, t
 
 
 def test_a_hang_ends_by_its_own_limit_though_that_of_collectives_is_shorter(data, tmp_path):
-    done = forked_ranks(FAULTY, "limited-hang:3", *arguments(data, tmp_path / "run", "--run.hang_timeout", 16))
+    done = forked_ranks(FAULTY, "limited-hang:3", *arguments(data, tmp_path / "run", "--run.hang_timeout", 10))
     assert done.returncode == EXIT_LOST, done.stderr[-3000:]
-    assert "no rank got on for 16 s (rank 0 at step 3, rank 1 at step 3)" in done.stderr
+    assert "no rank got on for 10 s (rank 0 at step 3, rank 1 at step 3)" in done.stderr
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     stacks = [(tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in range(2)]
     # rank 1 may have ended a moment before, at which the collective of rank 0 failed

@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from launching import ROOT, alone
+from forking import forked_ranks
+from launching import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -42,10 +43,9 @@ def home(tmp_path_factory):
     # all test images; the run uses 1,000 of the others
     sets["train"] = tuple(part[:1200] for part in sets["train"])
     fashion.write(home / "data", sets, classes, origin)
-    # a process of its own, which the launcher takes the place of
-    run = ["--recipe", "fashion-ce", "--gpus", 2, "--data.root", home / "data", "--run.dir", home / "runs" / "mine"]
+    run = ["--recipe", "fashion-ce", "--data.root", home / "data", "--run.dir", home / "runs" / "mine"]
     run += ["--schedule.epochs", 3, "--schedule.warmup_epochs", 1, "--ema.decay", 0.5, "--run.progress", "none"]
-    done = alone(ROOT / "launch" / "train.py", *run)
+    done = forked_ranks(ROOT / "launch" / "train.py", *run)
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -83,7 +83,7 @@ def session(folder):
 # -- the trained student ---------------------------------------------------------------------------------------------
 
 
-def test_the_flag_gpus_started_two_ranks(home):
+def test_two_ranks_have_trained_it(home):
     assert json.loads((home / "runs" / "mine" / "results.json").read_text())["world_size"] == 2
 
 

@@ -71,9 +71,9 @@ def file_of(folder, name) -> Path:
     [
         ("vit_tiny_patch16_224", "onnx"),
         ("swin_tiny_patch4_window7_224", "onnx"),
-        ("mixer_b14_224", "onnx"),
+        pytest.param("mixer_b14_224", "onnx", marks=pytest.mark.slow),
         ("swin_tiny_patch4_window7_224", "torchscript"),
-        ("swin_tiny_patch4_window7_224", "torch_export"),
+        pytest.param("swin_tiny_patch4_window7_224", "torch_export", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_and_mixers_are_exported_with_equal_logits(tmp_path, name, format):

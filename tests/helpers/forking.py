@@ -16,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launching import LIMIT, ROOT, environment, free_port
 
@@ -44,9 +48,34 @@ def forked_ranks(script: str | Path, *arguments: Any, ranks: int = 2, port: int 
 
     As under the launcher, one rank that fails ends the others.
     """
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(ranks)}
-    job |= {"LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
-    return _run(script, arguments, [job | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)], timeout)
+    return _run(script, arguments, _ranks(ranks, port), timeout)
+
+
+@contextmanager
+def forked_in_background(script: str | Path, *arguments: Any, log: Path, ranks: int = 0) -> Iterator[list[BaseProcess]]:
+    """The running processes of a script, which write into the file `log`: ranks in their order, or one that is none.
+
+    Nobody ends the others where one fails. Leaving the block kills all and prints the file.
+    """
+    log.touch()
+    processes = _started(script, arguments, _ranks(ranks, None) if ranks else [{}], log, log)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        print(log.read_text())
+
+
+def ended(processes: list[BaseProcess], timeout: float = LIMIT) -> list[int]:
+    """The exit statuses of processes of `forked_in_background`, for which it waits."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    assert None not in codes, f"no end after {timeout} s: {codes}"
+    return codes
 
 
 def forked(script: str | Path, *arguments: Any, timeout: float = LIMIT) -> subprocess.CompletedProcess[str]:
@@ -61,22 +90,39 @@ def forked_with(
     return _run(script, arguments, variables, timeout)
 
 
-def _run(script: str | Path, arguments: tuple, variables: list[dict[str, str]], timeout: float):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        out, err = Path(folder, "stdout"), Path(folder, "stderr")
-        out.touch()
-        err.touch()
+def _ranks(count: int, port: int | None) -> list[dict[str, str]]:
+    """The variables that the launcher sets for each of the ranks of one node."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(count)}
+    job |= {"LOCAL_SIZE": str(count), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
+    return [job | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+
+
+def _command(script: str | Path, arguments: tuple) -> list[str]:
+    return [str(ROOT / script), *map(str, arguments)]
+
+
+def _started(script: str | Path, arguments: tuple, variables: list[dict[str, str]], out: Path, err: Path):
+    """The processes, begun, as many as there are sets of variables."""
+    with pytest.MonkeyPatch.context() as patch:
         env = environment()
         # the server that forks starts with the first of these, and torch reads its variables when it is imported
         for name, value in env.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
-        command = [str(ROOT / script), *map(str, arguments)]
-        processes = [_FORKS.Process(target=_begin, args=(command, env | own, str(out), str(err))) for own in variables]
+        given = _command(script, arguments), str(out), str(err)
+        processes = [_FORKS.Process(target=_begin, args=(*given, env | own)) for own in variables]
         for process in processes:
             process.start()
-        code = _wait(processes, time.monotonic() + timeout)
-        text, errors = out.read_text(), err.read_text()
+        return processes
+
+
+def _run(script: str | Path, arguments: tuple, variables: list[dict[str, str]], timeout: float):
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "stdout"), Path(folder, "stderr")
+        out.touch()
+        err.touch()
+        code = _wait(_started(script, arguments, variables, out, err), time.monotonic() + timeout)
+        text, errors, command = out.read_text(), err.read_text(), _command(script, arguments)
         if code is None:
             raise subprocess.TimeoutExpired(command, timeout, text, errors)
         return subprocess.CompletedProcess(command, code, text, errors)
@@ -89,9 +135,10 @@ def _wait(processes: list, deadline: float) -> int | None:
             codes = [process.exitcode for process in processes]
             failed = [code for code in codes if code]
             if failed:
-                # the others say why they end, for which they look for a lost rank first
+                # the others say why they end, for which they look for a lost rank first; a stopped one says nothing
                 for process in processes:
-                    process.join(60)
+                    if process.exitcode is None and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                        process.join(60)
                 return failed[0]
             if None not in codes:
                 return 0
@@ -103,7 +150,7 @@ def _wait(processes: list, deadline: float) -> int | None:
             process.join()
 
 
-def _begin(command: list[str], env: dict[str, str], out: str, err: str) -> None:
+def _begin(command: list[str], out: str, err: str, env: dict[str, str]) -> None:
     """The script as the main program of this fork."""
     # ZeRO-3 collects garbage for every group of parameters, and what was imported is no garbage
     gc.freeze()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from forking import forked, forked_ranks
 from image_fixtures import make_dataset
-from launching import LIMIT, ROOT, alone, environment, launch
+from launching import LIMIT, ROOT, environment
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
@@ -58,8 +59,7 @@ def place(tmp_path_factory):
     teacher = write_model(root / "teacher.safetensors", "swin_tiny_patch4_window7_224", SWIN)
     slim = RESNET | {"channels": [8, 16, 16, 16]}
     write_model(root / "baseline.safetensors", "resnet18", slim)
-    # the deepspeed launcher, with launch/inspect.py beside the script that it starts
-    done = launch(
+    done = forked_ranks(
         *(ROOT / "launch" / "train.py", "--recipe", "fashion-scalekd", "--data.root", data, "--run.dir", root / "run"),
         *("--data.train_images", "null", "--teacher", teacher, "--run.ds_config", "zero2"),
         *("--student_kwargs", json.dumps(slim), "--global_batch_size", 8, "--micro_batch_size", 4),
@@ -77,7 +77,7 @@ def models_of(place, *more):
 def test_the_launch_script_draws_a_runs_images_and_counts_right_answers(place, tmp_path):
     out = tmp_path / "sheet.png"
     baseline = place / "baseline.safetensors"
-    done = alone(ROOT / "launch" / "inspect.py", place / "run", place / "data", "--baseline", baseline, "--out", out)
+    done = forked(ROOT / "launch" / "inspect.py", place / "run", place / "data", "--baseline", baseline, "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"wrote {out}: 8 of 9 images" in done.stdout and "left out" not in done.stdout
     for role in ("student", "teacher", "baseline"):

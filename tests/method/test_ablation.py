@@ -1,12 +1,13 @@
 """The paper's ablations: what each flag takes away, and the table of them."""
 
+import importlib
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from launching import ROOT, environment
+from forking import forked
+from launching import ROOT
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from zoo import SWIN, make_student, make_teacher
@@ -17,6 +18,10 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_loss
 from scalekd_ds.projector.linear import LinearPair, LinearProjector
 from scalekd_ds.teacher import FAMILIES, Family, Stage
+
+# scripts, not a package: they import each other by their plain names
+sys.path.append(str(ROOT / "benchmarks"))
+ablation = importlib.import_module("ablation")
 
 TEACHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2")
 
@@ -124,18 +129,8 @@ def test_with_tpp_nothing_more_is_computed():
 
 def test_the_scripts_table_and_chart_have_all_rows(tmp_path):
     """Of accuracies that are made up: means, differences to the first row, errors."""
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import ablation
-from pathlib import Path
-found = {{row: [80.0 + i + s for s in range(3)] for i, row in enumerate(ablation.ROWS)}}
-rows = ablation.summary(found)
-ablation.plot(rows, Path({str(tmp_path / "chart.png")!r}))
-import json; print(json.dumps(rows))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = ablation.summary({row: [80.0 + i + s for s in range(3)] for i, row in enumerate(ablation.ROWS)})
+    ablation.plot(rows, tmp_path / "chart.png")
     assert rows[0]["row"] == "ScaleKD" and len(rows) == 9
     assert rows[3]["mean"] == 84.0 and rows[3]["difference"] == 3.0 and rows[3]["error"] == 0.0
     assert (tmp_path / "chart.png").stat().st_size > 5000
@@ -144,21 +139,12 @@ import json; print(json.dumps(rows))
 def test_every_row_is_a_run_of_its_own():
     from scalekd_ds.recipes.command_line import parse_run
 
-    folder = str(ROOT / "benchmarks")
-    code = f"import sys, json; sys.path.insert(0, {folder!r})\nimport ablation\nprint(json.dumps(ablation.ROWS))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-    rows = json.loads(done.stdout.splitlines()[-1])
     full = parse_run(["--recipe", "fashion-scalekd"])[0]
-    changed = {row: parse_run(["--recipe", "fashion-scalekd", *more])[0] for row, more in rows.items()}
+    changed = {row: parse_run(["--recipe", "fashion-scalekd", *more])[0] for row, more in ablation.ROWS.items()}
     assert changed.pop("ScaleKD") == full
     assert len({json.dumps(cfg.as_dict()) for cfg in changed.values()} | {json.dumps(full.as_dict())}) == 9
 
 
 def test_an_unknown_row_is_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "ablation.py", "--rows", "everything"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    done = forked(ROOT / "benchmarks" / "ablation.py", "--rows", "everything")
     assert done.returncode == 2 and "--rows has 'everything': it must be some of ScaleKD" in done.stderr

@@ -135,7 +135,10 @@ def config_of(*args):
             ("7x7 x 448", "14x14 x 512, 16 heads", "7x7 x 1024, 32 heads"),
         ),
         ("convnext_large", "mixer_b16_224", ("14x14 x 768", "14x14 x 768, 24 heads", "7x7 x 1536, 48 heads")),
-        ("pvt_v2_b5", "mobilenetv4_conv_small", ("7x7 x 960", "14x14 x 320, 5 heads", "7x7 x 512, 8 heads")),
+        pytest.param(
+            *("pvt_v2_b5", "mobilenetv4_conv_small", ("7x7 x 960", "14x14 x 320, 5 heads", "7x7 x 512, 8 heads")),
+            marks=pytest.mark.slow,
+        ),
         ("vit_so400m_patch14_siglip_384", "fastvit_t8", ("7x7 x 384", "16x16 x 1152, 16 heads")),
     ],
 )

@@ -21,7 +21,11 @@ def saved(distiller):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+# every second pair: a second each
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [pytest.param(*pair, marks=pytest.mark.slow) if i % 2 else pair for i, pair in enumerate(PAIRS)],
+)
 def test_a_distiller_is_the_same_after_its_pickle(student, teacher):
     size = TEACHERS[teacher].get("img_size", 64)
     # SigLIP has no classifier to learn from

@@ -148,11 +148,11 @@ def test_lowered_weights_give_autocasts_own_numbers(name):
     "name",
     [
         "swin_tiny_patch4_window7_224",
-        "deit3_small_patch16_224",
-        "beitv2_base_patch16_224",
+        pytest.param("deit3_small_patch16_224", marks=pytest.mark.slow),
+        pytest.param("beitv2_base_patch16_224", marks=pytest.mark.slow),
         "eva02_tiny_patch14_336",
         "convnext_tiny",
-        "pvt_v2_b1",
+        pytest.param("pvt_v2_b1", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_teacher_equals_the_eager_one(name):

@@ -122,7 +122,11 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+# whose true size is large, and the only one
+LARGE = ("vgg11", "dm_nfnet_f0")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in HEADS])
 def test_a_students_classifier_is_put_into_the_order_of_training(name):
     model = timm.create_model(name, num_classes=3, **HEADS[name]).eval()
     names = ["bee", "cat", "ant"]

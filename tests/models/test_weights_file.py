@@ -50,8 +50,8 @@ def test_code_in_a_pickle_does_not_run(tmp_path, legacy):
     "content",
     [
         lambda m: {"model": m.state_dict(), "config": types.SimpleNamespace(lr=1)},
-        lambda m: {"model": m, "epoch": 3},
-        lambda m: {name: value.numpy() for name, value in m.state_dict().items()},
+        pytest.param(lambda m: {"model": m, "epoch": 3}, marks=pytest.mark.slow),
+        pytest.param(lambda m: {name: value.numpy() for name, value in m.state_dict().items()}, marks=pytest.mark.slow),
     ],
 )
 def test_the_conversion_that_the_refusal_names_works(tmp_path, content):

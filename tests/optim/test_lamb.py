@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import fake_cuda  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def lamb(request):
     """case -> launches and errors, as the worker measured them on so many ranks."""
     return result_of(forked_ranks(WORKER, ranks=request.param))

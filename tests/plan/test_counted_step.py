@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config import DistillConfig, RunConfig
 from scalekd_ds.distiller import ScaleKD
+from scalekd_ds.engine.teacher_placement import persistence_threshold
+from scalekd_ds.plan.communication import collectives
 from scalekd_ds.plan.fake_step import LiveBytes, parameters_and_buffers
 from scalekd_ds.plan.measure import build_on_meta, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
@@ -132,6 +134,37 @@ def test_a_scaled_down_dinov3_is_planned_whole():
     # between the batch sizes that were counted the peak is taken for a straight line
     assert sum(parts.values()) - parts["images"] == pytest.approx(static + peak, rel=0.1)
     assert sum(parts[k] for k in ("parameters", "gradients", "optimizer", "teacher", "buffers")) == static
+
+
+def test_a_sharded_or_offloaded_teacher():
+    measured, cfg = counted_pair("dinov3 to resnet", torch.bfloat16), pair_of("dinov3 to resnet")
+    teacher = measured.teacher
+    layouts = {where: Layout.of({}, 4, where) for where in ("replica", "sharded", "offload")}
+    held = {where: memory_parts(measured, cfg, layout, 1)["teacher"] for where, layout in layouts.items()}
+    whole = 2 * teacher.block + teacher.buffers + teacher.kept_whole
+    assert held["replica"] == teacher.bytes + teacher.buffers
+    # each parameter's share is rounded up to an element
+    assert 0 <= held["sharded"] - whole - teacher.bytes / 4 < 4 * len(teacher.parameters)
+    assert held["offload"] == whole
+    sent = {where: collectives(measured, cfg, layout, 3)[1:] for where, layout in layouts.items()}
+    assert sent["replica"] == []
+    once = 3 * (teacher.bytes - teacher.kept_whole + 2 * teacher.last_stage)
+    assert teacher.kept_whole < 0.05 * teacher.bytes
+    assert [(t.operation, t.bytes) for t in sent["sharded"]] == [("all_gather", once)]
+    # of an offloaded one each rank brings its share, and gathers
+    assert [(t.operation, t.bytes) for t in sent["offload"]] == [("all_gather", once), ("host_to_device", once // 4)]
+
+
+def test_the_last_stage_that_tpp_reads():
+    """Of a ViT of 4 blocks the last one; of a Swin the last layer and the norm."""
+    distiller = build_on_meta(pair_of("dinov3 to resnet"), 10)
+    small = persistence_threshold(distiller.teacher)
+    block = sum(p.numel() * 4 for p in distiller.teacher.model.blocks[-1].parameters() if p.numel() > small)
+    teacher = counted_pair("dinov3 to resnet", None).teacher
+    assert (teacher.last_stage, teacher.block) == (block, block)
+    teacher = build_on_meta(pair_of("swin to vit"), 10).teacher
+    large = [p for p in teacher.model.layers[-1].parameters() if p.numel() > persistence_threshold(teacher)]
+    assert counted_pair("swin to vit", None).teacher.last_stage == sum(p.numel() * 4 for p in large)
 
 
 def test_the_real_dinov3_is_counted_without_its_memory():

@@ -4,15 +4,14 @@ import copy
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from launching import LIMIT, ROOT
+from forking import forked_with
+from launching import ROOT
 from PIL import Image
 from tiny_pair import batch, student, teacher
 
@@ -166,10 +165,7 @@ def test_work_of_window_attention():
 
 
 def run_script(name, *arguments, out):
-    # one thread: these sizes are all overhead, and waiting threads take each other's time on a busy machine
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out)}
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
+    return forked_with([{"OUT": str(out)}], BENCHMARKS / name, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_a_notebook_needs_no_repository(path):
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [
-        ("quickstart", ()),
+        pytest.param("quickstart", (), marks=pytest.mark.slow),
         ("own_data", ("scalekd prepare-data", "scalekd plan", "scalekd evaluate")),
         pytest.param("own_data", (), marks=pytest.mark.slow),
     ],

@@ -60,7 +60,16 @@ def install(request, tmp_path_factory):
     return request.param, python, site, repo
 
 
-@pytest.mark.parametrize("start", ["root", "elsewhere"])
+@pytest.mark.parametrize(
+    ("install", "start"),
+    [
+        ("plain", "elsewhere"),
+        ("editable", "root"),
+        pytest.param("plain", "root", marks=pytest.mark.slow),
+        pytest.param("editable", "elsewhere", marks=pytest.mark.slow),
+    ],
+    indirect=["install"],
+)
 def test_an_install_finds_its_own_kernels_and_ds_configs(install, start, tmp_path):
     kind, python, site, repo = install
     # PyPI has a package of this name, widely installed

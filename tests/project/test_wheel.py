@@ -180,9 +180,7 @@ def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
     assert others == []
 
 
-@pytest.mark.slow
 def test_the_wheel_trains_outside_of_the_repository(installed, tmp_path):
-    """The quickstart below starts such runs, too, and is part of the tests of every change."""
     data = tiny_run.images(tmp_path / "images")
     words = tiny_run.arguments(data, tmp_path / "run", "--schedule.epochs", 1)
     done = outside(installed, "scalekd", "train", *words, cwd=tmp_path)
@@ -194,6 +192,8 @@ def test_the_wheel_trains_outside_of_the_repository(installed, tmp_path):
     assert version.stdout == f"scalekd_ds {__version__}\n"
 
 
+# four such runs
+@pytest.mark.slow
 def test_the_quickstart_of_the_wheel_needs_no_repository(installed, tmp_path):
     """Teacher and students of a few steps on images of one's own; the second call repeats no run."""
     data = tiny_run.images(tmp_path / "images")

@@ -67,7 +67,8 @@ def test_all_published_settings_are_there():
     )
 
 
-@pytest.mark.parametrize("name", PAIRS)
+# every second one: some seconds each. A shrunk one of each takes a step below
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(PAIRS)])
 def test_parameters_at_true_size_are_the_published_ones(name):
     cfg = replace(RECIPES[name](), teacher_weights="none")
     with torch.device("meta"):

@@ -120,7 +120,10 @@ def expected_rate(epoch, lr=1e-3, epochs=4, warmup=0.5):
     return lr * 0.5 * (1 + np.cos(np.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-@pytest.mark.parametrize(("batch", "ranks", "last"), [(16, 1, 12), (4, 1, 24), (24, 1, 11), (16, 2, 12)])
+@pytest.mark.parametrize(
+    ("batch", "ranks", "last"),
+    [(16, 2, 12), (4, 1, 24), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((16, 1, 12), (24, 1, 11)))],
+)
 def test_another_global_batch_goes_on_by_images(stopped, batch, ranks, last):
     done = go_on(stopped, "--global_batch_size", batch, "--micro_batch_size", 4, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr

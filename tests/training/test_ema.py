@@ -17,12 +17,14 @@ from scalekd_ds.checkpoint.plain_weights import consolidate
 from scalekd_ds.errors import UserError
 from scalekd_ds.training.ema import slow_average_notice
 
-STAGES = ("zero0", "zero1", "zero2", "zero2 round robin", "zero3", "zero3 persistent", "zero3 sub-groups")
+STAGES = ["zero0", "zero1", "zero2 round robin", "zero3 sub-groups"]
+# ten seconds each, and the same lines
+STAGES += [pytest.param(stage, marks=pytest.mark.slow) for stage in ("zero2", "zero3", "zero3 persistent")]
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    return result_of(forked_ranks(WORKERS / "ema_worker.py"))
+def two_ranks(asked):
+    return result_of(forked_ranks(WORKERS / "ema_worker.py", "zero0", *sorted(asked("stage") - {"zero0"})))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,18 +5,20 @@ import os
 import signal
 import socket
 import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from forking import forked, forked_ranks
-from launching import LIMIT, ROOT, WORKERS, environment, launcher_command, wait_until
+from forking import ended, forked, forked_in_background, forked_ranks
+from launching import LIMIT, ROOT, WORKERS
 from safetensors.torch import load_file
 from tiny_run import RESNET, images, scalars, supervised_arguments
 
 from scalekd_ds.checkpoint.layout import checkpoints_of
 from scalekd_ds.checkpoint.load import choose_checkpoint
+from scalekd_ds.cluster.heartbeat import EXIT_LOST
 
 TRAIN = ROOT / "launch" / "train.py"
 FAULTY = WORKERS / "faulty_train.py"
@@ -32,41 +34,19 @@ def arguments(data, run_dir, *more):
     return supervised_arguments(data, run_dir, *slim, *more)
 
 
-class Job:
-    """A run on two ranks in the background, whose ranks can be reached."""
+@contextmanager
+def job(tmp_path, script, *args):
+    """A run on two ranks in the background: its ranks, and the file that they write into."""
+    log = tmp_path / "job.log"
+    with forked_in_background(script, *args, log=log, ranks=2) as ranks:
+        yield ranks, log
 
-    def __init__(self, tmp_path, script, *args):
-        self.log = tmp_path / "job.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*launcher_command(), str(script), *map(str, args)],
-                cwd=ROOT,
-                env=environment(),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
 
-    def rank(self, number: int) -> psutil.Process:
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            command = child.cmdline()
-            if f"--local_rank={number}" in command and "deepspeed.launcher.launch" not in command:
-                return child
-        raise AssertionError(self.text())
-
-    def wait_for_checkpoint(self, run_dir) -> None:
-        wait_until(lambda: checkpoints_of(run_dir), self.process, self.log)
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def end(self, seconds: float = LIMIT) -> int:
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                process.kill()
-            raise AssertionError(f"no end after {seconds} s: {self.text()}") from None
+def wait_for_checkpoint(run_dir, ranks, log) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not checkpoints_of(run_dir):
+        assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
 
 
 ENDLESS = ("--schedule.epochs", 4000, "--run.save_every", 5, "--run.eval_every", 0)
@@ -78,13 +58,14 @@ ENDLESS = ("--schedule.epochs", 4000, "--run.save_every", 5, "--run.eval_every",
 def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number, rank):
     run_dir = tmp_path / "run"
     args = arguments(data, run_dir, *ENDLESS, "--run.resume", "auto")
-    job = Job(tmp_path, TRAIN, *args)
-    job.wait_for_checkpoint(run_dir)
-    job.rank(rank).send_signal(number)
-    assert job.end() == 0, job.text()
+    with job(tmp_path, TRAIN, *args) as (ranks, log):
+        wait_for_checkpoint(run_dir, ranks, log)
+        os.kill(ranks[rank].pid, number)
+        assert ended(ranks) == [0, 0]
     newest = choose_checkpoint(run_dir, "auto")
     step = int(newest.name[4:])
-    assert f"stopped at step {step} of" in job.text() and "--run.resume auto goes on" in job.text()
+    told = log.read_text()
+    assert f"stopped at step {step} of" in told and "--run.resume auto goes on" in told
     assert not list((run_dir / "checkpoints").glob(".partial*"))
     # with fewer epochs than are done it ends like any other run, and what was never evaluated is
     short = forked(TRAIN, *args, "--schedule.epochs", 1)
@@ -99,13 +80,13 @@ def test_a_signal_to_one_rank_saves_on_all_and_ends_well(data, tmp_path, number,
 
 def test_a_dead_rank_is_named_and_ends_the_others(data, tmp_path):
     run_dir = tmp_path / "run"
-    job = Job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS))
-    job.wait_for_checkpoint(run_dir)
-    victim = job.rank(1)
-    victim.kill()
-    assert job.end() != 0
-    named = f"rank 1 on {socket.gethostname()} (process {victim.pid}, step"
-    assert named in job.text() and "start again with --run.resume auto" in job.text(), job.text()
+    with job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS)) as (ranks, log):
+        wait_for_checkpoint(run_dir, ranks, log)
+        victim = ranks[1].pid
+        os.kill(victim, signal.SIGKILL)
+        assert ended(ranks) == [EXIT_LOST, -signal.SIGKILL]
+    named, told = f"rank 1 on {socket.gethostname()} (process {victim}, step", log.read_text()
+    assert named in told and "start again with --run.resume auto" in told, told
     assert choose_checkpoint(run_dir, "auto") is not None
 
 
@@ -113,20 +94,23 @@ def test_a_dead_rank_is_named_and_ends_the_others(data, tmp_path):
 def test_a_silent_rank_is_named_and_ends_the_others(data, tmp_path):
     """A process that is stopped stands for a node behind a cut link: nothing closes, nothing answers."""
     run_dir = tmp_path / "run"
-    job = Job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS, "--run.rank_timeout", 15))
-    job.wait_for_checkpoint(run_dir)
-    victim = job.rank(1)
-    victim.suspend()
-    assert job.end() != 0
-    assert f"rank 1 on {socket.gethostname()} (process {victim.pid}" in job.text(), job.text()
-    assert "is dead or cannot be reached: no word for 15 s" in job.text()
+    with job(tmp_path, TRAIN, *arguments(data, run_dir, *ENDLESS, "--run.rank_timeout", 15)) as (ranks, log):
+        wait_for_checkpoint(run_dir, ranks, log)
+        victim = ranks[1].pid
+        os.kill(victim, signal.SIGSTOP)
+        ranks[0].join(LIMIT)
+        assert ranks[0].exitcode == EXIT_LOST
+    told = log.read_text()
+    assert f"rank 1 on {socket.gethostname()} (process {victim}" in told, told
+    assert "is dead or cannot be reached: no word for 15 s" in told
 
 
 def test_a_hang_leaves_the_stacks_of_every_rank(data, tmp_path):
     run_dir = tmp_path / "run"
-    job = Job(tmp_path, FAULTY, "hang:3", *arguments(data, run_dir, *ENDLESS, "--run.hang_timeout", 20))
-    assert job.end() != 0
-    assert "no rank got on for 20 s (rank 0 at step 3, rank 1 at step 3)" in job.text(), job.text()
+    with job(tmp_path, FAULTY, "hang:3", *arguments(data, run_dir, *ENDLESS, "--run.hang_timeout", 12)) as (ranks, log):
+        assert EXIT_LOST in ended(ranks)
+    told = log.read_text()
+    assert "no rank got on for 12 s (rank 0 at step 3, rank 1 at step 3)" in told, told
     stacks = (run_dir / "stacks" / "rank1.txt").read_text()
     assert "in faulty" in stacks and "faulty_train.py" in stacks
     assert (run_dir / "stacks" / "rank0.txt").is_file()

@@ -9,12 +9,26 @@ from test_step_on_cuda import check_evaluation, check_step
 
 from scalekd_ds.config import DistillConfig
 
+# what a number alone changes, and what pairs of `test_step_on_cuda` have, too: two seconds each
+SLOW = {
+    "KD alone of the logits",
+    "temperature",
+    "softmax scale",
+    "one view of the stage before",
+    "heads",
+    "LAMB",
+    "AdamW",
+}
+SLOW |= {"float16", "models on the second GPU before"}
+
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_cases([*OPTIONS, *OTHERS], tmp_path_factory.mktemp("pretending"))
+def found(asked, tmp_path_factory):
+    return run_cases(
+        [name for name in [*OPTIONS, *OTHERS] if name in asked("name")], tmp_path_factory.mktemp("pretending")
+    )
 
 
 def test_every_option_is_tried_at_another_value_than_its_default():
@@ -23,7 +37,9 @@ def test_every_option_is_tried_at_another_value_than_its_default():
     assert all(getattr(DistillConfig(), n) != v for case in OPTIONS.values() for n, v in case.options.items())
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in [*OPTIONS, *OTHERS]]
+)
 def test_a_step_mixes_no_devices_and_waits_for_nothing(found, name):
     check_step(found[name])
     if CASES[name].evaluates:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 from chatter import foreign_lines
-from forking import forked, forked_ranks
+from forking import ended, forked, forked_in_background, forked_ranks
 from launching import LIMIT, ROOT, WORKERS, environment, free_port, launch, launcher_command
 from safetensors.torch import load_file
 from source_fixtures import write_tar
@@ -111,27 +110,24 @@ def test_zero_stages_agree_in_fp32(data, tmp_path):
     assert list(losses[0].values()) == pytest.approx(list(losses[3].values()), rel=2e-5)
 
 
-def begun(command, **kwargs):
-    """A process in the background whose standard output is dropped."""
+def start(data, run_dir, *more):
+    """The launcher of a run on two ranks, in a session of its own."""
     return subprocess.Popen(
-        [*map(str, command)],
+        [*launcher_command(), str(TRAIN), *map(str, arguments(data, run_dir, *more))],
         cwd=ROOT,
         env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        **kwargs,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
-def start(data, run_dir, *more):
-    """The launcher of a run on two ranks, in a session of its own."""
-    command = [*launcher_command(), TRAIN, *arguments(data, run_dir, *more)]
-    return begun(command, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-def start_alone(args):
-    """A run in one process, whose errors can be read."""
-    return begun([sys.executable, TRAIN, *args], stderr=subprocess.PIPE, text=True)
+def wait_for_checkpoint(run_dir, processes):
+    """Returns once the run has its first checkpoint, or has ended."""
+    deadline = time.time() + LIMIT
+    while not checkpoints_of(run_dir) and all(p.is_alive() for p in processes) and time.time() < deadline:
+        time.sleep(0.02)
 
 
 def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
@@ -142,16 +138,13 @@ def test_a_run_killed_in_mid_epoch_resumes_bit_for_bit(data, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert forked_ranks(TRAIN, *arguments(data, whole, *more)).returncode == 0
 
-    process = start(data, cut, *more)
-    deadline = time.time() + LIMIT
-    while not checkpoints_of(cut) and time.time() < deadline:
-        time.sleep(0.02)
-    # the launcher and its ranks are a session of their own: no handler runs, nothing is flushed
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    job = TRAIN, *arguments(data, cut, *more)
+    # leaving the block is kill -9 of both ranks: no handler runs, nothing is flushed
+    with forked_in_background(*job, log=tmp_path / "log", ranks=2) as ranks:
+        wait_for_checkpoint(cut, ranks)
     saved = [p.name for p in checkpoints_of(cut)]
     assert saved and saved[-1] < "step00000015", "the run was over before it was killed"
-    assert start(data, cut, *more).wait(timeout=LIMIT) == 0
+    assert forked_ranks(*job).returncode == 0
 
     ours, theirs = scalars(cut), scalars(whole)
     for name in ("loss/total", "optim/grad_norm", "optim/lr", *(f"loss/{t}" for t in TERMS)):
@@ -256,22 +249,20 @@ def test_a_used_run_folder_is_not_overwritten_and_stop_after_resumes(data, tmp_p
 def kill_while_saving(data, run_dir, kills: int) -> None:
     """Saves at every step and is killed, again and again, at moments that have nothing to do with its own."""
     more = ("--run.save_every", 1, "--run.keep_last", 2, "--run.resume", "auto", "--schedule.epochs", 4000)
-    args = arguments(data, run_dir, *more, "--run.progress", "none")
+    args, log = arguments(data, run_dir, *more, "--run.progress", "none"), run_dir.with_suffix(".log")
     moments = np.random.default_rng(0).uniform(0.0, 0.5, kills)
     reached = -1
     for moment in moments:
-        process = start_alone(args)
-        deadline = time.time() + LIMIT
-        # let it get past what the one before had saved
-        while process.poll() is None and time.time() < deadline:
-            found = checkpoints_of(run_dir)
-            if found and int(found[-1].name[4:]) > reached + 2:
-                break
-            time.sleep(0.005)
-        time.sleep(moment)
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        process.kill()
-        process.communicate()
+        with forked_in_background(TRAIN, *args, log=log) as (process,):
+            deadline = time.time() + LIMIT
+            # let it get past what the one before had saved
+            while process.is_alive() and time.time() < deadline:
+                found = checkpoints_of(run_dir)
+                if found and int(found[-1].name[4:]) > reached + 2:
+                    break
+                time.sleep(0.005)
+            time.sleep(moment)
+            assert process.is_alive(), log.read_text()[-2000:]
         newest = choose_checkpoint(run_dir, "auto")
         assert newest is not None and int(newest.name[4:]) > reached
         consolidate(newest)
@@ -317,15 +308,15 @@ def test_a_disk_that_vanishes_in_mid_epoch_ends_the_run_which_then_resumes(data,
     shutil.copytree(data, here)
     more = ("--data.keep_mb", 0, "--run.resume", "auto", "--run.save_every", 2, "--run.eval_every", 0)
     args = supervised_arguments(here, run_dir, *more, "--schedule.epochs", 2000)
-    process = start_alone(args)
-    deadline = time.time() + LIMIT
-    while not checkpoints_of(run_dir) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    (here / "train").rename(tmp_path / "gone")
-    _, stderr = process.communicate(timeout=LIMIT)
-    told = [line for line in stderr.splitlines() if "cannot be read any more" in line]
-    assert process.returncode != 0 and len(told) == 1, stderr[-2000:]
-    assert str(here / "train") in told[0] and "Traceback" not in stderr
+    log = tmp_path / "log"
+    with forked_in_background(TRAIN, *args, log=log) as processes:
+        wait_for_checkpoint(run_dir, processes)
+        (here / "train").rename(tmp_path / "gone")
+        status = ended(processes)
+    text = log.read_text()
+    told = [line for line in text.splitlines() if "cannot be read any more" in line]
+    assert status != [0] and len(told) == 1, text[-2000:]
+    assert str(here / "train") in told[0] and "Traceback" not in text
     saved = choose_checkpoint(run_dir, "auto")
     assert saved is not None
     step = int(saved.name[4:])

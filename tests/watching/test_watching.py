@@ -15,7 +15,7 @@ import browser
 import numpy as np
 import pytest
 import tiny_run
-from forking import forked_ranks
+from forking import forked_ranks, forked_with
 from launching import LIMIT, ROOT, alone, environment, free_port
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -224,8 +224,8 @@ def test_standard_output_is_json_lines_and_nothing_else(data, tmp_path):
     """One process; Weights & Biases, where it is installed, keeps its run on this machine."""
     monitors = "wandb" if find_spec("wandb") else "csv"
     more = ("--run.progress", "json", "--run.log_every", 5, "--run.monitors", monitors, "--micro_batch_size", 8)
-    env = environment(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
-    done = alone(TRAIN, *arguments(data, tmp_path / "run", *more), env=env)
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    done = forked_with([offline], TRAIN, *arguments(data, tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["kind"] for line in lines] == ["step", "evaluation", "step", "evaluation", "report"]

@@ -1,6 +1,6 @@
 """launch/train.py with a fault built in on rank 1: `faulty_train.py FAULT ...`.
 
-FAULT is `nan:STEP,STEP`, `hang:STEP`, `pause:STEP`, which sleeps for 15 seconds, or `stop:building`, which stops the process as
+FAULT is `nan:STEP,STEP`, `hang:STEP`, `pause:STEP`, which sleeps for 10 seconds, or `stop:building`, which stops the process as
 if its node were suspended. `limited-` before it lowers the limits of collectives of torch and DeepSpeed to 6 seconds.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
         if dist.get_rank() != 1 or run.step not in at:
             return train_step(run, batches)
         if kind in ("hang", "pause"):
-            time.sleep(1000 if kind == "hang" else 15)
+            time.sleep(1000 if kind == "hang" else 10)
             return train_step(run, batches)
         # what a broken image, or a loss that ran away, does to a step
         return train_step(run, ((images * torch.nan, labels) for images, labels in batches))

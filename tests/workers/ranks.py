@@ -23,6 +23,8 @@ def begin(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Reads the command line, keeps to one thread and meets the other ranks."""
     arguments = (parser or argparse.ArgumentParser()).parse_args(own_arguments())
     torch.set_num_threads(1)
+    # as a run has it: DeepSpeed would compile its all-reduce through shared memory for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return arguments
 
