@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import tiny_pair
@@ -10,7 +11,7 @@ from torch._dynamo.utils import counters
 from zoo import STUDENTS, TEACHERS, make_student, make_teacher
 
 from scalekd_ds import ScaleKD, Teacher
-from scalekd_ds.engine.compilation import eagerly
+from scalekd_ds.engine.compilation import eagerly, try_teacher
 from scalekd_ds.student import Student
 
 STEPS = 3
@@ -144,6 +145,23 @@ def test_a_teacher_runs_as_written_again():
     distiller = compiled(build())
     distiller.teacher.run_as_written().targets(torch.zeros(2, 3, 64, 64))
     assert not counters["stats"]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_teacher_that_cannot_be_compiled_is_one_line_and_runs_as_written():
+    def broken(graph, inputs):
+        raise RuntimeError("no code for this one")
+
+    distiller = build()
+    expected = distiller.teacher.targets(torch.ones(2, 3, 64, 64)).tokens
+    distiller.teacher.compile(backend=broken)
+    assert re.fullmatch(
+        r"the teacher is not compiled, since torch could not \(.*no code for this one.*\); --run\.compile off does not try",
+        try_teacher(distiller, 2),
+    )
+    assert torch.equal(distiller.teacher.targets(torch.ones(2, 3, 64, 64)).tokens, expected)
+    distiller.teacher.compile(backend="eager")
+    assert try_teacher(distiller, 2) is None
 
 
 @pytest.mark.slow
