@@ -160,7 +160,8 @@ class ProjectorPair(nn.Module):
     def _keys(self, x: torch.Tensor, weights: dict[str, list[torch.Tensor]]) -> torch.Tensor:
         """Tokens (V, B*S, student_dim) of all views from one convolution, whose output they are without a copy."""
         views = self.views
-        f = F.conv2d(x, *weights["conv"], padding=1)
+        weight, bias = weights["conv"]
+        f = F.conv2d(x, weight, bias, padding=1)
         if isinstance(views[0].norm, nn.BatchNorm2d):
             f = _batch_norm(f, [v.norm for v in views], *weights["norm"])
         else:

@@ -44,7 +44,7 @@ REFUSED = {
 SILENT = {
     *("recipe", "teacher", "teacher_weights", "data.root", "data.train", "data.val", "data.class_order"),
     *("data.threads", "data.prefetch", "data.keep_mb", "data.hw_decoder_load", "data.largest_image", "data.augment_on"),
-    *("data.eval_batch_size", "data.max_bad_share", "data.allow_missing_classes", "run.compile_teacher"),
+    *("data.eval_batch_size", "data.max_bad_share", "data.allow_missing_classes"),
 }
 # fields that nothing reads after the first step of a run
 WITHOUT_EFFECT = {"student_weights": "the student's weights are those of the checkpoint"}

@@ -122,6 +122,7 @@ def test_a_cache_that_cannot_be_written_is_left_to_torch(monkeypatch, tmp_path):
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(monkeypatch, tmp_path):
     """Forward and backward of a small model, in a process each."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
