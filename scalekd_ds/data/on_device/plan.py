@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from PIL import Image
 
 from scalekd_ds.data.policy import Op
 
-# A plan has arrays on the host; as they are used on a device they are tensors.
-Values = np.ndarray | torch.Tensor
+# a plan has NumPy's arrays, and the steps that are applied have tensors on a device
+Values = Any
 
 # where a part begins in the buffer: a multiple of every element's size
 _ALIGNMENT = 16
@@ -84,14 +84,13 @@ class Warps(NamedTuple):
 
 
 Step = Points | Blends | Blurs | Warps
-_Part = TypeVar("_Part")
 
 
 class Plan(NamedTuple):
     """The steps of a batch.
 
     Attributes:
-        steps: In their order; their arrays are views of the buffer on the host.
+        steps: In their order.
         buffer: (N,) uint8 that holds all arrays, in memory from which a GPU copies it by itself.
     """
 
@@ -122,7 +121,7 @@ def unpack(plan: Plan, buffer: torch.Tensor) -> list[Step]:
     """The steps of `plan` with views of `buffer`, which is a copy of the plan's own on any device."""
     first = 0
 
-    def viewed(values: object) -> object:
+    def viewed(values: Any) -> Any:
         nonlocal first
         if not isinstance(values, np.ndarray):
             return values
@@ -130,7 +129,7 @@ def unpack(plan: Plan, buffer: torch.Tensor) -> list[Step]:
         first += _aligned(values.nbytes)
         return part
 
-    return [type(step)(*map(viewed, step)) for step in plan.steps]  # type: ignore[arg-type]
+    return [type(step)(*map(viewed, step)) for step in plan.steps]
 
 
 def _packed(steps: list[Step], pinned: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
