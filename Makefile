@@ -41,6 +41,7 @@ help:
 	@echo "make test          ruff, import-linter, mypy and the tests (PYTEST_ARGS='-k name', TORCH=2.11.0)"
 	@echo "make test-slow     the minutes-long proofs"
 	@echo "make benchmark     the whole step and the kernels, against the published structure; on a GPU all that it can show"
+	@echo "make roofline      what the step's kernels would take on five GPUs, modelled from their bytes and FLOP"
 	@echo "make ablation      each part of ScaleKD taken away, three seeds on Fashion-MNIST, half an hour in the background"
 	@echo "make lint          ruff, import-linter and mypy alone"
 	@echo "make docs          the documentation's site, in build/site"
@@ -160,6 +161,11 @@ benchmark: $(STAMP)
 		$(BIN)/python benchmarks/step.py --pair swin_small-resnet50 --batch 8 && \
 		$(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/plot.py; \
 	fi
+
+# minutes: the step is traced on CUDA tensors without values, eager and as inductor fuses it
+.PHONY: roofline
+roofline: $(STAMP)
+	$(BIN)/python benchmarks/roofline.py
 
 # in the background: it takes both cores of a small machine for half an hour
 .PHONY: ablation

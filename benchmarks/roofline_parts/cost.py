@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -51,7 +52,11 @@ _FILLS = {f"aten::{name}" for name in ("ones_like", "zeros_like", "full_like", "
 _GATHERS = {"aten::index", "aten::index_select", "aten::embedding", "aten::gather", "aten::nll_loss_forward"}
 # they change a tensor's shape in place, which `Watch` takes for a launch
 _NO_BYTES = {"aten::as_strided_"}
-_HEAVY = ("norm", "softmax", "gelu", "sigmoid", "tanh", "exp", "log", "erf", "silu", "_fused_adam", "upsample")
+# statistics of a whole batch come before what they are used for: each of the first tensors is read twice
+_TWICE = {"aten::native_batch_norm": 1, "aten::native_batch_norm_backward": 2}
+_HEAVY = re.compile(
+    r"norm|softmax|gelu|silu|sigmoid|tanh|^(exp|log|erf|pow|r?sqrt|div|var_mean)$|_fused_adam|upsample|_kernel$"
+)
 
 
 def distinct_bytes(tensor: torch.Tensor) -> int:
@@ -142,6 +147,9 @@ def kernels_of(func: Any, args: Any, kwargs: dict, out: Any, count: int = 1) -> 
     found = kernel(name, read, written, kernels=count, launches=count)
     if name in _GATHERS:
         found["read"] += min(distinct_bytes(args[0]), total_bytes(out)) - distinct_bytes(args[0])
+    # not in an evaluation, whose statistics are known
+    if name in _TWICE and any(value is True for value in args):
+        found["read"] += sum(map(distinct_bytes, args[: _TWICE[name]]))
     if is_product(func):
         first = next(t for t in tree_leaves(args) if isinstance(t, torch.Tensor))
         found["flop"] = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
@@ -155,7 +163,7 @@ def kernels_of(func: Any, args: Any, kwargs: dict, out: Any, count: int = 1) -> 
 
 def point_flop(name: str, tensors: Sequence[torch.Tensor]) -> int:
     """FLOP of an operator without a formula: some for each element of its largest tensor."""
-    each = HEAVY_FLOP if any(part in name for part in _HEAVY) else LIGHT_FLOP
+    each = HEAVY_FLOP if _HEAVY.search(name.removeprefix("aten::")) else LIGHT_FLOP
     if name.startswith(("aten::_foreach", "aten::_fused")):
         return each * sum(t.numel() for t in tensors)
     return each * max((t.numel() for t in tensors), default=0)

@@ -50,6 +50,9 @@ _SILENT = (
     "getitem",
     "slice",
     "select",
+    "clone",
+    "copy_",
+    "copy",
 )
 
 
@@ -142,28 +145,32 @@ class Fused:
 
 def _fused(node: Any) -> Kernel:
     """A kernel that inductor writes, with the bytes that its scheduler counts: each buffer once."""
-    origins = [
-        o for inner in node.get_nodes() for o in inner.node.get_origins() if isinstance(o.meta.get("val"), torch.Tensor)
-    ]
-    names = list(
-        dict.fromkeys(str(o.target).removeprefix("aten.").split(".")[0].removeprefix("prims.") for o in origins)
-    )
+    # a statistic such as a mean with its variance has two values
+    found = [o for inner in node.get_nodes() for o in inner.node.get_origins() if o.op == "call_function"]
+    names = list(dict.fromkeys(map(_name, found)))
+    origins = [o for o in found if isinstance(o.meta.get("val"), torch.Tensor)]
     telling = [name for name in names if name not in _SILENT] or names
+    working = [(_name(o), o.meta["val"]) for o in origins if _name(o) not in _SILENT]
     both = node.get_read_write_buffers_sizes()
     written = node.get_read_write_buffers_sizes_impl(include_reads=False, include_writes=True)
     return {
-        "op": "+".join(telling[:_NAMED]) + ("+..." if len(telling) > _NAMED else ""),
+        "op": ("+".join(telling[:_NAMED]) or "copy") + ("+..." if len(telling) > _NAMED else ""),
         "shape": shape_text([o.meta["val"] for o in origins]),
         "part": "",
         "read": both - written,
         "written": written,
-        "flop": sum(point_flop(str(o.target), [o.meta["val"]]) for o in origins),
+        "flop": sum(point_flop(name, [value]) for name, value in working),
         "unit": "fp32",
         "must": None,
         "kernels": 1,
         "launches": 1,
         "waits": False,
     }
+
+
+def _name(node: torch.fx.Node) -> str:
+    """The operator of a node, without its library and overload."""
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("aten.").removeprefix("prims.").split(".")[0]
 
 
 def _copy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -143,9 +143,22 @@ CARD_HEAD = ["card", *(f"{step}: {what}" for step in ("eager", "compiled") for w
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The table of docs/performance.md."""
-    head = f"| {' | '.join(CARD_HEAD)} |\n|{'---|' * len(CARD_HEAD)}\n"
-    return head + "".join(f"| {' | '.join(row)} |\n" for row in card_rows(content))
+    """The tables of docs/performance.md: all cards, and the parts of the step on the first one."""
+    name, found = next(iter(content["cards"].items()))
+    steps = [step for step in ("eager", "compiled", "floor") if found[step]]
+    parts = dict.fromkeys(part for step in steps for part in found[step]["parts"])
+    rows = []
+    for part in parts:
+        ms = [found[step]["parts"].get(part, 0.0) for step in steps]
+        if max(ms) >= 0.05:
+            rows.append([{"else": "rest"}.get(part, part), *(f"{value:.1f}" for value in ms)])
+    head = [f"ms on {CARDS[name].name}", *steps]
+    return _table(CARD_HEAD, card_rows(content)) + "\n" + _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
 
 def print_against(content: dict[str, Any], other: dict[str, Any], card: str) -> None:

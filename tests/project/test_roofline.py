@@ -66,6 +66,15 @@ def test_a_layer_norm_could_run_in_its_neighbour():
     assert found["unit"] == "fp32" and found["must"] is None
 
 
+def test_a_batch_norm_reads_its_input_for_the_statistics_and_again():
+    x, w, b = tensor(8, 16, 4, 4, dtype=torch.float32), *(tensor(16, dtype=torch.float32) for _ in range(2))
+    for training, reads in ((True, 2), (False, 1)):
+        statistics = [tensor(16, dtype=torch.float32) for _ in range(2)]
+        call = torch.ops.aten.native_batch_norm
+        ((found,),) = kernels(lambda: call(x, w, b, *statistics, training, 0.1, 1e-5)).values()  # noqa: B023
+        assert found["read"] == 4 * (reads * x.numel() + 4 * 16)
+
+
 def test_the_backward_of_a_convolution_is_a_kernel_for_each_gradient():
     x, w, b = tensor(2, 16, 8, 8, grad=True), tensor(32, 16, 3, 3, grad=True), tensor(32, grad=True)
     found = kernels(lambda: F.conv2d(x, w, b, padding=1).sum().backward())
@@ -164,6 +173,16 @@ def test_the_committed_result_is_the_table_of_the_documents():
             assert sum(found[step]["parts"].values()) == pytest.approx(found[step]["ms"])
         assert found["floor"]["ms"] < found["compiled"]["ms"] < found["eager"]["ms"]
     assert content["assumptions"] == json.loads(json.dumps(report.assumptions()))
+
+
+def test_the_committed_result_is_of_the_step_whose_launches_the_documents_count():
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| Swin-L → ResNet-50 | ")]
+    counted = int(row.strip("| ").split("|")[-1].replace(",", ""))
+    launches = roofline.read(str(RESULT))["launches"]["eager"]
+    assert launches == pytest.approx(counted, rel=0.05), (
+        "run benchmarks/roofline.py again, and put its table into the documents"
+    )
 
 
 def test_wrong_arguments_are_one_line(tmp_path, capsys):

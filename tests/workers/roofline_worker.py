@@ -22,6 +22,8 @@ from scalekd_ds.engine.processes import start_processes
 
 def mlp() -> dict:
     """An MLP with a norm, under autocast."""
+    # there is no attention to be found, and its patterns take longer to build than all the rest
+    torch._inductor.config.pattern_matcher = False
     with fake_cuda.tensors():
         module = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)).cuda()
         x = torch.empty(512, 256, device="cuda", requires_grad=True)
