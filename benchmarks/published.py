@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scalekd_ds.distiller import VIEWS, ScaleKD
+from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.losses import label_loss
+from scalekd_ds.pair_projectors import VIEWS
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.student import StudentOutput
 from scalekd_ds.teacher import Teacher, TeacherTargets

@@ -14,14 +14,10 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.losses import dual_view_losses, label_loss, logit_kd
 from scalekd_ds.models.build import build_model
 from scalekd_ds.models.preprocessing import Preprocessing
+from scalekd_ds.pair_projectors import VIEWS, build_projectors
 from scalekd_ds.pairing import pairing_table
-from scalekd_ds.projector.cross_attention import CrossAttentionProjector
-from scalekd_ds.projector.linear import LinearPair, LinearProjector
-from scalekd_ds.projector.pair import ProjectorPair
 from scalekd_ds.student import Student, StudentOutput
 from scalekd_ds.teacher import TargetsWithoutTPP, Teacher, TeacherTargets
-
-VIEWS = ("spatial", "frequency")
 
 _NO_TIMER = nullcontext()
 
@@ -131,7 +127,9 @@ class ScaleKD(nn.Module):
         self.on_logits: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.projectors = nn.ModuleDict()
         if features and teacher is not None:
-            self._build_projectors(teacher, {"s3": heads_s3, "s4": heads_s4}, softmax_scale, norm, projector)
+            heads = {"s3": heads_s3, "s4": heads_s4}
+            terms, shapes = set(self.feature_weights), (self._shapes.before, self._shapes.last)
+            self.projectors.update(build_projectors(shapes, teacher, terms, tpp, heads, softmax_scale, norm, projector))
         # a student that is on a GPU already has all else beside it
         self.to(next(self.student.parameters()).device)
         if verbose:
@@ -182,52 +180,6 @@ class ScaleKD(nn.Module):
                     f"{self.image_size[0]}x{self.image_size[1]} images, not the {stage.grid[0]}x{stage.grid[1]} of "
                     f"{stage.dim} that it was built for: set --teacher_image_size."
                 )
-
-    def _build_projectors(
-        self, teacher: Teacher, heads: dict[str, int | None], softmax_scale: float, norm: str, projector: str
-    ) -> None:
-        stages = {"s3": (self._shapes.before, teacher.last_input), "s4": (self._shapes.last, teacher.last_output)}
-        for stage, (student_map, teacher_stage) in stages.items():
-            views = [view for view in VIEWS if f"{view}_{stage}" in self.feature_weights]
-            if not views:
-                continue
-            if teacher_stage is None:
-                raise UserError(
-                    "the teacher was built with features=False, and has no last stage: leave that out, or set "
-                    "features=False of ScaleKD too."
-                )
-            _, student_dim, h, w = student_map.shape
-            grid = (h, w)
-            dim, query_grid = teacher_stage.dim, teacher_stage.grid
-            if stage == "s3" and (grid[0] > query_grid[0] * 2 or grid[1] > query_grid[1] * 2):
-                raise UserError(
-                    f"the student's map before its last stage is {grid[0]}x{grid[1]}, more than twice the teacher's "
-                    f"{query_grid[0]}x{query_grid[1]} there: choose a student with more stages, smaller images, or a "
-                    "larger --teacher_image_size."
-                )
-            if projector == "linear":
-                linear = {view: LinearProjector(student_dim, dim, query_grid) for view in views}
-                self.projectors[stage] = LinearPair(linear)
-                continue
-            try:
-                self.projectors[stage] = ProjectorPair(
-                    {
-                        view: CrossAttentionProjector(
-                            student_dim,
-                            dim,
-                            grid,
-                            query_grid,
-                            heads[stage] or teacher_stage.heads,
-                            softmax_scale,
-                            # with TPP, a view's tokens of stage n-1 are its queries at the last stage
-                            learned_query=stage == "s3" or not self.tpp or f"{view}_s3" not in self.feature_weights,
-                            norm=norm,
-                        )
-                        for view in views
-                    }
-                )
-            except ValueError as error:
-                raise UserError(f"projectors of {stage}: {error}") from None
 
     # -- compiling -----------------------------------------------------------------------------------------------
 
