@@ -48,7 +48,9 @@ def test_each_rank_holds_its_share(compared):
     for case in CASES[ranks]:
         for seen in results[case]:
             assert seen["replica"] == seen["whole"] or "bf16" in case
-            assert seen["resting"] == pytest.approx(seen["whole"] / ranks, rel=0.05), case
+            # buffers, such as the position biases and masks of a Swin's windows, are whole on every rank
+            share = (seen["whole"] - seen["buffers"]) / ranks + seen["buffers"]
+            assert seen["resting"] == pytest.approx(share, rel=0.05), case
 
 
 def test_the_most_that_a_rank_holds_is_as_planned(compared):

@@ -108,6 +108,7 @@ def compare(name: str, placement: TeacherPlacement, low: bool) -> dict[str, obje
         "compared": len(expected),
         "replica": found["replica"][2],
         "whole": whole,
+        "buffers": buffers,
         "resting": resting,
         "peak": peak.bytes + buffers,
         "planned": planned,
