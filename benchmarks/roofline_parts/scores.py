@@ -9,7 +9,8 @@ import torch
 
 from roofline_parts.cost import Kernel, distinct_bytes
 
-_SOFTMAX = {"aten::_softmax", "aten::_softmax_backward_data"}
+# the second is PyTorch's own where no fused attention takes the heads
+_SOFTMAX = {"aten::_softmax", "aten::_safe_softmax", "aten::_softmax_backward_data"}
 _PRODUCTS = {"aten::bmm", "aten::baddbmm"}
 
 
