@@ -26,6 +26,16 @@ def saturating_cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def nearest_cast(x, dtype: tl.constexpr):
+    """Rounds a float32 tile to the nearest number of `dtype`; float16 overflows to inf, which loss scalers look for."""
+    if dtype == tl.float16:
+        x = x.to(dtype)
+    else:
+        x = saturating_cast(x, dtype)
+    return x
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """`tl.dot`, summed in float32."""
     if INTERPRETED:

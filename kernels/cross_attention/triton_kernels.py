@@ -18,17 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalekd_ds.kernels.interpreted import dot, saturating_cast
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr):
-    """Rounds a float32 tile to the nearest number of `dtype`; float16 overflows to inf, which loss scalers look for."""
-    if dtype == tl.float16:
-        x = x.to(dtype)
-    else:
-        x = saturating_cast(x, dtype)
-    return x
+from scalekd_ds.kernels.interpreted import dot, nearest_cast
 
 
 @triton.jit
@@ -45,7 +35,7 @@ def _store(ptr, x, rows, count, stride, D: tl.constexpr, BD: tl.constexpr):
     columns = tl.arange(0, BD)
     inside = (rows < count)[:, None] & (columns < D)[None, :]
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(ptr + offsets, _cast(x, ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + offsets, nearest_cast(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -75,7 +65,7 @@ def cap_forward_kernel(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         v = _load(v_ptr + b * v_b + n * v_n, keys, S, v_r, D, BD)
-        acc = acc * rescale[:, None] + dot(_cast(p, v.dtype), v, PRECISION)
+        acc = acc * rescale[:, None] + dot(nearest_cast(p, v.dtype), v, PRECISION)
         row_max = new_max
     out = out_ptr + b * Q * N * D + n * D
     _store(out, acc / row_sum[:, None], queries, Q, N * D, D, BD)
@@ -116,10 +106,10 @@ def cap_backward_small_kernel(
         scores = dot(q, tl.trans(k), PRECISION) * log2_scale
         scores = tl.where((keys < S)[None, :], scores, float("-inf"))
         p = tl.exp2(scores - lse[:, None])
-        dv = dot(tl.trans(_cast(p, dout.dtype)), dout, PRECISION)
+        dv = dot(tl.trans(nearest_cast(p, dout.dtype)), dout, PRECISION)
         _store(dv_ptr + b * d_b + n * d_n, dv, keys, S, d_r, D, BD)
         dp = dot(dout, tl.trans(v), PRECISION)
-        ds = _cast(p * (dp - _delta(out, dout)[:, None]) * scale, q.dtype)
+        ds = nearest_cast(p * (dp - _delta(out, dout)[:, None]) * scale, q.dtype)
         dk = dot(tl.trans(ds), q, PRECISION)
         _store(dk_ptr + b * d_b + n * d_n, dk, keys, S, d_r, D, BD)
         dq += dot(ds, k, PRECISION)
@@ -157,7 +147,7 @@ def cap_backward_q_kernel(
             scores = tl.where((keys < S)[None, :], scores, float("-inf"))
             p = tl.exp2(scores - lse[:, None])
             dp = dot(dout, tl.trans(v), PRECISION)
-            ds = _cast(p * (dp - delta[:, None]) * scale, k.dtype)
+            ds = nearest_cast(p * (dp - delta[:, None]) * scale, k.dtype)
             dq += dot(ds, k, PRECISION)
     _store(dq_ptr + c * Q * N * D + n * D, dq, queries, Q, N * D, D, BD)
 
@@ -187,8 +177,8 @@ def cap_backward_kv_kernel(
         lse = tl.load(lse_ptr + (b * N + n) * Q + queries, mask=queries < Q, other=float("inf"))
         delta = tl.load(delta_ptr + (b * N + n) * Q + queries, mask=queries < Q, other=0.0)
         p = tl.exp2(dot(k, tl.trans(q), PRECISION) * log2_scale - lse[None, :])
-        dv += dot(_cast(p, dout.dtype), dout, PRECISION)
+        dv += dot(nearest_cast(p, dout.dtype), dout, PRECISION)
         dp = dot(v, tl.trans(dout), PRECISION)
-        dk += dot(_cast(p * (dp - delta[None, :]) * scale, q.dtype), q, PRECISION)
+        dk += dot(nearest_cast(p * (dp - delta[None, :]) * scale, q.dtype), q, PRECISION)
     _store(dk_ptr + b * d_b + n * d_n, dk, keys, S, d_r, D, BD)
     _store(dv_ptr + b * d_b + n * d_n, dv, keys, S, d_r, D, BD)

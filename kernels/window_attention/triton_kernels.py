@@ -18,17 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scalekd_ds.kernels.interpreted import dot, saturating_cast
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr):
-    """Rounds a float32 tile to the nearest number of `dtype`; float16 overflows to inf, which loss scalers look for."""
-    if dtype == tl.float16:
-        x = x.to(dtype)
-    else:
-        x = saturating_cast(x, dtype)
-    return x
+from scalekd_ds.kernels.interpreted import dot, nearest_cast
 
 
 @triton.jit
@@ -64,7 +54,7 @@ def _store(ptr, x, rows, columns, inside, stride_h, stride_w, D: tl.constexpr, B
     """Writes the tile [tokens, BD] of one head, in the type of its destination."""
     d = tl.arange(0, BD)
     offsets = rows[:, None].to(tl.int64) * stride_h + columns[:, None].to(tl.int64) * stride_w + d[None, :]
-    tl.store(ptr + offsets, _cast(x, ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    tl.store(ptr + offsets, nearest_cast(x, ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -139,7 +129,7 @@ def window_forward_kernel(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         v = _load(head + 2 * q_p, pad_ptr + (2 * N + n) * D, rows, columns, inside, keys, q_h, q_w, T, D, BD, PADDED)
-        acc = acc * rescale[:, None] + dot(_cast(p, v.dtype), v, PRECISION)
+        acc = acc * rescale[:, None] + dot(nearest_cast(p, v.dtype), v, PRECISION)
         row_max = new_max
     out = out_ptr + b * H * W * N * D + n * D
     _store(out, acc / row_sum[:, None], q_rows, q_columns, q_inside, W * N * D, N * D, D, BD)
@@ -191,10 +181,10 @@ def window_backward_q_kernel(
         if COSINE:
             k_norm = _inverse_norm(k)
             scores *= q_norm[:, None] * k_norm[None, :]
-            k = _cast(k.to(tl.float32) * k_norm[:, None], k.dtype)
+            k = nearest_cast(k.to(tl.float32) * k_norm[:, None], k.dtype)
         p = tl.exp2(scores + _constant(constant, queries, keys, c_row, T) - lse[:, None])
         ds = p * (dp - delta[:, None]) * scale
-        dq += dot(_cast(ds, k.dtype), k, PRECISION)
+        dq += dot(nearest_cast(ds, k.dtype), k, PRECISION)
     if COSINE:
         dq = _through_norm(dq, q, q_norm)
     dqkv = dqkv_ptr + b * H * W * 3 * N * D + n * D
@@ -243,11 +233,11 @@ def window_backward_kv_kernel(
         if COSINE:
             q_norm = _inverse_norm(q)
             scores *= q_norm[:, None] * k_norm[None, :]
-            q = _cast(q.to(tl.float32) * q_norm[:, None], q.dtype)
+            q = nearest_cast(q.to(tl.float32) * q_norm[:, None], q.dtype)
         p = tl.exp2(scores + _constant(constant, queries, keys, c_row, T) - lse[:, None])
         ds = p * (dp - delta[:, None]) * scale
-        dv += dot(tl.trans(_cast(p, dout.dtype)), dout, PRECISION)
-        dk += dot(tl.trans(_cast(ds, q.dtype)), q, PRECISION)
+        dv += dot(tl.trans(nearest_cast(p, dout.dtype)), dout, PRECISION)
+        dk += dot(tl.trans(nearest_cast(ds, q.dtype)), q, PRECISION)
     if COSINE:
         dk = _through_norm(dk, k, k_norm)
     dqkv = dqkv_ptr + b * H * W * 3 * N * D + n * D

@@ -46,6 +46,8 @@ SILENT = {
     *("data.threads", "data.prefetch", "data.keep_mb", "data.hw_decoder_load", "data.largest_image", "data.augment_on"),
     *("data.eval_batch_size", "data.max_bad_share", "data.allow_missing_classes"),
 }
+# fields of `run`, which says where and how fast, that change what is learned
+OF_THE_RUN = ("teacher_precision",)
 # fields that nothing reads after the first step of a run
 WITHOUT_EFFECT = {"student_weights": "the student's weights are those of the checkpoint"}
 # keys of the merged DeepSpeed JSON that fields of the run fill in, which are compared themselves, and one of its log
@@ -68,12 +70,12 @@ def package_versions() -> dict[str, str]:
 
 
 def flat_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `RunConfig.as_dict` by their dotted names, as JSON has them; those of `run` are left out."""
+    """The fields of `RunConfig.as_dict` by their dotted names, as JSON has them; of `run` those in `OF_THE_RUN` alone."""
     found: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(config)).items():
         if name == "run":
-            continue
-        if isinstance(value, dict) and name in ("distill", "data", "optim", "ema", "schedule", "as_published"):
+            found |= {f"run.{key}": value[key] for key in OF_THE_RUN if key in value}
+        elif isinstance(value, dict) and name in ("distill", "data", "optim", "ema", "schedule", "as_published"):
             found |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             found[name] = value

@@ -64,8 +64,7 @@ def lower_teacher(distiller: ScaleKD, cfg: RunConfig, val: Source) -> dict[str, 
     device = next(teacher.parameters()).device
     if precision == "fp8":
         check_float8(device)
-    every = max(1, len(val) // GATE_IMAGES)
-    images = val.select(np.arange(0, len(val), every)[:GATE_IMAGES])
+    images = val.select(evenly_spaced(len(val), GATE_IMAGES))
     mean, std = normalisation_of(distiller.student)
     batch = min(cfg.data.eval_batch_size, cfg.micro_batch_size)
     loader = EvalLoader(images, cfg.data, batch, dist.get_rank(), dist.get_world_size(), device, mean, std)
@@ -95,6 +94,12 @@ def lower_teacher(distiller: ScaleKD, cfg: RunConfig, val: Source) -> dict[str, 
         scalars["teacher/gate_kl"] = kl / count
     check_gate(scalars, cfg.run)
     return scalars
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """(min(count, total),) int64 places from 0 to `total` - 1, spread over all: images lie class by class."""
+    count = min(count, total)
+    return np.arange(count) * total // count
 
 
 def _compared(scalars: dict[str, float], cfg: RunDirConfig) -> tuple[str, list[str]]:

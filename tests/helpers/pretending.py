@@ -27,11 +27,10 @@ def pretending(folder: Path, devices: int = 2) -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(ROOT / "tests" / "helpers")])}
 
 
-def run_cases(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """Case -> what the worker found of it, or its error."""
-    command = [sys.executable, str(WORKERS / "fake_cuda_step.py"), *names]
+def lines_of(worker: str, folder: Path, *arguments: str) -> tuple[list[str], str]:
+    """The lines that a script of tests/workers prints in a process that pretends, and what it wrote as errors."""
     done = subprocess.run(
-        command,
+        [sys.executable, str(WORKERS / worker), *arguments],
         cwd=ROOT,
         env=pretending(folder),
         capture_output=True,
@@ -39,6 +38,13 @@ def run_cases(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
         timeout=LIMIT,
         stdin=subprocess.DEVNULL,
     )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
-    assert done.returncode == 0 and len(found) == len(names), done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines(), done.stderr
+
+
+def run_cases(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Case -> what the worker found of it, or its error."""
+    lines, errors = lines_of("fake_cuda_step.py", folder, *names)
+    found = [json.loads(line) for line in lines if line.startswith('{"case"')]
+    assert len(found) == len(names), errors[-3000:]
     return {case.pop("case"): case for case in found}

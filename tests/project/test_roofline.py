@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import LIMIT, ROOT, WORKERS
-from pretending import pretending, skip_reason
+from launching import ROOT
+from pretending import lines_of, skip_reason
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -205,17 +204,8 @@ def test_the_difference_of_two_results(capsys):
 
 @pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 def test_a_step_and_a_fused_graph_of_a_process_that_pretends(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(WORKERS / "roofline_worker.py")],
-        cwd=ROOT,
-        env=pretending(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    lines, _ = lines_of("roofline_worker.py", tmp_path)
+    found = json.loads(lines[-1])
     # part by part, what `fake_cuda.Watch` counts
     assert whole_parts(found["eager"]) == found["launches"]
     parts = report.by_part(found["eager"])

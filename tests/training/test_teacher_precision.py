@@ -15,7 +15,7 @@ from scalekd_ds.config import RunDirConfig
 from scalekd_ds.errors import UserError
 from scalekd_ds.models.float8 import check_float8, to_float8
 from scalekd_ds.teacher import Teacher
-from scalekd_ds.training.teacher_precision import check_gate, trunk_layers
+from scalekd_ds.training.teacher_precision import check_gate, evenly_spaced, trunk_layers
 
 SWIN = {"patch_size": 4, "window_size": 4, "embed_dim": 32, "depths": (1, 1, 2), "num_heads": (1, 2, 4)}
 # one of each family, and of each kind of position embedding
@@ -156,6 +156,14 @@ def test_the_gate_refuses_what_is_above_a_bound(changed, flags):
         check_gate(scalars, cfg)
     assert "on 256 validation images by too much: 1 - cosine (spatial) 0.00" in str(error.value)
     assert str(error.value).endswith(f"take --run.teacher_precision bf16 or autocast, or allow more with {flags}.")
+
+
+@pytest.mark.parametrize("total", [1, 11, 256, 257, 300, 511, 513, 50_000])
+def test_the_gates_images_are_of_all_classes(total):
+    places = evenly_spaced(total, 256).tolist()
+    assert len(places) == len(set(places)) == min(total, 256)
+    gaps = [after - before for before, after in zip(places, [*places[1:], total], strict=True)]
+    assert places[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
 def test_a_gpu_without_8_bit_floats_and_a_missing_torchao_are_named(monkeypatch):
