@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekd_ds import kernels
-from scalekd_ds.projector.convolution import PatchConv, patches_of
+from scalekd_ds.projector.convolution import PatchConv
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -121,7 +121,7 @@ class CrossAttentionProjector(nn.Module):
         Args:
             x: (B, student_dim, h, w) student map on `key_grid`.
             query: (B, P, teacher_dim) tokens from TPP, where there is no learned query.
-            patches: `patches_of(x)`, where the caller has them already.
+            patches: `conv.patches(x)`, where the caller has them already.
 
         Returns:
             (B, P, teacher_dim) tokens, as `forward` orders them.
@@ -152,7 +152,7 @@ class CrossAttentionProjector(nn.Module):
         Args:
             x: (B, student_dim, h, w) student map on `key_grid`.
             query: (B, P, teacher_dim) tokens from TPP, where there is no learned query.
-            patches: `patches_of(x)`, where the caller has them already.
+            patches: `conv.patches(x)`, where the caller has them already.
 
         Returns:
             (B, P, teacher_dim) tokens, row by row, or window by window where there are several windows.
@@ -160,7 +160,7 @@ class CrossAttentionProjector(nn.Module):
         Raises:
             ValueError: A map of another grid, or a query that is missing or not expected.
         """
-        n = self.out_norm(self.attend(x, query, patches_of(x) if patches is None else patches))
+        n = self.out_norm(self.attend(x, query, self.conv.patches(x) if patches is None else patches))
         return n + self.fc2(F.relu(self.fc1(n)))
 
     if TYPE_CHECKING:

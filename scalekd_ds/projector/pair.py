@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scalekd_ds import kernels
-from scalekd_ds.projector.convolution import autocast_dtype, patches_of
+from scalekd_ds.projector.convolution import autocast_dtype
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector, LayerNorm2d
 from scalekd_ds.projector.joined import batched_linear, joined
 
@@ -67,7 +67,7 @@ class ProjectorPair(nn.Module):
         Returns:
             (V, B, P, teacher_dim), V views.
         """
-        patches = patches_of(x)
+        patches = self.views[0].conv.patches(x)
         return torch.stack([view(x, query, patches) for view, query in zip(self.views, queries, strict=True)])
 
     def forward(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:

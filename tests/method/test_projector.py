@@ -7,7 +7,7 @@ from golden_files import golden, relative_error
 from golden_map import projector_name, projector_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scalekd_ds.projector.convolution import patches_of
+from scalekd_ds.projector.convolution import PatchConv
 from scalekd_ds.projector.cross_attention import CrossAttentionProjector
 from scalekd_ds.projector.pair import ProjectorPair
 
@@ -126,9 +126,9 @@ def test_wrong_inputs_are_named():
 
 def test_patches_are_those_of_a_convolution():
     x = torch.randn(2, 5, 4, 3)
-    assert patches_of(x) is None
+    assert PatchConv(5).patches(x) is None
     with torch.autocast("cpu", torch.bfloat16):
-        patches = patches_of(x)
+        patches = PatchConv(5).patches(x)
     unfolded = F.unfold(x.bfloat16(), 3, padding=1).transpose(1, 2).unflatten(1, (4, 3))
     assert torch.equal(patches, unfolded)
 
@@ -146,7 +146,7 @@ def test_patches_are_as_accurate_as_the_convolution_in_16_bits(monkeypatch):
         return out, *torch.autograd.grad((out.float() * upstream).sum(), wanted)
 
     exact, by_patches = run(False), run(True)
-    monkeypatch.setattr("scalekd_ds.projector.cross_attention.patches_of", lambda x: None)
+    monkeypatch.setattr(cap.conv, "patches", lambda x: None)
     by_convolution = run(True)
     for ours, theirs, expected in zip(by_patches, by_convolution, exact, strict=True):
         assert relative_error(ours.float(), expected) < 1.5 * relative_error(theirs.float(), expected)
