@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = Path(__file__).resolve().parent
 _MEMORY = 80 << 30
+# registrations last as long as this
+_OPERATORS = torch.library.Library("aten", "IMPL")
 
 
 def available() -> str | None:
@@ -114,6 +116,9 @@ def pretend() -> None:
     # on a GPU many tensors share a kernel, which PyTorch offers to its own types alone
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     sys.modules["torch.optim.optimizer"]._foreach_supported_types.append(fake_tensor.FakeTensor)
+    # the one fused optimizer of ours that PyTorch has no function of shapes for; nothing comes out of it but changed values
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
+        _OPERATORS.impl("_fused_sgd_", lambda *_, **__: None, "Meta")
     # fake tensors would make a real context otherwise
     if hasattr(fake_tensor, "init_gpu_context"):
         fake_tensor.init_gpu_context = lambda device: None
