@@ -53,4 +53,13 @@ def initialize(
         for parameter in engine.optimizer.persistent_parameters:
             parameter.is_external_param = True
     clip_on_device(engine)
+    _reduce_nothing_alone(engine)
     return engine
+
+
+def _reduce_nothing_alone(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Without ZeRO, spares a single rank the copies of all gradients into one buffer and back, around a sum of one."""
+    is_alone = engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0
+    # the optimizers that DeepSpeed has for 16-bit weights are told by the reduction where a step ends
+    if is_alone and not hasattr(engine.optimizer, "set_gradient_accumulation_boundary"):
+        engine.enable_backward_allreduce = False

@@ -16,9 +16,21 @@ ALLOWED = {
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def steps(request):
+def ranks(request):
+    """How many ranks there are."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def steps(ranks):
     """case -> what a step waited for, on so many ranks."""
-    return result_of(forked_ranks(WORKER, ranks=request.param))
+    return result_of(forked_ranks(WORKER, ranks=ranks))
+
+
+def test_a_single_rank_copies_no_gradients_to_reduce_them(steps, ranks):
+    """Without ZeRO, where DeepSpeed gathers them in buckets: one bucket in each of four steps."""
+    found = {case: step["buckets"] for case, step in steps.items() if case.startswith("zero0")}
+    assert found == dict.fromkeys(found, 0 if ranks == 1 else 4) and len(found) == 6
 
 
 @pytest.mark.parametrize("stage", STAGES)

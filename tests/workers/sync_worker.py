@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -118,13 +119,16 @@ def engine_of(optim: OptimConfig, name: str):
     return engine, optimizer
 
 
-def waits_of_a_step(optim: OptimConfig, name: str, is_patched: bool = True) -> tuple[list[str], list[float]]:
-    """What the fourth step waits for, and the weights after it."""
+def waits_of_a_step(optim: OptimConfig, name: str, is_patched: bool = True) -> tuple[list[str], list[float], int]:
+    """What the fourth step waits for, the weights after it, and the buckets of gradients that were copied and reduced."""
     own = initialize_module.clip_on_device
     if not is_patched:
         initialize_module.clip_on_device = lambda engine: None
     engine, optimizer = engine_of(optim, name)
     initialize_module.clip_on_device = own
+    buckets: list[Any] = []
+    own_reduce = engine.allreduce_bucket
+    engine.allreduce_bucket = lambda bucket, *args, **more: buckets.append(bucket) or own_reduce(bucket, *args, **more)
     ema = StudentEma(engine, engine.module.student, 0.9)
     guard = NonfiniteGuard(engine.module, Path(tempfile.gettempdir()), 3)
     generator = torch.Generator().manual_seed(1)
@@ -146,7 +150,7 @@ def waits_of_a_step(optim: OptimConfig, name: str, is_patched: bool = True) -> t
     with deepspeed.zero.GatheredParameters(parameters):
         weights = torch.cat([p.detach().flatten() for p in parameters]).tolist()
     engine.destroy()
-    return found, [*weights, norm]
+    return found, [*weights, norm], len(buckets)
 
 
 def main() -> None:
@@ -156,10 +160,10 @@ def main() -> None:
         for name in ("sgd", "adamw", "lamb"):
             for clip in (0.0, 0.05):
                 optim = OptimConfig(name, lr=0.01, weight_decay=0.1, clip=clip)
-                found, ours = waits_of_a_step(optim, stage)
-                case = {"waits": found}
+                found, ours, buckets = waits_of_a_step(optim, stage)
+                case = {"waits": found, "buckets": buckets}
                 if name == "sgd":
-                    plain, theirs = waits_of_a_step(optim, stage, is_patched=False)
+                    plain, theirs, _ = waits_of_a_step(optim, stage, is_patched=False)
                     case |= {"of DeepSpeed": len(plain)}
                     case |= {"difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=True))}
                 results[f"{stage} {name} clip {clip:g}"] = case
