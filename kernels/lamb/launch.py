@@ -74,11 +74,10 @@ class Addresses:
                     f"a tensor of LAMB's step is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}: it must "
                     f"be float32 on {self._device}, and contiguous."
                 )
-        sent = torch.tensor(found, dtype=torch.int64).view(-1, 4)
-        if self._device.type == "cuda":
-            # the allocator of pinned memory keeps it until the copy is made
-            sent = sent.pin_memory()
-        self.table, self._sent = sent.to(self._device, non_blocking=True), found
+        # the allocator of pinned memory keeps it until the copy is made
+        sent = torch.empty(len(found), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        sent.copy_(torch.tensor(found, dtype=torch.int64))
+        self.table, self._sent = sent.to(self._device, non_blocking=True).view(-1, 4), found
 
 
 def advance(blocks: Blocks, addresses: Addresses, numbers: Numbers) -> torch.Tensor:

@@ -79,7 +79,8 @@ class Lamb(torch.optim.Optimizer):
             return Shard(parameter, [parameter], [Segment(0, 0, parameter.numel(), 0)])
         if id(parameter) not in self._shards:
             # loading a checkpoint may have replaced the tensors
-            self._shards, self._cuts = {id(shard.flat): shard for shard in shards_of(self._engine)}, {}
+            self._shards = {id(shard.flat): shard for shard in shards_of(self._engine)}
+            self._cuts, self._tables = {}, {}
         if id(parameter) not in self._shards:
             import deepspeed
 

@@ -67,7 +67,7 @@ def train(parameters, optimizer, gradients, late, fused):
             optimizer.step()
 
 
-def layers(sizes, free=(), zeros=(), silent=(), late=(), steps=3, transposed=False, fused=(True,), device="cpu"):
+def layers(sizes, free=(), zeros=(), silent=(), late=(), steps=2, transposed=False, fused=(True,), device="cpu"):
     """A list of layers, each in a tensor of its own, through the optimizer."""
     gradients = gradients_of(sizes, steps, device, silent)
     if transposed:

@@ -162,7 +162,6 @@ def test_what_differs_between_steps_is_not_specialised(monkeypatch):
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     monkeypatch.setattr(launch, "addresses_of", lambda tensors: [0] * len(tensors))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     with FakeTensorMode():
         launches = launched(monkeypatch, "cuda:1")
     assert [x.device for x in launches] == [1] * 4

@@ -60,3 +60,16 @@ def test_on_a_gpu_nothing_is_waited_for_and_nothing_copied(on_fake_cuda, way, mo
     assert 0 < found["launches"]["lamb"] <= most
     kernels = {} if way == "torch" else {"advance_kernel": 2, "sums_kernel": 1, "apply_kernel": 1}
     assert found["kernels"] == kernels
+
+
+def test_the_roofline_counts_each_tensor_once_in_each_pass(on_fake_cuda):
+    found = on_fake_cuda["modelled"]
+    decay, free = found["elements"]
+    # gradient, moments and weight; without a trust ratio the first pass is the only one. 40 bytes, of which 28 must move
+    expected = [("advance_kernel", 4 * decay, 2 * decay, 6 * decay), ("advance_kernel", 4 * free, 3 * free, 7 * free)]
+    expected += [("apply_kernel", 3 * decay, decay, decay)]
+    for kernel, (name, read, written, must) in zip(found["kernels"], expected, strict=True):
+        assert kernel[0] == name and kernel[2:] == [4 * written, 4 * must]
+        # beside them a table, and of layers that are smaller than a block a few bytes for each
+        assert 4 * read <= kernel[1] < 1.01 * 4 * read + 64 * 161
+    assert found["launches"] == on_fake_cuda["triton"]["launches"]["lamb"]
