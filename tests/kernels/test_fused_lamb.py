@@ -81,11 +81,12 @@ def make_step(addresses, blocks, columns, **more):
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_gpu():
+def test_no_step_after_the_first_waits_for_the_gpu():
     addresses, blocks, columns = layers_on("cuda", 3 * BLOCK, 1000, 64)
+    make_step(addresses, blocks, columns)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in (1, 2):
+        for step in (2, 3):
             # gradients that lie elsewhere
             columns[0] = [torch.ones_like(grad) for grad in columns[0]]
             make_step(addresses, blocks, columns, step=step, lr=0.1 * step)
@@ -93,6 +94,43 @@ def test_no_step_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert all(w.abs().max() > 0 for w in columns[2])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_a_step():
+    addresses, blocks, columns = layers_on("cuda", 3 * BLOCK, 1000, 64)
+    held = [tensor for column in columns for tensor in column]
+
+    def filled():
+        torch.manual_seed(0)
+        for tensor in held:
+            # second moments are squares
+            tensor.copy_(torch.rand_like(tensor))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        make_step(addresses, blocks, columns)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        make_step(addresses, blocks, columns)
+    filled()
+    make_step(addresses, blocks, columns)
+    expected = [tensor.clone() for tensor in held]
+    filled()
+    assert not torch.equal(held[-1], expected[-1])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second CUDA device")
+    assert torch.cuda.current_device() == 0
+    for name in ("layers, some free of decay", "three shards with padding"):
+        check(run(**CASES[name], device="cuda:1"))
 
 
 @pytest.mark.gpu
