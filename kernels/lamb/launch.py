@@ -68,7 +68,9 @@ class Addresses:
         found = addresses_of(rows)
         if found == self._sent:
             return
-        for tensor in rows:
+        known = self._sent if len(self._sent) == len(found) else [-1] * len(found)
+        # most often the gradients alone are new
+        for tensor in (t for t, new, old in zip(rows, found, known, strict=True) if new != old):
             if tensor.dtype != torch.float32 or tensor.device != self._device or not tensor.is_contiguous():
                 raise ValueError(
                     f"a tensor of LAMB's step is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}: it must "
