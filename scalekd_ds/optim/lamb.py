@@ -31,10 +31,10 @@ class Lamb(torch.optim.Optimizer):
     once the engine exists.
 
     A step works on all layers of a group together: the moments of a group lie in one piece of memory, of which the state has
-    views. On a GPU it launches some thirty kernels, and for each list of a layer's tensors that is read or written one more
-    in 30 to 110 layers; nothing of it waits for the GPU. Beside the state it takes the memory of one update, and 256 MiB at
-    most for the factors of the layers. Where Triton's kernels were measured to be faster, three of them do all of it in two
-    passes over the memory, and take none beside the state.
+    views, and so do the numbers of steps. On a GPU it launches some thirty kernels, and for each list of a layer's tensors that
+    is read or written one more in 30 to 110 layers; nothing of it waits for the GPU. Beside the state it takes the memory of
+    one update, and 256 MiB at most for the factors of the layers. Where Triton's kernels were measured to be faster, three of
+    them do all of it in two passes over the memory, and hold nothing beside the state.
 
     Args:
         params: Parameters or parameter groups.
@@ -57,7 +57,7 @@ class Lamb(torch.optim.Optimizer):
         self._shards: dict[int, Shard] = {}
         # by the id of the first tensor: where the layers lie in it and in those that are updated with it
         self._cuts: dict[int, Cut] = {}
-        # by the id of the first tensor and the name: a moment in one piece, and the views of it that the state has
+        # by the id of the first tensor and the name: a moment or the numbers of steps in one piece, and the state's views of it
         self._flat: dict[tuple[int, str], tuple[torch.Tensor, list[torch.Tensor]]] = {}
         # by the id of the first tensor: what Triton's kernels find its layers by
         self._tables: dict[int, Tables] = {}
@@ -108,16 +108,15 @@ class Lamb(torch.optim.Optimizer):
                 for name in _MOMENTS:
                     self.state[parameter][name] = torch.zeros_like(parameter)
         # on the CPU, so that reading them waits for nothing
-        counters = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(counters, 1)
+        counters = self._joined(parameters, "step").add_(1).tolist()
         alike: dict[Any, list[torch.Tensor]] = {}
         for parameter, counter in zip(parameters, counters, strict=True):
             alike.setdefault((int(counter), parameter.device, parameter.dtype), []).append(parameter)
         for (step, *_), tensors in alike.items():
             yield step, tensors
 
-    def _moment(self, parameters: list[torch.Tensor], name: str) -> torch.Tensor:
-        """A moment of `parameters` in one piece, which their state has views of."""
+    def _joined(self, parameters: list[torch.Tensor], name: str) -> torch.Tensor:
+        """The moment `name` of `parameters`, or their numbers of steps, in one piece that their state has views of."""
         if len(parameters) == 1:
             return self.state[parameters[0]][name].view(-1)
         flat, views = self._flat.get((id(parameters[0]), name), (None, []))
@@ -125,7 +124,7 @@ class Lamb(torch.optim.Optimizer):
         # loading a checkpoint may have replaced the state, and another layer may have its first gradient
         if flat is None or not _are_same(views, own):
             flat = torch.cat([value.reshape(-1) for value in own])
-            views = [part.view_as(p) for part, p in zip(_parts(flat, parameters), parameters, strict=True)]
+            views = [part.view_as(value) for part, value in zip(_parts(flat, own), own, strict=True)]
             for parameter, view in zip(parameters, views, strict=True):
                 self.state[parameter][name] = view
             self._flat[id(parameters[0]), name] = flat, views
@@ -134,7 +133,7 @@ class Lamb(torch.optim.Optimizer):
     def _adam_direction(self, parameters: list[torch.Tensor], step: int, group: dict[str, Any]) -> torch.Tensor:
         """Adam's updates with weight decay, before the trust ratio, one after the other; it advances the moments."""
         beta1, beta2 = group["betas"]
-        first, second = (self._moment(parameters, name) for name in _MOMENTS)
+        first, second = (self._joined(parameters, name) for name in _MOMENTS)
         # `_advance` yields those that have one
         grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
