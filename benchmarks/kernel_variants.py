@@ -180,7 +180,7 @@ def window_calls(
 
 def calls_in(direction: str, calls: dict[str, Variant]) -> dict[str, Callable[[], Any]]:
     """Variant -> a call of its forward without a graph, or of forward and backward with a random upstream gradient."""
-    if direction == "forward":
+    if direction in ("forward", "update"):
         return {name: torch.no_grad()(call) for name, (call, _) in calls.items()}
 
     def both(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], Any]:

@@ -21,13 +21,15 @@ import kernel_variants
 import shapes
 import timing
 import torch
+import update_variants
 
 from scalekd_ds.kernels.cross_attention import table
+from scalekd_ds.kernels.lamb import table as lamb_table
 from scalekd_ds.kernels.window_attention import table as window_table
 
-# predicted ms of forward and backward at batch 128 in bf16 on one H100 80GB, written before anything was measured. For the dual
-# view they are passes over a tensor (8, or 14 for two stages; 22 compiled, 186 published) at 3.0 TB/s; for the attention they
-# are those passes and its products
+# predicted ms of forward and backward, or of an update, at batch 128 in bf16 on one H100 80GB, written before anything was
+# measured. For the dual view they are passes over a tensor (8, or 14 for two stages; 22 compiled, 186 published) at 3.0 TB/s;
+# for the attention they are those passes and its products
 PREDICTIONS = {
     ("dual_view_loss", "swin_l"): {"library": 0.051, "compile": 0.14, "published": 1.19},
     ("dual_view_loss", "swin_l.both"): {"library": 0.09},
@@ -35,6 +37,8 @@ PREDICTIONS = {
     ("cap_attention", "swin_l.s3"): {"triton": 0.34, "sdpa": 0.52},
     ("cap_attention", "swin_l.s4"): {"triton": 0.155, "sdpa": 0.27},
     ("cap_attention", "beit_l-vit_b.s3"): {"triton": 0.58, "sdpa": 0.9},
+    # 40 and 125 bytes for each weight at 2.95 TB/s
+    ("lamb", "lamb"): {"triton": 2.0, "torch": 6.3},
 }
 
 
@@ -45,7 +49,7 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def measure_shape(
-    shape: shapes.DualView | shapes.Attention | shapes.Windows,
+    shape: shapes.Shape,
     args: argparse.Namespace,
     device: torch.device,
     ceilings: dict[str, float],
@@ -63,12 +67,13 @@ def measure_shape(
         "dual_view_loss": kernel_variants.dual_view_calls,
         "cap_attention": kernel_variants.attention_calls,
         "window_attention": kernel_variants.window_calls,
+        "lamb": update_variants.update_calls,
     }[shape.operation]
     # torch.compile stops compiling a function after a number of shapes
     torch.compiler.reset()
     calls = build(shape, args.batch, dtype, device, shape.name in args.compile)
     rows = []
-    for direction in kernel_variants.DIRECTIONS:
+    for direction in getattr(shape, "directions", kernel_variants.DIRECTIONS):
         steps = kernel_variants.calls_in(direction, calls)
         readings = timing.alternate(steps, device, args.repeats, warmup=3, flush=flush, launched="ahead")
         work = shape.work(args.batch, dtype.itemsize, direction)
@@ -105,13 +110,13 @@ def measure_shape(
 
 
 def predicted(
-    shape: shapes.DualView | shapes.Attention | shapes.Windows,
+    shape: shapes.Shape,
     direction: str,
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, float] | None:
-    """The predicted milliseconds, or None: predictions are for forward and backward in bf16 at batch 128 on a GPU."""
-    if (device.type, args.batch, args.dtype, direction) != ("cuda", 128, "bf16", "forward+backward"):
+    """The predicted milliseconds, or None: predictions are for whole passes in bf16 at batch 128 on a GPU."""
+    if (device.type, args.batch, args.dtype) != ("cuda", 128, "bf16") or direction == "forward":
         return None
     return PREDICTIONS.get((shape.operation, shape.name))
 
@@ -196,7 +201,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="of shapes.py; all on a GPU, the smallest on a CPU")
     parser.add_argument("--repeats", type=int, help="rounds over all variants; 50 on a GPU, 5 on a CPU")
     parser.add_argument("--compile", nargs="*", metavar="NAME", help="shapes with torch.compile; some on a GPU")
-    parser.add_argument("--write-table", action="store_true", help="put the attention's picks into the library's table")
+    parser.add_argument("--write-table", action="store_true", help="put the picks into the library's tables")
     parser.add_argument("--ceiling-repeats", type=int, default=10)
     parser.add_argument("--out", help="folder of the JSON; else $OUT, else benchmarks/results")
     args = parser.parse_args(argv)
@@ -267,6 +272,10 @@ def save_to(out: Path, args: argparse.Namespace) -> Callable[[dict[str, Any]], N
             harness.write_json(out / "windows-table.json", picks)
             if args.write_table:
                 harness.write_json(window_table.PATH, dict(sorted((window_table.measured() | picks).items())))
+        if picks := update_variants.update_table(result["rows"], result["machine"]):
+            harness.write_json(out / "lamb-table.json", picks)
+            if args.write_table:
+                harness.write_json(lamb_table.PATH, dict(sorted((lamb_table.measured() | picks).items())))
 
     return save
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,43 @@ class Windows:
         return {"bytes": 12 * tensor, "flop": 7 * product}
 
 
-ALL = (
+# the large ones are most of the weights of Swin-L -> ResNet-50, those of its projectors
+_LARGE = ((37_748_736,), (37_748_736,), (18_874_368,), (9_437_184,), (2_359_296,))
+_BLOCK = ((256, 256, 3, 3), (1024, 256, 1, 1), (256,))
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step of LAMB.
+
+    Attributes:
+        name: Its name in the results.
+        flat: Whether the layers lie in one flat tensor, as in a shard of ZeRO's.
+        layers: Shapes of the layers.
+    """
+
+    name: str
+    flat: bool
+    layers: tuple[tuple[int, ...], ...]
+    operation = "lamb"
+    directions = ("update",)
+
+    def parameters(self) -> int:
+        """Elements of all layers."""
+        return sum(math.prod(shape) for shape in self.layers)
+
+    def sizes(self, batch: int) -> dict[str, Any]:
+        """The sizes in a row of the results; the batch changes nothing."""
+        return {"batch": batch, "flat": self.flat, "layers": len(self.layers), "parameters": self.parameters()}
+
+    def work(self, batch: int, itemsize: int, direction: str) -> dict[str, int]:
+        """The least `bytes` to move: the gradient is read, moments and weight are read and written, in float32."""
+        return {"bytes": 7 * 4 * self.parameters(), "flop": 0}
+
+
+Shape = DualView | Attention | Windows | Update
+
+ALL: tuple[Shape, ...] = (
     DualView("swin_s", (7, 7), 768),
     DualView("swin_l", (7, 7), 1536),
     DualView("swin_l.both", (7, 7), 1536, 2),
@@ -156,4 +193,8 @@ ALL = (
     Windows("swin_l.w12.3", (24, 24), 12, 24),
     Windows("swin_l.w12.3.shifted", (24, 24), 12, 24, shifted=True),
     Windows("swin_l.w12.4", (12, 12), 12, 48),
+    # without ZeRO, and with
+    Update("lamb", False, _LARGE + 50 * _BLOCK),
+    Update("lamb.flat", True, _LARGE + 50 * _BLOCK),
+    Update("lamb.small", False, 4 * _BLOCK),
 )

@@ -1,5 +1,7 @@
 """The operations that are worth a kernel: the projector's attention, the dual-view loss, and attention in windows of a map.
 
+`lamb` has those of an optimizer's step, and `policy` those of augmentation.
+
 Each folder has `reference.py`, the operation's specification in plain PyTorch. Nothing else of scalekd_ds is used here.
 """
 

@@ -19,7 +19,16 @@ and what an operator of PyTorch does inside (a convolution's backward is one ope
 """
 
 from fake_cuda.count import Watch
-from fake_cuda.launches import run_own_operators
+from fake_cuda.launches import count_kernels, run_own_operators
 from fake_cuda.runtime import available, environment, materialise, pretend, tensors
 
-__all__ = ["Watch", "available", "environment", "materialise", "pretend", "run_own_operators", "tensors"]
+__all__ = [
+    "Watch",
+    "available",
+    "count_kernels",
+    "environment",
+    "materialise",
+    "pretend",
+    "run_own_operators",
+    "tensors",
+]

@@ -28,19 +28,28 @@ class _Kernel:
         return launch
 
 
-def run_own_operators(watch: Watch, operators: ModuleType, kernels: ModuleType, name: str) -> None:
-    """Has `watch` run the launchers of an operator and of its backward, with stand-ins for the kernels.
-
-    Args:
-        watch: What counts.
-        operators: A module with `_triton_forward` and `_triton_backward`.
-        kernels: The module of the kernels that they launch; its attributes `*_kernel` are replaced.
-        name: The operator, such as `scalekd_ds::dual_view`; `NAME_backward` is its backward.
+def count_kernels(watch: Watch, kernels: ModuleType) -> None:
+    """Replaces the kernels of a module, its attributes `*_kernel`, by stand-ins that `watch` counts.
 
     Raises:
         RuntimeError: In a launch, where a tensor is not on the device that is current, to which Triton would launch.
     """
     for kernel in [k for k in vars(kernels) if k.endswith("_kernel")]:
         setattr(kernels, kernel, _Kernel(kernel, watch))
+
+
+def run_own_operators(watch: Watch, operators: ModuleType, kernels: ModuleType, name: str) -> None:
+    """Has `watch` run the launchers of an operator and of its backward, with stand-ins for the kernels.
+
+    Args:
+        watch: What counts.
+        operators: A module with `_triton_forward` and `_triton_backward`.
+        kernels: The module of the kernels that they launch, see `count_kernels`.
+        name: The operator, such as `scalekd_ds::dual_view`; `NAME_backward` is its backward.
+
+    Raises:
+        RuntimeError: In a launch, where a tensor is not on the device that is current, to which Triton would launch.
+    """
+    count_kernels(watch, kernels)
     watch.run_launcher(name, operators._triton_forward)
     watch.run_launcher(f"{name}_backward", operators._triton_backward)

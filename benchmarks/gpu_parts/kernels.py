@@ -22,6 +22,7 @@ _SMALL = [
     "swin_s.s4",
     "swin_l-deit.s4",
     "swin_l.w7.4",
+    "lamb.small",
     "--batch",
     2,
     "--repeats",
@@ -53,6 +54,8 @@ def run(folder: Path, seconds: float, dry: bool, save: Callable[[dict], None]) -
     found["attention_table"] = json.loads(picks.read_text()) if picks.is_file() else {}
     picks = folder / "windows-table.json"
     found["windows_table"] = json.loads(picks.read_text()) if picks.is_file() else {}
+    picks = folder / "lamb-table.json"
+    found["lamb_table"] = json.loads(picks.read_text()) if picks.is_file() else {}
     found["left_out"] = [
         f"{row['operation']} {row['shape']} {row['direction']} {name}: {variant['error']}"
         for row in result["rows"]

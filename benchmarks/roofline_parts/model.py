@@ -8,7 +8,7 @@ from typing import Any
 from roofline_parts.cards import COMPILED_HOST_US, COPY_SHARE, EAGER_HOST_US, GAP_US, Card
 from roofline_parts.cost import Kernel
 
-# parts that run as they are in the compiled step, too
+# parts that nothing compiles
 UNCOMPILED = ("optimizer", "else", "data_wait")
 _SUMMED = ("kernels", "launches")
 
@@ -60,11 +60,23 @@ def step_seconds(kernels: Sequence[Kernel], card: Card) -> tuple[float, dict[str
     return sum(parts.values()), parts
 
 
-def compiled_step(eager: Sequence[Kernel], fused: Sequence[Kernel]) -> list[Kernel]:
-    """The step whose teacher, student, projectors and losses are compiled, in its order; the rest as in the eager one."""
+def compiled_step(
+    eager: Sequence[Kernel], fused: Sequence[Kernel], update: Sequence[Kernel] | None = None
+) -> list[Kernel]:
+    """The step whose teacher, student, projectors and losses are compiled, in its order; the rest as in the eager one.
+
+    Args:
+        eager: The eager step.
+        fused: What inductor makes of its parts.
+        update: The optimizer's part on the library's kernels; None where it is that of the eager step.
+    """
     backward = [k for k in fused if k["part"].startswith("backward")]
     forward = [k for k in fused if not k["part"].startswith("backward")]
     rest = [k for k in eager if k["part"] in UNCOMPILED]
+    if update is not None:
+        before = next((i for i, k in enumerate(rest) if k["part"] == "optimizer"), len(rest))
+        kept = [[k for k in part if k["part"] != "optimizer"] for part in (rest[:before], rest[before:])]
+        rest = [*kept[0], *update, *kept[1]]
     return [k | {"compiled": True} for k in (*forward, *reversed(backward))] + rest  # type: ignore[misc]
 
 

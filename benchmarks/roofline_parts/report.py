@@ -28,7 +28,7 @@ def on_card(found: dict[str, Any], card: Card, batch: int) -> dict[str, Any]:
     """
     steps = {"eager": found["eager"], "compiled": None}
     if found["fused"] is not None:
-        steps["compiled"] = model.compiled_step(found["eager"], found["fused"])
+        steps["compiled"] = model.compiled_step(found["eager"], found["fused"], found["update"])
     answer: dict[str, Any] = {}
     for name, kernels in steps.items():
         if kernels is None:
@@ -62,7 +62,7 @@ def summary(found: dict[str, Any], names: Sequence[str], batch: int) -> dict[str
     """All that is written as JSON, from both traces of a step: kernels in groups, sums by part, and each card."""
     steps = {"eager": found["eager"], "fused": found["fused"]}
     if found["fused"] is not None:
-        steps["fused"] = model.compiled_step(found["eager"], found["fused"])
+        steps["fused"] = model.compiled_step(found["eager"], found["fused"], found["update"])
     content: dict[str, Any] = {"update_bytes": found["update_bytes"], "trace_seconds": found["trace_seconds"]}
     content["launches"] = {name: sum(k["launches"] for k in ks) for name, ks in _named(steps).items()}
     content["parts"] = {name: by_part(ks) for name, ks in _named(steps).items()}

@@ -13,7 +13,9 @@ import fake_cuda
 import torch
 from fake_cuda.engine import Engine, make_state
 
+from roofline_parts.cost import Kernel
 from roofline_parts.trace import Trace
+from roofline_parts.update import trace_update
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
@@ -63,7 +65,9 @@ def own_operators(trace: Trace) -> Trace:
     return trace
 
 
-def trace_step(cfg: RunConfig, distiller: ScaleKD, batch: int, dtype: torch.dtype | None) -> tuple[Trace, int]:
+def trace_step(
+    cfg: RunConfig, distiller: ScaleKD, batch: int, dtype: torch.dtype | None
+) -> tuple[Trace, list[Kernel] | None, int]:
     """Traces a step in which the optimizer and the average have their state; inside of `fake_cuda.tensors`.
 
     Args:
@@ -73,7 +77,8 @@ def trace_step(cfg: RunConfig, distiller: ScaleKD, batch: int, dtype: torch.dtyp
         dtype: Autocast's, or None.
 
     Returns:
-        The trace, and the bytes of weights, gradients, moments and the average that the update must move.
+        The trace, the kernels of the update by `trace_update`, and the bytes of weights, gradients, moments and the average
+        that it must move.
     """
     device = next(distiller.parameters()).device
     with fake_cuda.Watch():
@@ -99,7 +104,7 @@ def trace_step(cfg: RunConfig, distiller: ScaleKD, batch: int, dtype: torch.dtyp
     trace = own_operators(Trace())
     with tapped(distiller, trace), trace:
         train_step(run, iter([(images, labels)]))
-    return trace, update_bytes(distiller, optimizer)
+    return trace, trace_update(distiller, optimizer, run.ema), update_bytes(distiller, optimizer)
 
 
 def update_bytes(distiller: ScaleKD, optimizer: Any) -> int:

@@ -27,15 +27,15 @@ def find(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: boo
     """Both traces of a step.
 
     Returns:
-        `eager` and `fused`: lists of kernels, the second one None where it is not asked for; `update_bytes`: as
-        `step.trace_step` has it; `launches`: as `fake_cuda.Watch` counts them by part; `seconds` of both traces.
+        `eager` and `fused`: lists of kernels, the second one None where it is not asked for; `update` and `update_bytes`: as
+        `step.trace_step` has them; `launches`: as `fake_cuda.Watch` counts them by part; `seconds` of both traces.
     """
     cfg, begin = pairs.config_of(pair, recipe), time.perf_counter()
     distiller = build(cfg, DTYPES[dtype])
     with fake_cuda.tensors():
         with fake_cuda.Watch():
             fake_cuda.materialise(torch.device("cuda", 0), distiller, distiller.teacher)
-        trace, update = trace_step(cfg, distiller, batch, DTYPES[dtype])
+        trace, on_kernels, update = trace_step(cfg, distiller, batch, DTYPES[dtype])
         seconds = {"eager": time.perf_counter() - begin}
         kernels = None
         if fuse:
@@ -45,6 +45,7 @@ def find(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: boo
     return {
         "eager": trace.kernels,
         "fused": kernels,
+        "update": on_kernels,
         "update_bytes": update,
         "launches": dict(trace.launches),
         "trace_seconds": seconds,

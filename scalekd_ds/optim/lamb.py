@@ -14,9 +14,14 @@ from typing import Any
 import torch
 
 from scalekd_ds.engine.zero_layout import Segment, Shard, shards_of
+from scalekd_ds.kernels.lamb import runs_triton
+from scalekd_ds.optim import fused_lamb
+from scalekd_ds.optim.fused_lamb import FusedUpdate, Tables
 from scalekd_ds.optim.layers import Cut, add_squared_norms, cut_into_layers, scale_layers
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Adam's updates one after the other, or what Triton's kernels make them of
+Update = torch.Tensor | FusedUpdate
 
 
 class Lamb(torch.optim.Optimizer):
@@ -26,9 +31,10 @@ class Lamb(torch.optim.Optimizer):
     once the engine exists.
 
     A step works on all layers of a group together: the moments of a group lie in one piece of memory, of which the state has
-    views. On a GPU it launches some thirty kernels, and for each list of a layer's tensors that is read or written one more
-    in 30 to 110 layers; nothing of it waits for the GPU. Beside the state it takes the memory of one update, and 256 MiB at
-    most for the factors of the layers.
+    views, and so do the numbers of steps. On a GPU it launches some thirty kernels, and for each list of a layer's tensors that
+    is read or written one more in 30 to 110 layers; nothing of it waits for the GPU. Beside the state it takes the memory of
+    one update, and 256 MiB at most for the factors of the layers. Where Triton's kernels were measured to be faster, three of
+    them do all of it in two passes over the memory, and hold nothing beside the state.
 
     Args:
         params: Parameters or parameter groups.
@@ -51,8 +57,10 @@ class Lamb(torch.optim.Optimizer):
         self._shards: dict[int, Shard] = {}
         # by the id of the first tensor: where the layers lie in it and in those that are updated with it
         self._cuts: dict[int, Cut] = {}
-        # by the id of the first tensor and the name: a moment in one piece, and the views of it that the state has
+        # by the id of the first tensor and the name: a moment or the numbers of steps in one piece, and the state's views of it
         self._flat: dict[tuple[int, str], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        # by the id of the first tensor: what Triton's kernels find its layers by
+        self._tables: dict[int, Tables] = {}
 
     def _is_sharded(self) -> bool:
         return self._engine is not None and self._engine.zero_optimization_stage() > 0
@@ -71,7 +79,8 @@ class Lamb(torch.optim.Optimizer):
             return Shard(parameter, [parameter], [Segment(0, 0, parameter.numel(), 0)])
         if id(parameter) not in self._shards:
             # loading a checkpoint may have replaced the tensors
-            self._shards, self._cuts = {id(shard.flat): shard for shard in shards_of(self._engine)}, {}
+            self._shards = {id(shard.flat): shard for shard in shards_of(self._engine)}
+            self._cuts, self._tables = {}, {}
         if id(parameter) not in self._shards:
             import deepspeed
 
@@ -99,16 +108,15 @@ class Lamb(torch.optim.Optimizer):
                 for name in _MOMENTS:
                     self.state[parameter][name] = torch.zeros_like(parameter)
         # on the CPU, so that reading them waits for nothing
-        counters = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(counters, 1)
+        counters = self._joined(parameters, "step").add_(1).tolist()
         alike: dict[Any, list[torch.Tensor]] = {}
         for parameter, counter in zip(parameters, counters, strict=True):
             alike.setdefault((int(counter), parameter.device, parameter.dtype), []).append(parameter)
         for (step, *_), tensors in alike.items():
             yield step, tensors
 
-    def _moment(self, parameters: list[torch.Tensor], name: str) -> torch.Tensor:
-        """A moment of `parameters` in one piece, which their state has views of."""
+    def _joined(self, parameters: list[torch.Tensor], name: str) -> torch.Tensor:
+        """The moment `name` of `parameters`, or their numbers of steps, in one piece that their state has views of."""
         if len(parameters) == 1:
             return self.state[parameters[0]][name].view(-1)
         flat, views = self._flat.get((id(parameters[0]), name), (None, []))
@@ -116,7 +124,7 @@ class Lamb(torch.optim.Optimizer):
         # loading a checkpoint may have replaced the state, and another layer may have its first gradient
         if flat is None or not _are_same(views, own):
             flat = torch.cat([value.reshape(-1) for value in own])
-            views = [part.view_as(p) for part, p in zip(_parts(flat, parameters), parameters, strict=True)]
+            views = [part.view_as(value) for part, value in zip(_parts(flat, own), own, strict=True)]
             for parameter, view in zip(parameters, views, strict=True):
                 self.state[parameter][name] = view
             self._flat[id(parameters[0]), name] = flat, views
@@ -125,7 +133,7 @@ class Lamb(torch.optim.Optimizer):
     def _adam_direction(self, parameters: list[torch.Tensor], step: int, group: dict[str, Any]) -> torch.Tensor:
         """Adam's updates with weight decay, before the trust ratio, one after the other; it advances the moments."""
         beta1, beta2 = group["betas"]
-        first, second = (self._moment(parameters, name) for name in _MOMENTS)
+        first, second = (self._joined(parameters, name) for name in _MOMENTS)
         # `_advance` yields those that have one
         grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
@@ -144,6 +152,16 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(_parts(update, parameters), weights, alpha=group["weight_decay"])
         return update
 
+    def _begin(self, parameters: list[torch.Tensor], cut: Cut, step: int, group: dict[str, Any]) -> Update:
+        """Advances the moments of `parameters`, and makes their updates before the trust ratio."""
+        if not runs_triton(parameters):
+            return self._adam_direction(parameters, step, group)
+        tables = self._tables.get(id(parameters[0]))
+        if tables is None or tables.cut is not cut:
+            tables = self._tables[id(parameters[0])] = fused_lamb.tables_of(cut)
+        moments = [[self.state[p][name] for p in parameters] for name in _MOMENTS]
+        return fused_lamb.begin(tables, moments, step, group)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step over all shards that have gradients; collective under ZeRO, which calls it once for each sub-group.
@@ -161,25 +179,21 @@ class Lamb(torch.optim.Optimizer):
         work = []
         for group in self.param_groups:
             for step, parameters in self._advance(group):
-                work.append((group, self._cut(parameters), self._adam_direction(parameters, step, group)))
+                cut = self._cut(parameters)
+                work.append((group, cut, self._begin(parameters, cut, step, group)))
         if not work:
             return loss
         first, ratios = 0, self._trust_ratios(work)
         for group, cut, update in work:
-            if group["weight_decay"]:
-                factors = ratios[first : first + cut.count].to(update.dtype).mul_(group["lr"])
-                scale_layers(update, cut, factors)
+            if isinstance(update, FusedUpdate):
+                if group["weight_decay"]:
+                    fused_lamb.apply(update, ratios, first)
             else:
-                update.mul_(group["lr"])
-            flats = [tensor.view(-1) for tensor in cut.tensors]
-            if len(flats) == 1:
-                flats[0].sub_(update)
-            else:
-                torch._foreach_sub_(flats, _parts(update, flats))
+                _apply(update, cut, ratios[first : first + cut.count], group)
             first += cut.count
         return loss
 
-    def _trust_ratios(self, work: list[tuple[dict[str, Any], Cut, torch.Tensor]]) -> torch.Tensor:
+    def _trust_ratios(self, work: list[tuple[dict[str, Any], Cut, Update]]) -> torch.Tensor:
         """|w| / |update| of every layer in `work`, 1 where either is 0; on the device, without a host sync."""
         squares = torch.zeros(
             2, sum(cut.count for _, cut, _ in work), dtype=torch.float64, device=work[0][1].tensors[0].device
@@ -187,8 +201,11 @@ class Lamb(torch.optim.Optimizer):
         first = 0
         for group, cut, update in work:
             if group["weight_decay"]:
-                # of float32 norms of segments; the sums over segments and ranks are in float64
-                add_squared_norms(squares.narrow(1, first, cut.count), cut, update)
+                # float32 within segments, or blocks of them; the sums over these and over ranks are in float64
+                if isinstance(update, FusedUpdate):
+                    fused_lamb.add_squared_norms(squares, first, update)
+                else:
+                    add_squared_norms(squares.narrow(1, first, cut.count), cut, update)
             first += cut.count
         if self._is_divided():
             from deepspeed import comm as dist
@@ -199,6 +216,19 @@ class Lamb(torch.optim.Optimizer):
             squares = sent.to(squares.device)
         weight, update = squares.sqrt_()
         return (weight / update).masked_fill_(weight * update == 0.0, 1.0)
+
+
+def _apply(update: torch.Tensor, cut: Cut, ratios: torch.Tensor, group: dict[str, Any]) -> None:
+    """Moves the tensors of a cut against their updates, with the trust ratios (layers,) where there are such."""
+    if group["weight_decay"]:
+        scale_layers(update, cut, ratios.to(update.dtype).mul_(group["lr"]))
+    else:
+        update.mul_(group["lr"])
+    flats = [tensor.view(-1) for tensor in cut.tensors]
+    if len(flats) == 1:
+        flats[0].sub_(update)
+    else:
+        torch._foreach_sub_(flats, _parts(update, flats))
 
 
 def _are_same(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from scalekd_ds.engine.zero_layout import Shard
+from scalekd_ds.kernels.lamb import Place
 
 # elements to which factors are spread at once: 256 MiB for the index of each and for its factor
 CHUNK = 2**25
@@ -30,6 +31,7 @@ class Cut:
         owners: The layer of each piece, int64 (pieces,); that of padding is any, since nobody reads it.
         repeats: Elements of each piece, int32 (pieces,).
         chunks: (first piece, piece after the last, elements) of the runs of pieces that are scaled at once.
+        places: Where each segment lies, for the kernels.
         count: Number of layers, whether or not this rank holds a part of them.
     """
 
@@ -40,13 +42,14 @@ class Cut:
     owners: torch.Tensor
     repeats: torch.Tensor
     chunks: list[tuple[int, int, int]]
+    places: list[Place]
     count: int
 
 
 def cut_into_layers(shards: Sequence[Shard]) -> Cut:
     """The cut of shards whose flattened tensors lie one after the other, on one device."""
-    sizes, segments, layers, owners, count = [], [], [], [], 0
-    for shard in shards:
+    sizes, segments, places, owners, count = [], [], [], [], 0
+    for number, shard in enumerate(shards):
         own, end = [], 0
         # DeepSpeed lays segments out in order
         for segment in shard.segments:
@@ -54,7 +57,7 @@ def cut_into_layers(shards: Sequence[Shard]) -> Cut:
                 own.append(segment.start - end)
                 owners.append(count + segment.layer)
             segments.append(len(owners))
-            layers.append(count + segment.layer)
+            places.append(Place(number, segment.start, segment.count, count + segment.layer))
             owners.append(count + segment.layer)
             own.append(segment.count)
             end = segment.start + segment.count
@@ -68,10 +71,11 @@ def cut_into_layers(shards: Sequence[Shard]) -> Cut:
         tuple(shard.flat for shard in shards),
         tuple(sizes),
         segments,
-        torch.tensor(layers, dtype=torch.int64, device=device),
+        torch.tensor([place.layer for place in places], dtype=torch.int64, device=device),
         torch.tensor(owners, dtype=torch.int64, device=device),
         torch.tensor(pieces, dtype=torch.int32, device=device),
         _chunks(pieces),
+        places,
         count,
     )
 

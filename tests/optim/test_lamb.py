@@ -38,12 +38,38 @@ def test_a_resnet50s_layers_take_few_launches(lamb, case):
     assert 0 < sum(lamb[case]["launches"]) < 60
 
 
-@pytest.mark.skipif(bool(fake_cuda.available()), reason="needs the stand-ins for CUDA")
-def test_on_a_gpu_nothing_is_waited_for_and_nothing_copied(tmp_path):
-    """On CUDA tensors without a GPU, which also have to be of one device."""
-    env = fake_cuda.environment(tmp_path)
+@pytest.fixture(scope="module")
+def on_fake_cuda(tmp_path_factory):
+    """Way -> launches, syncs and copies of a step over a ResNet-50's layers, on CUDA tensors without a GPU."""
+    if reason := fake_cuda.available():
+        pytest.skip(f"needs the stand-ins for CUDA: {reason}")
+    env = fake_cuda.environment(tmp_path_factory.mktemp("stand-ins"))
     command = [sys.executable, str(WORKERS / "fake_lamb.py")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
-    found = result_of(done)
+    return result_of(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT))
+
+
+@pytest.mark.parametrize(
+    ("way", "most"),
+    # the kernels: 2 passes, sums, the pass without decay, zeros, and 5 for the ratios; and new addresses in two groups
+    [("torch", 60), ("triton", 10), ("triton, gradients elsewhere", 12)],
+)
+def test_on_a_gpu_nothing_is_waited_for_and_nothing_copied(on_fake_cuda, way, most):
+    """The tensors also have to be of one device, the second one, and kernels are launched on it."""
+    found = on_fake_cuda[way]
     assert (found["syncs"], found["copies"]) == ({}, {})
-    assert 0 < found["launches"]["lamb"] < 60
+    assert 0 < found["launches"]["lamb"] <= most
+    kernels = {} if way == "torch" else {"advance_kernel": 2, "sums_kernel": 1, "apply_kernel": 1}
+    assert found["kernels"] == kernels
+
+
+def test_the_roofline_counts_each_tensor_once_in_each_pass(on_fake_cuda):
+    found = on_fake_cuda["modelled"]
+    decay, free = found["elements"]
+    # gradient, moments and weight; without a trust ratio the first pass is the only one. 40 bytes, of which 28 must move
+    expected = [("advance_kernel", 4 * decay, 2 * decay, 6 * decay), ("advance_kernel", 4 * free, 3 * free, 7 * free)]
+    expected += [("apply_kernel", 3 * decay, decay, decay)]
+    for kernel, (name, read, written, must) in zip(found["kernels"], expected, strict=True):
+        assert kernel[0] == name and kernel[2:] == [4 * written, 4 * must]
+        # beside them a table, and of layers that are smaller than a block a few bytes for each
+        assert 4 * read <= kernel[1] < 1.01 * 4 * read + 64 * 161
+    assert found["launches"] == on_fake_cuda["triton"]["launches"]["lamb"]

@@ -54,9 +54,9 @@ def test_a_dry_run_walks_every_part(tmp_path, left_out):
     assert result["compile"]["pairs"]["tiny"]["student, compiled"]["difference"] < 1e-4
     assert min(row["images_per_s"] for row in result["loader"]["rows"]) > 0
     rows = result["kernels"]["rows"]
-    # one shape of the loss, two of the projectors' attention and one of the windows', forward and with the way back
+    # one shape of the loss, two of the projectors' attention and one of the windows', forward and with the way back; an update
     operations = sorted(row["operation"] for row in rows)
-    assert operations == ["cap_attention"] * 4 + ["dual_view_loss"] * 2 + ["window_attention"] * 2
+    assert operations == ["cap_attention"] * 4 + ["dual_view_loss"] * 2 + ["lamb"] + ["window_attention"] * 2
     assert not result["kernels"]["left_out"]
     if result["kernels"]["machine"]["device"] == "cuda":
         assert {v["timed_by"] for row in rows for v in row["variants"].values()} == {"graph"}

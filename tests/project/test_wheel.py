@@ -86,7 +86,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_no_tests(built):
     sources = {f"scalekd_ds/{f.relative_to(ROOT / 'scalekd_ds')}" for f in (ROOT / "scalekd_ds").rglob("*.py")}
     sources |= {f"scalekd_ds/{f.relative_to(ROOT)}" for f in (ROOT / "kernels").rglob("*.py")}
     data = {"scalekd_ds/py.typed", "scalekd_ds/recipes/sizes.json"}
-    data |= {f"scalekd_ds/kernels/{name}/table.json" for name in ("cross_attention", "window_attention")}
+    data |= {f"scalekd_ds/kernels/{name}/table.json" for name in ("cross_attention", "lamb", "window_attention")}
     data |= {f"scalekd_ds/ds_configs/{f.name}" for f in (ROOT / "ds_configs").glob("*.json")}
     assert sources | data == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
