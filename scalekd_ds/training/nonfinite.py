@@ -26,13 +26,30 @@ def skip_nonfinite(engine: Any) -> None:
     step = optimizer.step
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm, optimizer.grad_norm = optimizer.grad_norm, None
+        if norm is None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
         # the gradients are already averaged over the ranks, so every rank decides the same
-        optimizer.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+        optimizer.overflow = not bool(torch.isfinite(norm))
         return None if optimizer.overflow else step(*args, **kwargs)
 
     optimizer.overflow = False
+    # of this step, where somebody has found it; clipping makes nothing finite that was not
+    optimizer.grad_norm = None
     optimizer.step = guarded
+
+
+def unsharded_grad_norm(engine: Any) -> torch.Tensor | None:
+    """The norm of the averaged gradients before clipping, without ZeRO; None with ZeRO, where DeepSpeed reports it.
+
+    Call it after the step's last backward pass: what `skip_nonfinite` has made of `engine.step()` asks this norm.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return None
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.optimizer.grad_norm = norm
+    return norm
 
 
 class NonfiniteGuard:

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from scalekd_ds.engine.compilation import naming_the_compiler
 from scalekd_ds.engine.determinism import naming_the_setting
 from scalekd_ds.engine.zero_layout import shards_of
-from scalekd_ds.training.nonfinite import statistics
+from scalekd_ds.training.nonfinite import statistics, unsharded_grad_norm
 from scalekd_ds.training.run import Run
 
 
@@ -76,10 +76,3 @@ def nonfinite_report(run: Run, images: torch.Tensor, losses: dict[str, torch.Ten
         "samples": {i: run.train_loader.source.name(i) for batch in micro_batches for i in batch},
         "tensors": statistics([("images of the last micro batch", images), *losses.items(), *masters]),
     }
-
-
-def unsharded_grad_norm(engine: Any) -> torch.Tensor | None:
-    """The norm of the averaged gradients before clipping, without ZeRO; None with ZeRO, where DeepSpeed reports it."""
-    if engine.zero_optimization_stage() > 0:
-        return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -13,7 +13,7 @@ from torch import nn
 from scalekd_ds.config import OptimConfig
 from scalekd_ds.optim import lamb
 from scalekd_ds.optim.optimizers import build_optimizer, param_groups
-from scalekd_ds.training.step import unsharded_grad_norm
+from scalekd_ds.training.nonfinite import unsharded_grad_norm
 
 STEPS = 4
 CASES = {f"zero{stage}": {"stage": stage} for stage in range(3)} | {

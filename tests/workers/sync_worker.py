@@ -29,8 +29,7 @@ from scalekd_ds.optim import lamb
 from scalekd_ds.optim.optimizers import build_optimizer
 from scalekd_ds.optim.schedule import build_schedule
 from scalekd_ds.training.ema import StudentEma
-from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite
-from scalekd_ds.training.step import unsharded_grad_norm
+from scalekd_ds.training.nonfinite import NonfiniteGuard, skip_nonfinite, unsharded_grad_norm
 
 # they hand a value, or a number of values, to the host
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
