@@ -31,7 +31,7 @@ from roofline_parts.cards import CARDS
 HERE = Path(__file__).resolve().parent
 
 
-def trace(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: bool) -> dict[str, Any]:
+def trace(args: argparse.Namespace) -> dict[str, Any]:
     """What `roofline_parts.trace_step.find` returns, from a process that takes this machine for one with a GPU.
 
     Raises:
@@ -40,7 +40,8 @@ def trace(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: bo
     reason = fake_cuda.available()
     if reason:
         raise RuntimeError(f"a step cannot be traced here: {reason}.")
-    asked = {"pair": pair, "recipe": recipe, "batch": batch, "dtype": dtype, "fuse": fuse}
+    asked = {name: getattr(args, name) for name in ("pair", "recipe", "batch", "dtype", "teacher_precision")}
+    asked["fuse"] = not args.eager_only
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE / "roofline_parts" / "trace_step.py"), json.dumps(asked)]
         environment = fake_cuda.environment(Path(folder))
@@ -72,6 +73,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", help="a recipe of the library in place of a pair")
     parser.add_argument("--batch", type=int, default=128, help="images (default: 128)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="autocast's (default: bf16)")
+    parser.add_argument(
+        "--teacher-precision",
+        choices=("autocast", "bf16"),
+        default="autocast",
+        help="as --run.teacher_precision of a run",
+    )
     parser.add_argument("--card", nargs="+", choices=list(CARDS), default=list(CARDS), help="default: all of them")
     parser.add_argument(
         "--eager-only", action="store_true", help="leave out what inductor makes, most of the script's time"
@@ -92,13 +99,14 @@ def result(args: argparse.Namespace) -> dict[str, Any]:
     """A new trace, with its head."""
     # a name that is not known ends here, and not in the other process
     pairs.config_of(args.pair, args.recipe)
-    found = trace(args.pair, args.recipe, args.batch, args.dtype, not args.eager_only)
+    found = trace(args)
     head = {
         "benchmark": "roofline",
         "is_model": "nothing here was measured on a GPU",
         "pair": args.pair or args.recipe,
         "batch": args.batch,
         "dtype": args.dtype,
+        "teacher_precision": args.teacher_precision,
         "machine": harness.machine(torch.device("cpu")),
         "assumptions": report.assumptions(),
     }
@@ -128,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in [name for name in shown if name in other["cards"]]:
             report.print_against(content, other, name)
     if not args.json:
-        path = harness.results_dir(args.out) / f"roofline-{content['pair']}.json"
+        other_teacher = "" if args.teacher_precision == "autocast" else f"-teacher-{args.teacher_precision}"
+        path = harness.results_dir(args.out) / f"roofline-{content['pair']}{other_teacher}.json"
         harness.write_json(path, content)
         print(f"\n{path}")
     return 0

@@ -31,12 +31,20 @@ from scalekd_ds.training.step import train_step
 CLASSES = 1000
 
 
-def build(cfg: RunConfig, dtype: torch.dtype | None) -> ScaleKD:
-    """The distiller of a run as the trainer builds it, on the meta device."""
+def build(cfg: RunConfig, dtype: torch.dtype | None, teacher_precision: str) -> ScaleKD:
+    """The distiller of a run as the trainer builds it, on the meta device.
+
+    Args:
+        cfg: The run.
+        dtype: Autocast's, or None.
+        teacher_precision: `autocast` or `bf16`, as of `run.teacher_precision`.
+    """
     with torch.device("meta"):
         distiller = build_distiller(cfg, CLASSES, verbose=False)
         if dtype is not None and distiller.teacher is not None:
             distiller.teacher.lower_precision(dtype)
+        if teacher_precision == "bf16" and distiller.teacher is not None:
+            distiller.teacher.hold_in(torch.bfloat16)
         return distiller
 
 

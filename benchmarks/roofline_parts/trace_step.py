@@ -23,7 +23,9 @@ from scalekd_ds.engine.processes import start_processes
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def find(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: bool) -> dict[str, Any]:
+def find(
+    pair: str | None, recipe: str | None, batch: int, dtype: str, teacher_precision: str, fuse: bool
+) -> dict[str, Any]:
     """Both traces of a step.
 
     Returns:
@@ -31,7 +33,7 @@ def find(pair: str | None, recipe: str | None, batch: int, dtype: str, fuse: boo
         `step.trace_step` has them; `launches`: as `fake_cuda.Watch` counts them by part; `seconds` of both traces.
     """
     cfg, begin = pairs.config_of(pair, recipe), time.perf_counter()
-    distiller = build(cfg, DTYPES[dtype])
+    distiller = build(cfg, DTYPES[dtype], teacher_precision)
     with fake_cuda.tensors():
         with fake_cuda.Watch():
             fake_cuda.materialise(torch.device("cuda", 0), distiller, distiller.teacher)

@@ -47,7 +47,7 @@ def mlp() -> dict:
 def main() -> None:
     start_processes()
     fake_cuda.pretend()
-    print(json.dumps(find("tiny", None, 8, "bf16", False) | mlp()), flush=True)
+    print(json.dumps(find("tiny", None, 8, "bf16", "autocast", False) | mlp()), flush=True)
 
 
 if __name__ == "__main__":
