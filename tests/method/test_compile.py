@@ -12,7 +12,6 @@ from zoo import STUDENTS, TEACHERS, make_student, make_teacher
 
 from scalekd_ds import ScaleKD, Teacher
 from scalekd_ds.engine.compilation import eagerly, try_teacher
-from scalekd_ds.student import Student
 
 STEPS = 3
 
@@ -168,7 +167,7 @@ def test_a_teacher_that_cannot_be_compiled_is_one_line_and_runs_as_written():
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_kind_of_student_is_one_graph(name):
-    student = Student(make_student(name)).train()
+    student = make_student(name).train()
     student.compile(backend="eager", fullgraph=True, dynamic=False)
     student(torch.randn(2, 3, 64, 64))
     assert counters["stats"]["unique_graphs"] == 1
