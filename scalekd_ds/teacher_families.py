@@ -148,22 +148,33 @@ def _vit_forward(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tokens, features
 
 
-def _patch_only(block: Any) -> Any:
-    """A shallow copy of a transformer block that attends among patch tokens alone.
+def _among_patches(block: Any, tokens: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """Runs a transformer block on patch tokens alone.
 
-    Parameters and hooks are shared with the original. Only what depends on the number of prefix tokens is replaced:
-    rotary embeddings skip `num_prefix_tokens`, and BEiT's bias table has a row and a column for the class token.
+    Only what depends on the number of prefix tokens is replaced: rotary embeddings skip `num_prefix_tokens`, and BEiT's bias
+    table has a row and a column for the class token.
     """
     attn = block.attn
-    has_bias = getattr(attn, "relative_position_bias_table", None) is not None
-    if not has_bias and not getattr(attn, "num_prefix_tokens", 0):
-        return block
-    attn = copy.copy(attn)
-    if has_bias:
-        bias = attn._get_rel_pos_bias()[..., 1:, 1:]
-        attn._get_rel_pos_bias = lambda: bias
-    if hasattr(attn, "num_prefix_tokens"):
-        attn.num_prefix_tokens = 0
+    if getattr(attn, "relative_position_bias_table", None) is not None:
+        block = _without_bias_of_class_token(block)
+    prefix = getattr(attn, "num_prefix_tokens", 0)
+    if not prefix or "rope" not in arguments:
+        out: torch.Tensor = block(tokens, **arguments)
+        return out
+    # for the call alone, and not in a copy, which torch.compile does not follow
+    attn.num_prefix_tokens = 0
+    try:
+        out = block(tokens, **arguments)
+    finally:
+        attn.num_prefix_tokens = prefix
+    return out
+
+
+def _without_bias_of_class_token(block: Any) -> Any:
+    """A shallow copy of a BEiT block, which shares parameters and hooks with the original."""
+    attn = copy.copy(block.attn)
+    bias = attn._get_rel_pos_bias()[..., 1:, 1:]
+    attn._get_rel_pos_bias = lambda: bias
     block = copy.copy(block)
     block._modules = {**block._modules, "attn": attn}
     return block
@@ -188,7 +199,7 @@ def _block_arguments(model: Any, first: int) -> list[dict[str, Any]]:
 def _vit_last_stage(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     first = len(model.blocks) - last_block_count(len(model.blocks))
     for block, arguments in zip(list(model.blocks)[first:], _block_arguments(model, first), strict=True):
-        tokens = _patch_only(block)(tokens, **arguments)
+        tokens = _among_patches(block, tokens, arguments)
     return tokens
 
 
