@@ -216,6 +216,12 @@ class ScaleKD(nn.Module):
         """The frozen teacher, kept outside the module tree; None for supervised training."""
         return self._teacher[0]
 
+    @teacher.setter
+    def teacher(self, teacher: Teacher | None) -> None:
+        raise AttributeError(
+            "a ScaleKD's teacher cannot be replaced, as its projectors fit this one: build another ScaleKD."
+        )
+
     def _required_teacher(self) -> Teacher:
         if self.teacher is None:
             raise ValueError("there is no teacher: ScaleKD was built with teacher=None.")

@@ -113,7 +113,7 @@ def _said(error: BaseException) -> str:
 
 
 def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
-    """Compiles the targets of a teacher whose `compile` was called, on blank images, and undoes it where that fails.
+    """Compiles a teacher whose `compile` was called, on blank images and tokens, and undoes it where that fails.
 
     Args:
         distiller: On the device of the run.
@@ -125,10 +125,17 @@ def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
     teacher = distiller.teacher
     if teacher is None:
         return None
+    device, precision = next(teacher.parameters()).device, teacher.precision
     try:
-        distiller.teacher_targets(
-            torch.zeros(batch, 3, *distiller.image_size, device=next(teacher.parameters()).device)
-        )
+        distiller.teacher_targets(torch.zeros(batch, 3, *distiller.image_size, device=device))
+        if distiller.tpp:
+            before, views = teacher.stages[0], len(distiller.projectors["s3"].names)
+            # as in a step: of all views, under autocast, and backward; the projectors' last norm is in float32 on GPUs
+            dtype = precision if device.type == "cpu" else torch.float32
+            tokens = torch.zeros(views * batch, before.grid[0] * before.grid[1], before.dim, device=device, dtype=dtype)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                out = teacher.last_stage(tokens.requires_grad_())
+            torch.autograd.grad(out.sum(), tokens)
     except RuntimeError as error:
         if not _is_of_the_compiler(error):
             raise

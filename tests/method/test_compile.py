@@ -163,6 +163,30 @@ def test_a_teacher_that_cannot_be_compiled_is_one_line_and_runs_as_written():
     assert try_teacher(distiller, 2) is None
 
 
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_last_stage_that_cannot_be_compiled_is_found_at_the_start():
+    def broken(graph, inputs):
+        # the last stage alone has a gradient
+        if torch.is_grad_enabled():
+            raise RuntimeError("no code for this one")
+        return graph
+
+    distiller = build()
+    distiller.teacher.lower_precision(torch.bfloat16)
+    distiller.teacher.compile(backend=broken)
+    assert "no code for this one" in try_teacher(distiller, 2)
+    # the graphs that a trial makes are those of the step
+    distiller.teacher.compile(backend="eager", dynamic=False)
+    assert try_teacher(distiller, 2) is None
+    graphs = counters["stats"]["unique_graphs"]
+    images, labels = (part[:2] for part in tiny_pair.batch())
+    targets = distiller.teacher_targets(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = distiller(images, labels, targets)
+    losses["loss/total"].backward()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("name", STUDENTS)
