@@ -129,7 +129,8 @@ def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
     try:
         distiller.teacher_targets(torch.zeros(batch, 3, *distiller.image_size, device=device))
         if distiller.tpp:
-            before, views = teacher.stages[0], len(distiller.projectors["s3"].names)
+            pair: Any = distiller.projectors["s3"]
+            before, views = teacher.stages[0], len(pair.names)
             # as in a step: of all views, under autocast, and backward; the projectors' last norm is in float32 on GPUs
             dtype = precision if device.type == "cpu" else torch.float32
             tokens = torch.zeros(views * batch, before.grid[0] * before.grid[1], before.dim, device=device, dtype=dtype)
