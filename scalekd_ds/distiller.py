@@ -216,11 +216,13 @@ class ScaleKD(nn.Module):
         """The frozen teacher, kept outside the module tree; None for supervised training."""
         return self._teacher[0]
 
-    @teacher.setter
-    def teacher(self, teacher: Teacher | None) -> None:
-        raise AttributeError(
-            "a ScaleKD's teacher cannot be replaced, as its projectors fit this one: build another ScaleKD."
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module does not ask properties: a module would become a submodule of this name, which nobody reads
+        if name in ("teacher", "tapped_student"):
+            raise AttributeError(
+                f"a ScaleKD's {name} cannot be replaced, as its projectors fit it: build another ScaleKD."
+            )
+        super().__setattr__(name, value)
 
     def _required_teacher(self) -> Teacher:
         if self.teacher is None:

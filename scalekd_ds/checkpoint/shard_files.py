@@ -202,7 +202,8 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
     saved_shards, names = _SavedShards(folder, world_size), _parameter_names(engine)
     _check_layers(engine, saved_shards.layers("weight", ""), folder)
     saved = json.loads((folder / ENGINE).read_text())
-    state = _base_optimizer(engine).state
+    optimizer = _base_optimizer(engine)
+    state = optimizer.state
     for shard in shards_of(engine):
         _check_in_memory(shard)
         parts = shard.segments
@@ -220,7 +221,7 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
                 for place, values in saved_shards.read(key, name, part):
                     flat.narrow(0, part.start + place, len(values)).copy_(values)
         for key, value in saved["scalars"].items():
-            state[shard.flat][key] = torch.tensor(value)
+            state[shard.flat][key] = scalar_state(value, optimizer, shard.flat)
     _update_model_weights(engine)
     for name, value in saved["counters"].items():
         setattr(engine, name, value)
@@ -231,6 +232,14 @@ def restore(engine: Any, folder: Path, world_size: int) -> None:
         _restore_schedule(engine.lr_scheduler, _base_optimizer(engine).param_groups, saved["scheduler"])
     if hasattr(zero, "loss_scaler") and hasattr(zero.loss_scaler, "cur_scale"):
         zero.loss_scaler.cur_scale = saved["loss_scale"]
+
+
+def scalar_state(value: float, optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> torch.Tensor:
+    """A scalar of an optimizer's state, such as the number of steps, where the optimizer keeps that of `tensor`.
+
+    Fused optimizers read it in their kernels, on the tensor's device; others on the host, which then waits for nothing.
+    """
+    return torch.tensor(value, device=tensor.device if optimizer.defaults.get("fused") else "cpu")
 
 
 def _restore_schedule(scheduler: Any, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:

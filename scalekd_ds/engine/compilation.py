@@ -128,7 +128,8 @@ def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
     device, precision = next(teacher.parameters()).device, teacher.precision
     try:
         distiller.teacher_targets(torch.zeros(batch, 3, *distiller.image_size, device=device))
-        if distiller.tpp:
+        # without features at that stage nothing goes through the last one
+        if distiller.tpp and "s3" in distiller.projectors:
             pair: Any = distiller.projectors["s3"]
             before, views = teacher.stages[0], len(pair.names)
             # as in a step: of all views, under autocast, and backward; the projectors' last norm is in float32 on GPUs

@@ -187,6 +187,16 @@ def test_a_last_stage_that_cannot_be_compiled_is_found_at_the_start():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("options", [{"features": False}, {"weights_s3": (0.0, 0.0)}, {"tpp": False}], ids=str)
+def test_a_trial_leaves_out_a_last_stage_that_no_tokens_go_through(options):
+    distiller = build(**options)
+    distiller.teacher.compile(backend="eager", dynamic=False)
+    assert try_teacher(distiller, 2) is None
+    # without TPP the tokens before the last stage are a target, and not compiled
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("name", STUDENTS)

@@ -25,6 +25,16 @@ def test_a_plain_pytorch_loop_lowers_the_loss():
     assert totals[-1] < 0.9 * totals[0]
 
 
+@pytest.mark.parametrize("name", ["teacher", "tapped_student"])
+def test_a_model_is_not_replaced_by_an_assignment(name):
+    distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False)
+    own, names = getattr(distiller, name), set(distiller.state_dict())
+    for other in (None, torch.nn.Linear(1, 1)):
+        with pytest.raises(AttributeError, match=f"{name} cannot be replaced.*build another ScaleKD"):
+            setattr(distiller, name, other)
+    assert getattr(distiller, name) is own and set(distiller.state_dict()) == names
+
+
 def test_total_is_the_sum_of_the_weighted_terms():
     distiller = ScaleKD(student(), teacher(), image_size=64, verbose=False)
     images, labels = batch()
