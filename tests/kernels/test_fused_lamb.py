@@ -59,8 +59,9 @@ def layers_on(device, *sizes):
     """Addresses, blocks and the four lists of tensors of layers."""
     columns = [[torch.zeros(size, device=device) for size in sizes] for _ in range(4)]
     places = [Place(i, 0, size, i) for i, size in enumerate(sizes)]
-    addresses = launch.Addresses(torch.device(device))
-    return addresses, blocks_of(places, torch.device(device)), columns
+    # `cuda` alone is another device than that of its tensors, `cuda:0`
+    device = columns[0][0].device
+    return launch.Addresses(device), blocks_of(places, device), columns
 
 
 def numbers(step=1, lr=0.1, weight_decay=0.02):
