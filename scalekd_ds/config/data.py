@@ -26,6 +26,10 @@ class DataConfig:
         images_per_class: Use only this many training images of every class (drawn with the seed), or all when None.
         subset_seed: Seed of these two draws; None takes the run's seed.
         repeats: Times that an image comes in a row, with other augmentations each time (repeated augmentation).
+        views: Augmentations of an image that come again and again: pass p of the images takes view p mod `views`; None draws
+            new ones in every pass.
+        view_seed: Seed of the augmentations and of the images that replace bad ones; None takes the run's seed, which alone
+            gives the order.
         balanced: Every class comes equally often; small classes repeat their images.
         crop_scale: Lowest and highest share of the image's area that random resized crop keeps.
         crop_ratio: Lowest and highest aspect ratio of that crop.
@@ -41,7 +45,10 @@ class DataConfig:
         erasing_fill: What fills the box: `zero` the mean colour, `noise` a normal deviate for each pixel and channel.
         mixup: alpha of mixup's beta distribution; 0 is off.
         cutmix: alpha of cutmix's beta distribution; 0 is off. With both on, each is taken with probability 1/2.
-        mix_probability: Probability that a micro batch is mixed at all.
+        mix_by: `batch` mixes each image with one of its micro batch, as timm does. `view` mixes it with any other of the
+            training images: partner, box and share follow from the seed of the views, the view and the image, and so come
+            again in any batch and on any number of ranks.
+        mix_probability: Probability that a micro batch is mixed at all; by view, that an image is.
         interpolation: Filter of every resize, and of the policy's geometric operations.
         eval_resize: Shorter side before the centre crop in evaluation, in pixels; None is image_size / 0.875, and
             image_size itself below 64 pixels, where a margin would cost too much.
@@ -67,6 +74,8 @@ class DataConfig:
     images_per_class: int | None = None
     subset_seed: int | None = None
     repeats: int = 1
+    views: int | None = None
+    view_seed: int | None = None
     balanced: bool = False
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -79,6 +88,7 @@ class DataConfig:
     erasing_fill: Literal["zero", "noise"] = "noise"
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_by: Literal["batch", "view"] = "batch"
     mix_probability: float = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     eval_resize: int | None = None
@@ -113,7 +123,13 @@ class DataConfig:
         for name in ("train_images", "images_per_class"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", value, "positive")
-        for name in ("eval_batch_size", "repeats", "threads", "prefetch"):
+        require(
+            self.view_seed is None or abs(self.view_seed) < 2**62,
+            "data.view_seed",
+            self.view_seed,
+            "of less than 62 bits",
+        )
+        for name in ("eval_batch_size", "repeats", "views", "threads", "prefetch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name}", value, "at least 1")
         for name, most in (("threads", 1024), ("prefetch", 100)):

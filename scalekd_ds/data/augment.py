@@ -1,4 +1,4 @@
-"""Random draws of augmentations, each a pure function of (seed, epoch, sample)."""
+"""Random draws of augmentations, each a pure function of (seed, view, sample). A view is the epoch, unless views repeat."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 _STREAM = 0x5CA1E
 
 
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random generator from which the augmentations of sample `index` in `epoch` are drawn."""
-    key = np.array([(seed ^ (_STREAM << 32)) % 2**64, epoch], dtype=np.uint64)
+def generator(seed: int, epoch: int, index: int, stream: int = _STREAM) -> np.random.Generator:
+    """The random generator from which the augmentations of sample `index` in `epoch` are drawn.
+
+    `stream` keeps draws for different purposes apart.
+    """
+    key = np.array([(seed ^ (stream << 32)) % 2**64, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, index], dtype=np.uint64)))
 
 

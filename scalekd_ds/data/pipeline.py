@@ -45,9 +45,9 @@ class Prepared(NamedTuple):
     """A batch that a thread of the pool has read and drawn.
 
     Attributes:
-        indices: (B,) the samples.
-        inputs: Each input of the pipeline, as a list of B arrays.
-        labels: (B,) int64 on the host, pinned where the batches go to a GPU.
+        indices: (N,) the images: the samples, and behind them those that some of them are mixed with.
+        inputs: Each input of the pipeline, as a list of N arrays.
+        labels: (B,) int64 of the samples, or (B, K) float32, on the host; pinned where the batches go to a GPU.
         drawn: What `_postprocess` of the subclass needs.
     """
 
@@ -66,7 +66,7 @@ class Loader:
     Args:
         source: The images.
         cfg: Sizes, augmentations, threads.
-        batch_size: Images in a batch.
+        batch_size: Most images in a batch.
         device: Device of the batches; a GPU also decodes.
         mean: (3,) mean of the pixels, which lie in [0, 1].
         std: (3,) standard deviation of the pixels.
@@ -180,13 +180,13 @@ class Loader:
         """
         return values.to(self.device, non_blocking=True)
 
-    def _batches(self, first: int, count: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, first: int, count: int | None) -> Generator[tuple[Any, ...]]:
         """`count` batches from number `first` on; None is without end."""
         batches = self._run_with_restarts(first, None if count is None else first + count)
         self._iterations.add(batches)
         return batches
 
-    def _run_with_restarts(self, number: int, last: int | None) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run_with_restarts(self, number: int, last: int | None) -> Generator[tuple[Any, ...]]:
         """Batches `number` to `last` - 1, with a new pipeline after each undecodable image."""
         try:
             while last is None or number < last:
@@ -205,7 +205,7 @@ class Loader:
     def _after_pipeline(self) -> None:
         """Follows the end of an iteration, whose pipeline is gone."""
 
-    def _run_pipeline(self, numbers: Iterator[int]) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run_pipeline(self, numbers: Iterator[int]) -> Generator[tuple[Any, ...]]:
         """The batches `numbers`, by one pipeline.
 
         Raises:
@@ -213,7 +213,7 @@ class Loader:
         """
         reading: deque[Future] = deque()
         decoding: deque[Prepared] = deque()
-        finish: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+        finish: Callable[[], tuple[Any, ...]] | None = None
         # the pool runs in parallel over images, so torch gets one thread in each of its threads
         pool = ThreadPoolExecutor(
             pool_threads(self.cfg), "read-images", initializer=torch.set_num_threads, initargs=(1,)
@@ -258,9 +258,7 @@ class Loader:
             if not sys.is_finalizing():
                 pool.shutdown(cancel_futures=True)
 
-    def _postprocess(
-        self, pool: ThreadPoolExecutor, images: Any, prepared: Prepared
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def _postprocess(self, pool: ThreadPoolExecutor, images: Any, prepared: Prepared) -> Callable[[], tuple[Any, ...]]:
         """Starts the work on a batch that follows DALI.
 
         Args:

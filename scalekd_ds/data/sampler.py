@@ -9,6 +9,7 @@ at another g.
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import numpy as np
 
@@ -59,6 +60,23 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     return rng.permutation(np.concatenate(picks))
 
 
+class Sampler(Protocol):
+    """What a loader asks of an order of samples.
+
+    Attributes:
+        view_seed: Seed of the augmentations.
+        micro_batch: Most samples in a batch.
+        accumulation: Micro batches in an optimizer step on this rank.
+    """
+
+    view_seed: int
+    micro_batch: int
+    accumulation: int
+
+    def indices(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) int64 samples of a micro batch, and (B,) int64 views to draw their augmentations of."""
+
+
 class StreamSampler:
     """The part of the training stream that one rank gets.
 
@@ -74,9 +92,12 @@ class StreamSampler:
         labels: (size,) classes, for `balanced_order`; None takes each sample once.
         offset: Samples by which the stream is ahead of `step * global_batch`: a run whose global batch has changed has seen
             as many more, or fewer.
+        views: Views of a sample, which come again after as many passes; None has a new one in every pass.
+        view_seed: Seed of the augmentations; None takes `seed`.
 
     Attributes:
         accumulation: Micro batches in an optimizer step on one rank.
+        view_seed: Seed of the augmentations.
 
     Raises:
         ValueError: The global batch is not a multiple of the micro batch times the number of ranks.
@@ -93,6 +114,8 @@ class StreamSampler:
         repeats: int = 1,
         labels: np.ndarray | None = None,
         offset: int = 0,
+        views: int | None = None,
+        view_seed: int | None = None,
     ) -> None:
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is no multiple of {micro_batch} x {world_size} ranks.")
@@ -101,6 +124,7 @@ class StreamSampler:
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch // (micro_batch * world_size)
         self.repeats, self.offset = repeats, offset
+        self.views, self.view_seed = views, seed if view_seed is None else view_seed
         order = functools.partial(permutation, seed, size=size)
         # an order costs a sort, so the two that a batch across epochs needs are cached
         self._order = (
@@ -111,8 +135,8 @@ class StreamSampler:
         """The samples of micro batch `micro` of optimizer step `step` on this rank.
 
         Returns:
-            (micro_batch,) sample indices, and (micro_batch,) numbers to draw the augmentations of each sample with: the
-            epoch, or with repeats `epoch * repeats + repeat`.
+            (micro_batch,) sample indices, and (micro_batch,) views of them, the numbers to draw their augmentations with: the
+            epoch, or with repeats `epoch * repeats + repeat`; with `views` modulo these.
         """
         first = self.offset + step * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
         distinct, passes = np.divmod(np.arange(first, first + self.micro_batch), self.repeats)
@@ -121,7 +145,8 @@ class StreamSampler:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = self._order(epoch=int(epoch))[places[here]]
-        return chosen, epochs * self.repeats + passes
+        drawn = epochs * self.repeats + passes
+        return chosen, drawn if self.views is None else drawn % self.views
 
 
 def eval_shard(size: int, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:

@@ -138,8 +138,8 @@ def test_another_version_with_the_same_times_is_seen(tmp_path, kind, index, monk
     assert opened(1) == second
 
 
-def loaders(source):
-    cfg = DataConfig(image_size=16, eval_resize=16, threads=1, keep_mb=0, interpolation="bilinear")
+def loaders(source, keep_mb=0):
+    cfg = DataConfig(image_size=16, eval_resize=16, threads=1, keep_mb=keep_mb, interpolation="bilinear")
     sampler = StreamSampler(len(source), 0, len(source), len(source), 0, 1)
     device = torch.device("cpu")
     train = TrainLoader(source, cfg, sampler, device, [0.0] * 3, [1.0] * 3)
@@ -296,8 +296,7 @@ def test_a_file_that_is_being_written_while_it_is_read_is_read_again(tmp_path, l
             return whole[index]
 
     being_written = BeingWritten()
-    made = loaders(being_written)[loader]
-    made._reader = Reader(being_written, keep_bytes=keep_mb * 2**20)
+    made = loaders(being_written, keep_mb)[loader]
     being_written.early = 1
     images, _ = next(iter(made))
     expected, _ = next(iter(loaders(source)[loader]))
