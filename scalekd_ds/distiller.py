@@ -120,7 +120,10 @@ class ScaleKD(nn.Module):
         if teacher is not None:
             self._check_classes(teacher)
             self._register_normalisation(self.tapped_student.preprocessing, teacher)
-            self._check_teacher_size(teacher)
+            if teacher.headless:
+                self._check_targets()
+            else:
+                self._check_teacher_size(teacher)
         # name of a method -> what runs in its place, where it is compiled
         self._compiled: dict[str, Callable[..., Any]] = {}
         self.time_part: Callable[[str], AbstractContextManager] = untimed
@@ -145,14 +148,23 @@ class ScaleKD(nn.Module):
                 "fine-tune the teacher on these classes, or set --distill.kd_weight 0."
             )
 
+    def _check_targets(self) -> None:
+        """Refuses the targets that a cache does not hold."""
+        if not self.tpp and any(name.endswith("s3") for name in self.feature_weights):
+            raise UserError(
+                "--distill.tpp false compares stage n-1 with the teacher's own tokens there, which a teacher cache does not "
+                "hold: leave it out, or train without --teacher_cache."
+            )
+
     def _register_normalisation(self, student: Preprocessing, teacher: Teacher) -> None:
         """Registers the scale and shift that take images from the student's normalisation to the teacher's.
 
-        Both are None where the two are the same, or where one of them is not known.
+        Both are None where the two are the same, where one of them is not known, and where the teacher is headless.
         """
         statistics = (student.mean, student.std, teacher.preprocessing.mean, teacher.preprocessing.std)
         scale = shift = None
-        if None not in statistics and statistics[:2] != statistics[2:]:
+        # a headless teacher takes no images
+        if not teacher.headless and None not in statistics and statistics[:2] != statistics[2:]:
             s_mean, s_std, t_mean, t_std = (torch.tensor(v) for v in statistics)
             device = next(teacher.parameters()).device
             scale, shift = (v[:, None, None].to(device) for v in (s_std / t_std, (s_mean - t_mean) / t_std))
@@ -249,7 +261,7 @@ class ScaleKD(nn.Module):
         """The teacher's targets for images (B, 3, H, W) in the student's normalisation and size.
 
         Raises:
-            ValueError: There is no teacher.
+            ValueError: There is no teacher, or it is headless.
             UserError: Without TPP, a teacher that does not give its tokens before the last stage.
         """
         teacher = self._required_teacher()
@@ -304,7 +316,8 @@ class ScaleKD(nn.Module):
             images: (B, 3, H, W) in the student's normalisation.
             targets: (B,) class indices or (B, K) probabilities; None for images without labels, which leaves out CE and
                 keeps the weights of the other terms.
-            teacher_targets: What `teacher_targets(images)` returns, where the caller has it already.
+            teacher_targets: What `teacher_targets(images)` returns, where the caller has it already; a headless teacher
+                cannot do without.
 
         Returns:
             `loss/ce`, `loss/kd`, `loss/spatial_s3`, `loss/frequency_s3`, `loss/spatial_s4`, `loss/frequency_s4` (those
@@ -312,6 +325,7 @@ class ScaleKD(nn.Module):
 
         Raises:
             UserError: There are no labels, and every term needs them.
+            ValueError: The teacher is headless, and there are no teacher_targets.
         """
         if targets is None and not (self.kd_weight > 0.0 or self.projectors):
             raise UserError(

@@ -40,7 +40,8 @@ def pairing_table(
 
     t = teacher
     rows = [("", "student", "teacher")]
-    rows.append(("model", type(student).__name__, type(t.model).__name__ if t else "none"))
+    alone = (", its last stage alone" if t.last_input else ", its logits alone") if t and t.headless else ""
+    rows.append(("model", type(student).__name__, t.title + alone if t else "none"))
     rows.append(("parameters", millions(student), millions(t) if t else ""))
     t_size = (t.preprocessing.size or image_size) if t else image_size
     rows.append(("image", f"{image_size[0]}x{image_size[1]}", f"{t_size[0]}x{t_size[1]}" if t else ""))
@@ -51,6 +52,8 @@ def pairing_table(
     ):
         teacher_cell = f"{grid_and_channels(stage.grid, stage.dim)}, {stage.heads} heads" if stage else ""
         rows.append((label, grid_and_channels(student_map.shape[-2:], student_map.shape[1]), teacher_cell))
+    if t and t.headless:
+        rows.append(("targets", "", "from a teacher cache"))
     if projectors:
         attention = {stage: pair for stage, pair in projectors.items() if isinstance(pair, ProjectorPair)}
         heads = ", ".join(f"{stage} {pair.views[0].num_heads}" for stage, pair in attention.items())

@@ -91,6 +91,9 @@ class Teacher(nn.Module):
         family: The functions that run it and its last stage; None without features.
         last_input, last_output: `Stage` of the tokens that enter and leave the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
+        headless: It is its last stage alone, built by `headless.headless_teacher`: its targets come from elsewhere.
+        title: What people read as its model.
+        built_from: (name, constructor arguments, image size) that it was built from; None for a model that was built before.
         precision: The dtype of its own autocast, set by `lower_precision`; None leaves autocast to the caller.
         held_in: The dtype of all of its weights and activations, without autocast, set by `hold_in`; None elsewhere.
         engine: The DeepSpeed engine that shards the weights (set by `engine.teacher_placement`), in a tuple, so that it
@@ -112,9 +115,13 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self._train_mode = train_mode
+        self.headless = False
+        self.built_from: tuple[str, dict[str, Any], int | tuple[int, int] | None] | None = None
         if isinstance(model, str):
+            self.built_from = (model, kwargs, image_size)
             model = build_model(model, None, kwargs, weights, image_size)
         self.model: nn.Module = model
+        self.title = type(model).__name__
         self.num_classes = int(getattr(model, "num_classes", 0) or 0)
         self.class_positions: torch.Tensor | None
         # not in the state-dict, which is the timm model's
@@ -138,6 +145,31 @@ class Teacher(nn.Module):
         self.last_output: Stage | None = None
         if self.family is not None:
             self.last_input, self.last_output = self.family.stages(model)
+
+    def become_headless(
+        self, title: str, family: Family | None, preprocessing: Preprocessing, num_classes: int, same_classes: bool
+    ) -> None:
+        """Makes it the last stage of another teacher, whose weights its model has there; see `headless.headless_teacher`.
+
+        Args:
+            title: Name of the other's model.
+            family: The other's family; None where its logits alone are used.
+            preprocessing: Of the other's images.
+            num_classes: Of the other, whose logits come from elsewhere.
+            same_classes: Whether the other's classes are those of the training images.
+        """
+        self.headless, self.title, self.preprocessing = True, title, preprocessing
+        self.num_classes, self.same_classes = num_classes, same_classes
+        self.family = family
+        if family is not None:
+            self.last_input, self.last_output = family.stages(self.model)
+
+    def _check_trunk(self) -> None:
+        if self.headless:
+            raise ValueError(
+                f"the teacher ({self.title}) is its last stage alone and takes no images: give the targets that it was cached "
+                "with, as teacher_targets."
+            )
 
     def _resize(self, size: int | tuple[int, int]) -> None:
         """Makes `size` the size of its images, where the model takes any."""
@@ -163,6 +195,11 @@ class Teacher(nn.Module):
         Raises:
             UserError: They are other classes than the teacher's.
         """
+        if self.headless:
+            # its logits were put into the order of these classes when they were cached
+            if not self.same_classes:
+                raise UserError(f"the teacher's ({self.title}) classes are not those of the training images.")
+            return None
         matched = match_classes(
             known_classes(self.model), self.num_classes, classes, "the teacher", "the set of training images"
         )
@@ -233,10 +270,15 @@ class Teacher(nn.Module):
                 "the teacher is to be compiled and is sharded: a compiled teacher has to be a replica; set --run.compile off "
                 "or --run.teacher_placement replica."
             )
-        self._compiled = {"targets": torch.compile(self._targets, **kwargs)}
+        self._compiled = {} if self.headless else {"targets": torch.compile(self._targets, **kwargs)}
         if self.family is not None:
             self._compiled["last_stage"] = torch.compile(self._last_stage, **kwargs)
         return self
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called, and not undone."""
+        return bool(self._compiled)
 
     def run_as_written(self) -> Teacher:
         """Undoes `compile`."""
@@ -273,7 +315,11 @@ class Teacher(nn.Module):
         Returns:
             `TeacherTargets`, without gradient: tokens (B, P, C) on `last_output.grid`, row by row, and logits (B, K) in the
             order of the training classes where `match` has found it.
+
+        Raises:
+            ValueError: It is headless.
         """
+        self._check_trunk()
         return self._compiled.get("targets", self._targets)(images)
 
     def _targets(self, images: torch.Tensor) -> TeacherTargets:
@@ -297,8 +343,9 @@ class Teacher(nn.Module):
 
         Raises:
             UserError: A model that timm's `forward_intermediates` cannot stop right before its last stage.
-            ValueError: The teacher was built without features.
+            ValueError: The teacher was built without features, or is headless.
         """
+        self._check_trunk()
         last_input, _ = self.stages
         model: Any = self.model
         images = self._entering(images)
@@ -350,7 +397,7 @@ class Teacher(nn.Module):
         return out if self.held_in is None or dtype is None else out.to(dtype)
 
     def forward(self, images: torch.Tensor) -> TeacherTargets:
-        """Same as `targets`: tokens (B, P, C) and logits (B, K) of images (B, 3, H, W)."""
+        """Same as `targets`, also in what it raises: tokens (B, P, C) and logits (B, K) of images (B, 3, H, W)."""
         return self.targets(images)
 
     if TYPE_CHECKING:

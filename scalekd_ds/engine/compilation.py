@@ -115,6 +115,8 @@ def _said(error: BaseException) -> str:
 def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
     """Compiles a teacher whose `compile` was called, on blank images and tokens, and undoes it where that fails.
 
+    Of a headless teacher there is the last stage alone.
+
     Args:
         distiller: On the device of the run.
         batch: Images of a micro batch.
@@ -123,11 +125,13 @@ def try_teacher(distiller: ScaleKD, batch: int) -> str | None:
         What a user should know, in one line, or None.
     """
     teacher = distiller.teacher
-    if teacher is None:
+    # a headless one without features has nothing to compile
+    if teacher is None or (teacher.headless and not teacher.is_compiled):
         return None
     device, precision = next(teacher.parameters()).device, teacher.precision
     try:
-        distiller.teacher_targets(torch.zeros(batch, 3, *distiller.image_size, device=device))
+        if not teacher.headless:
+            distiller.teacher_targets(torch.zeros(batch, 3, *distiller.image_size, device=device))
         # without features at that stage nothing goes through the last one
         if distiller.tpp and "s3" in distiller.projectors:
             pair: Any = distiller.projectors["s3"]

@@ -29,7 +29,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in blocks if not any(map(repeats, m.modules()))] or [model]
 
 
-def persistence_threshold(teacher: Teacher) -> int:
+def persistence_threshold(teacher: nn.Module) -> int:
     """Number of elements up to which ZeRO-3 keeps a parameter whole on every rank.
 
     These are norms, biases and bias tables, together about a hundredth of the model.
@@ -62,7 +62,8 @@ def place_teacher(teacher: Teacher, placement: TeacherPlacement, device: torch.d
             share in host memory.
         device: Device of this rank.
     """
-    if placement == "replica":
+    # a headless teacher whose logits alone are used has no weights
+    if placement == "replica" or not any(True for _ in teacher.parameters()):
         teacher.to(device)
         return
     config = ds_config.read(CONFIGS[placement])

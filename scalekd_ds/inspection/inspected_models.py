@@ -181,9 +181,14 @@ def wrap_model(model: nn.Module, role: str, title: str, source: ModelSource, car
 
     A `Teacher`, and a teacher of a known family, is run as a `Teacher`, so that its maps are the targets of distillation. All
     other models are run as a `Student`.
+
+    Raises:
+        UserError: A headless teacher, which has no maps.
     """
     network: Any
     if isinstance(model, Teacher):
+        if model.headless:
+            raise UserError(f"{title} is a teacher's last stage alone, which sees no images: give the whole teacher.")
         network = model
     elif role == "teacher" and isinstance(model, tuple(FAMILIES)):
         network = Teacher(model)

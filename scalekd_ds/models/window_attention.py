@@ -323,7 +323,12 @@ def fuse_window_attention(model: nn.Module) -> str | None:
         What a user should know, in one line, where some of its blocks are not timm's and keep their own; or None.
     """
     kept: list[tuple[str, str]] = []
-    blocks: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(_KINDS))]
+    blocks: list[tuple[str, Any]] = [
+        (name, m)
+        for name, m in model.named_modules()
+        # those before a headless teacher's last stage have no weights, and never run
+        if any(True for _ in m.parameters()) and isinstance(m, tuple(_KINDS))
+    ]
     for name, block in blocks:
         if isinstance(block, _FrozenBlock):
             continue

@@ -17,7 +17,8 @@ def planned_placement(
 ) -> TeacherPlacement:
     """The first of replica, sharded and offloaded that fits into the memory of this GPU by the memory plan; collective.
 
-    Rank 0 chooses for all ranks. On CPUs the choice is always a replica.
+    Rank 0 chooses for all ranks. On CPUs the choice is always a replica, and so it is of a headless teacher: its last stage is
+    a small part of what the plan measures, and is used at every step.
 
     Args:
         teacher: The teacher in its final dtype.
@@ -26,7 +27,7 @@ def planned_placement(
         num_classes: Number of classes of the data.
         device: Device of this rank.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or teacher.headless:
         return "replica"
     chosen = torch.zeros(1, dtype=torch.int64, device=device)
     if dist.get_rank() == 0:

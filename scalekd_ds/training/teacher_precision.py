@@ -45,21 +45,28 @@ class Answers(NamedTuple):
 def lower_teacher(distiller: ScaleKD, cfg: RunConfig, val: Source) -> dict[str, float]:
     """Takes the teacher to `run.teacher_precision`, and says what that changed; collective.
 
+    Of a headless teacher there is the last stage alone, which both precisions hold in bf16. Its answers are those of a cache,
+    which passed the gate when it was made: no image is read.
+
     Args:
         distiller: Student and teacher on this rank's device; the teacher is whole, and in the run's own precision.
         cfg: The run.
         val: The validation images, of which 256 are taken, evenly spaced.
 
     Returns:
-        What was measured, for the monitors; empty where the precision is the run's own. `teacher/gate_spatial` and
-        `teacher/gate_frequency` are the mean of 1 - cosine of the tokens in each view, `teacher/gate_kl` that of
-        KL(before || after) of the logits in nats: those that the teacher gives. `teacher/gate_images` is their number.
+        What was measured, for the monitors; empty where the precision is the run's own, or the teacher is headless.
+        `teacher/gate_spatial` and `teacher/gate_frequency` are the mean of 1 - cosine of the tokens in each view,
+        `teacher/gate_kl` that of KL(before || after) of the logits in nats: those that the teacher gives.
+        `teacher/gate_images` is their number.
 
     Raises:
         UserError: A measure is above its bound, the device lacks the precision, or no image can be used.
     """
     teacher, precision = distiller.teacher, cfg.run.teacher_precision
     if teacher is None or precision in ("autocast", "fp32"):
+        return {}
+    if teacher.headless:
+        teacher.hold_in(torch.bfloat16)
         return {}
     device = next(teacher.parameters()).device
     if precision == "fp8":
@@ -77,7 +84,7 @@ def lower_teacher(distiller: ScaleKD, cfg: RunConfig, val: Source) -> dict[str, 
     found = torch.zeros(4, dtype=torch.float64)
     for pixels, old in zip(batches, before, strict=True):
         new = _answers(distiller, pixels, device)
-        found += torch.tensor([*_distances(distiller, old, new), float(len(pixels))], dtype=torch.float64)
+        found += torch.tensor([*distances(distiller, old, new), float(len(pixels))], dtype=torch.float64)
     if dist.get_world_size() > 1:
         found = found.to(device)
         dist.all_reduce(found)
@@ -190,7 +197,7 @@ def _answers(distiller: ScaleKD, pixels: torch.Tensor, device: torch.device) -> 
     return Answers(targets.tokens.float().cpu(), None if logits is None else logits.float().cpu())
 
 
-def _distances(distiller: ScaleKD, old: Answers, new: Answers) -> tuple[float, float, float]:
+def distances(distiller: ScaleKD, old: Answers, new: Answers) -> tuple[float, float, float]:
     """Sums over the images of a batch: 1 - cosine, the mean over tokens, in both views; and KL(old || new) of the logits."""
     spatial = frequency = kl = 0.0
     teacher = distiller.teacher

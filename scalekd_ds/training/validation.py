@@ -110,7 +110,13 @@ def _measure(run: Run) -> None:
             if dist.get_rank() == 0:
                 run.monitor.pictures(run.step, pictures)
     teacher = run.teacher
-    answers = teacher is not None and teacher.num_classes == len(run.classes) and teacher.same_classes
+    # a headless one answers no images
+    answers = (
+        teacher is not None
+        and not teacher.headless
+        and teacher.num_classes == len(run.classes)
+        and teacher.same_classes
+    )
     if answers and run.teacher_accuracy is None:
         run.teacher_accuracy = _accuracy(
             run,

@@ -72,7 +72,7 @@ def attending_projector(distiller: ScaleKD) -> tuple[str, CrossAttentionProjecto
 
 @torch.no_grad()
 def draw_run_pictures(distiller: ScaleKD, student: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Draws the maps, spectra and attention of student and teacher.
+    """Draws the maps, spectra and attention of student and teacher; nothing of a teacher that is headless.
 
     Collective: every rank calls it, since ranks may hold shards of the teacher or of the projectors.
 
@@ -94,8 +94,10 @@ def draw_run_pictures(distiller: ScaleKD, student: nn.Module, images: torch.Tens
     maps = {"student": output.last}
     attention = None
     if teacher is not None and distiller.projectors:
-        tokens = distiller.teacher_targets(images).tokens
-        maps = {"teacher": tokens_to_map(tokens, teacher.stages[1].grid), **maps}
+        # a headless teacher takes no images
+        if not teacher.headless:
+            tokens = distiller.teacher_targets(images).tokens
+            maps = {"teacher": tokens_to_map(tokens, teacher.stages[1].grid), **maps}
         if found := attending_projector(distiller):
             stage, projector = found
             student_map = output.before if stage == "s3" else output.last

@@ -20,13 +20,16 @@ CASES = {
     2: [f"{name},sharded,fp32" for name in ("vit", "swin", "beit", "dinov3", "convnext")] + OTHERS,
     3: ["vit,sharded,fp32", "dinov3,sharded,fp32"],
 }
+# the last stage alone
+HEADLESS = ["headless-vit,sharded,fp32", "headless-swin,offload,bf16"]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda ranks: f"{ranks} ranks")
 def compared(request, tmp_path_factory):
     """case -> what each rank saw."""
     out = tmp_path_factory.mktemp("teachers")
-    done = forked_ranks(WORKER, "--out", out, "--cases", *CASES[request.param], ranks=request.param)
+    cases = [*CASES[request.param], *HEADLESS]
+    done = forked_ranks(WORKER, "--out", out, "--cases", *cases, ranks=request.param)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(request.param)]
     return request.param, {case: [rank[case] for rank in ranks] for case in ranks[0]}
@@ -62,6 +65,16 @@ def test_the_most_that_a_rank_holds_is_as_planned(compared):
             continue
         for seen in results[case]:
             assert seen["peak"] == pytest.approx(seen["planned"], rel=0.1), case
+
+
+def test_a_last_stage_alone_is_sharded_as_a_whole_teacher_is(compared):
+    """Three steps, whose targets are given, against the whole teacher's; each rank holds its share before and after them."""
+    ranks, results = compared
+    for case in HEADLESS:
+        for seen in results[case]:
+            assert seen["differ"] == [] and seen["compared"] > 100, case
+            assert seen["resting"] == pytest.approx(seen["weights"] / ranks, rel=0.1), case
+            assert seen["afterwards"] == seen["resting"], case
 
 
 @pytest.fixture(scope="module")

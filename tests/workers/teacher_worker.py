@@ -16,8 +16,9 @@ from scalekd_ds.config import TeacherPlacement
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.processes import start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
-from scalekd_ds.plan.measure import teacher_size
+from scalekd_ds.headless import headless_teacher, teacher_parts
 from scalekd_ds.plan.memory import Layout, teacher_bytes
+from scalekd_ds.plan.teacher_size import teacher_size
 from scalekd_ds.teacher import Teacher
 
 CLASSES, BATCH, STEPS = 7, 2, 3
@@ -115,6 +116,40 @@ def compare(name: str, placement: TeacherPlacement, low: bool) -> dict[str, obje
     }
 
 
+def compare_headless(name: str, placement: TeacherPlacement, low: bool) -> dict[str, object]:
+    """Three steps with the last stage alone, placed, and with the whole teacher, whose targets both are given."""
+    device = start_processes()
+    whole = built(name, 0)
+    # ranks other than the first have other weights: rank 0's are the ones that are sharded
+    ours = headless_teacher(*teacher_parts(built(name, dist.get_rank())))
+    distillers = [distiller_of(teacher) for teacher in (whole, ours)]
+    for teacher in (whole, ours):
+        if low:
+            teacher.lower_precision(torch.bfloat16)
+    weights = sum(p.nbytes for p in ours.parameters())
+    place_teacher(ours, placement, device)
+    resting, found = held_bytes(ours), []
+    for distiller in distillers:
+        optimizer, out = torch.optim.SGD(distiller.parameters(), 0.1), {}
+        torch.manual_seed(2 + dist.get_rank())
+        for step in range(STEPS):
+            images, labels = torch.randn(BATCH, 3, 64, 64), torch.randint(CLASSES, (BATCH,))
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                losses = distiller(images, labels, distillers[0].teacher_targets(images))
+            losses["loss/total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            out |= {f"{loss} {step}": value.detach() for loss, value in losses.items()}
+        found.append(out | {parameter: p.detach() for parameter, p in distiller.named_parameters()})
+    return {
+        "differ": [key for key in found[0] if not torch.equal(found[0][key], found[1][key])],
+        "compared": len(found[0]),
+        "weights": weights,
+        "resting": resting,
+        "afterwards": held_bytes(ours),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -123,7 +158,8 @@ def main() -> None:
     results: dict[str, object] = {}
     for case in args.cases:
         name, placement, dtype = case.split(",")
-        results[case] = compare(name, placement, dtype == "bf16")
+        compared = compare_headless if name.startswith("headless-") else compare
+        results[case] = compared(name.removeprefix("headless-"), placement, dtype == "bf16")
     (args.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
 
