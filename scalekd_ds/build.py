@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from scalekd_ds.config import RunConfig
@@ -13,7 +14,13 @@ from scalekd_ds.student import Student, Taps
 from scalekd_ds.teacher import Teacher
 
 
-def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Sequence[str] | None = None) -> ScaleKD:
+def build_distiller(
+    cfg: RunConfig,
+    num_classes: int,
+    verbose: bool,
+    classes: Sequence[str] | None = None,
+    teacher: Teacher | None = None,
+) -> ScaleKD:
     """Builds student, teacher and projectors, each initialised from the run's seed.
 
     Args:
@@ -22,6 +29,7 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Se
         verbose: Prints how student and teacher are paired.
         classes: Names of the classes, by which the teacher's logits and a classifier that comes with the student's weights
             are put into their order; None leaves both as they are.
+        teacher: The last stage of a teacher whose answers are cached; None builds the teacher of the run.
 
     Raises:
         UserError: A model that cannot be built, a student and a teacher that do not fit each other, or a teacher of other
@@ -29,8 +37,8 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Se
     """
     seed_everything(cfg.seed)
     image_size = cfg.data.image_size
-    teacher = None
-    if cfg.teacher != "none":
+    is_cached = teacher is not None
+    if teacher is None and cfg.teacher != "none":
         teacher = Teacher(
             cfg.teacher,
             cfg.teacher_image_size or image_size,
@@ -55,9 +63,21 @@ def build_distiller(cfg: RunConfig, num_classes: int, verbose: bool, classes: Se
         verbose=verbose,
         **vars(cfg.distill),
     )
-    if classes is not None and teacher is not None and teacher.num_classes == len(classes):
+    # cached answers are in the order of the classes
+    if classes is not None and teacher is not None and not is_cached and teacher.num_classes == len(classes):
         _match_teacher(distiller, teacher, classes)
     return distiller
+
+
+def build_answering(cfg: RunConfig, num_classes: int, classes: Sequence[str]) -> ScaleKD:
+    """Builds the run's teacher, and a student that says how its images come; without projectors, for `teacher_targets` alone.
+
+    The arguments and errors are those of `build_distiller`.
+    """
+    # terms of weight 0 have no projectors
+    distill = dataclasses.replace(cfg.distill, weights_s3=(0.0, 0.0), weights_s4=(0.0, 0.0), tpp=True)
+    alone = dataclasses.replace(cfg, distill=distill, student_weights="none", teacher_cache=None)
+    return build_distiller(alone, num_classes, verbose=False, classes=classes)
 
 
 def _match_teacher(distiller: ScaleKD, teacher: Teacher, classes: Sequence[str]) -> None:

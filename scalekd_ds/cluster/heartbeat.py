@@ -35,7 +35,6 @@ _FIRST_STEP_S = 1800.0
 _FIRST_BEAT_S = 10.0
 # seconds by which a lost rank is sooner noticed than the broken connections to it
 _NETWORK_S = 5.0
-_HINT = "The last checkpoint is intact: start again with --run.resume auto."
 
 
 class Beat(NamedTuple):
@@ -82,6 +81,7 @@ class Heartbeat:
             its stacks and exits; 0 waits for ever. Until there was any progress it is half an hour at least.
         network_error: What is wrong with the connections that collectives use, or None; called every second. A rank exits
             where it tells of an error for longer than `rank_timeout`, and no rank is lost.
+        hint: What to do about a lost rank, as a sentence.
     """
 
     def __init__(
@@ -93,10 +93,11 @@ class Heartbeat:
         rank_timeout: float,
         hang_timeout: float,
         network_error: Callable[[], str | None] = lambda: None,
+        hint: str = "The last checkpoint is intact: start again with --run.resume auto.",
     ) -> None:
         self.rank, self.world_size, self.folder = rank, world_size, folder
         self.rank_timeout, self.hang_timeout = rank_timeout, hang_timeout
-        self._network_error = network_error
+        self._network_error, self.hint = network_error, hint
         self._broken_since: float | None = None
         self.step = 0
         self._progress = 0
@@ -159,7 +160,7 @@ class Heartbeat:
         """
         self._searched = error
         if found := self.lost_ranks(wait=8.0):
-            raise RankLostError(f"{found}. {_HINT}") from error
+            raise RankLostError(f"{found}. {self.hint}") from error
 
     def lost_ranks(self, wait: float = 0.0) -> str | None:
         """Describes the ranks that failed or have sent no heartbeat for 3 s; None if there are none.
@@ -277,7 +278,7 @@ class Heartbeat:
         return str(path)
 
     def _exit(self, reason: str) -> None:
-        line = f"error (rank {self.rank} on {socket.gethostname()}): {reason} {_HINT}"
+        line = f"error (rank {self.rank} on {socket.gethostname()}): {reason} {self.hint}"
         print(one_line(line), file=sys.stderr, flush=True)
         # the main thread hangs in a collective, where no exception can reach it
         os._exit(EXIT_LOST)

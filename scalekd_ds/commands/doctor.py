@@ -126,6 +126,8 @@ def required_paths(run: list[str]) -> tuple[dict[str, str], str]:
         value = getattr(cfg, key)
         if isinstance(value, str) and os.path.isfile(value):
             paths[key] = value
+    if cfg.teacher_cache is not None:
+        paths["teacher_cache"] = cfg.teacher_cache
     return paths, cfg.run.dir
 
 

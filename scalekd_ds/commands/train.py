@@ -48,12 +48,13 @@ def parser() -> argparse.ArgumentParser:
     return run_parser("scalekd train", add_launcher_arguments, _epilog())
 
 
-def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
+def launcher_command(given: argparse.Namespace, run: list[str], module: str = MODULE) -> list[str]:
     """Words of the command that starts the launcher.
 
     Args:
         given: The launcher's options, of which `--gpus` or `--hostfile` is given.
         run: The run's command line arguments.
+        module: The module of the verb that each rank runs.
 
     Raises:
         UserError: A hosts file that is not valid, fewer than one rank, options that exclude each other, or a process that
@@ -99,10 +100,10 @@ def launcher_command(given: argparse.Namespace, run: list[str]) -> list[str]:
             raise UserError(f"--gpus is {given.gpus}: it must be at least 1.")
         # a port of its own, so that two jobs on one machine do not meet
         command += ["--num_accelerators", str(given.gpus), "--master_port", str(free_port())]
-    return [*command, *extra_arguments, "--module", MODULE, *run]
+    return [*command, *extra_arguments, "--module", module, *run]
 
 
-def _launch(command: list[str]) -> int:
+def launch(command: list[str]) -> int:
     """Runs the launcher, and returns its status."""
     from scalekd_ds.cluster.job import run_job
 
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int | None:
         print(f"wrote {escape(dump)}: start it with --config {shell_word(dump)}")
         return None
     if given.gpus is not None or given.hostfile is not None:
-        return _launch(launcher_command(given, run))
+        return launch(launcher_command(given, run))
     without_chatter()
     from scalekd_ds.cluster.launcher import abandonment
 

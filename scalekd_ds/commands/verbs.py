@@ -33,6 +33,17 @@ VERBS: dict[str, Verb] = {
         ),
         takes_run=True,
     ),
+    "cache": Verb(
+        "keep a teacher's answers on disk, for runs without its trunk",
+        (
+            "scalekd cache --recipe swin_l-resnet50-traditional --data.root DIR --views 10 --out CACHE --dry-run",
+            "scalekd cache --gpus 8 --recipe swin_l-resnet50-traditional --data.root DIR --views 10 --out CACHE",
+            "scalekd train --gpus 8 --recipe swin_l-resnet50-traditional --data.root DIR --teacher_cache CACHE --run.dir RUN",
+            "scalekd cache --info CACHE",
+            "scalekd cache --verify CACHE",
+        ),
+        takes_run=True,
+    ),
     "recipes": Verb("list the recipes, with the sizes of their models", ("scalekd recipes",)),
     "evaluate": Verb(
         "top-1 and top-5 of a consolidated file or any timm model",
@@ -68,7 +79,10 @@ VERBS: dict[str, Verb] = {
     ),
     "plan": Verb(
         "memory, traffic, images/s and hours of a run beforehand",
-        ("scalekd plan --recipe swin_l-resnet50-traditional --gpus 16 --gpu-memory 40",),
+        (
+            "scalekd plan --recipe swin_l-resnet50-traditional --gpus 16 --gpu-memory 40",
+            "scalekd plan --recipe swin_l-resnet50-traditional --gpus 8 --gpu-memory 40 --teacher-cache",
+        ),
         takes_run=True,
     ),
     "doctor": Verb(
@@ -105,7 +119,7 @@ VERBS: dict[str, Verb] = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "begin": ("quickstart", "recipes", "prepare-data"),
     "before a run": ("plan", "doctor"),
-    "train": ("train", "supervise"),
+    "train": ("cache", "train", "supervise"),
     "look at a student": ("evaluate", "inspect"),
     "ship it": ("consolidate", "export", "push"),
     "your shell": ("completion",),

@@ -37,6 +37,8 @@ class RunConfig:
             names, mmpretrain's or those of the original release; its number of classes is the teacher's.
         teacher_image_size: Side of the square that the teacher sees, in pixels; None is its own, or the student's where
             its constructor takes an image size.
+        teacher_cache: Folder of a teacher cache (`scalekd cache`), which then gives the teacher's targets; None runs the
+            teacher.
         loss: Student loss on the labels; `bce` is summed over classes and averaged over the batch.
         label_smoothing: Label smoothing of `ce`.
         global_batch_size: Images in one optimizer step over all ranks; the same on any number of ranks.
@@ -54,6 +56,7 @@ class RunConfig:
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_weights: str = "pretrained"
     teacher_image_size: int | None = None
+    teacher_cache: str | None = None
     loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
     global_batch_size: int = 256
@@ -89,7 +92,7 @@ class RunConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix mixes the images of a batch."""
+        """Whether mixup or cutmix mixes the images, of a batch or by view."""
         return (self.data.mixup > 0 or self.data.cutmix > 0) and not self.as_published.no_mixing
 
     def batches(self, world_size: int) -> tuple[int, int]:

@@ -39,6 +39,8 @@ class RunDirConfig:
         teacher_gate_spatial: Most that `bf16` and `fp8` may change the teacher's tokens: the mean of 1 - cosine.
         teacher_gate_frequency: The same of the tokens in the frequency view.
         teacher_gate_kl: The same of the teacher's logits: the mean KL divergence in nats.
+        cache_gate: Entries of a teacher cache that are compared at the start with the views of this run, and with the
+            teacher where its weights are given as a file; 0 compares none.
         progress: `auto` draws a bar on a terminal (`bar`) and writes lines elsewhere (`plain`); `quiet` (or `none`)
             shows nothing, `json` prints one JSON object a line on standard output, and nothing else there.
         monitors: Where scalars go, separated by commas: `tensorboard`, `csv`, `wandb` and `comet`; empty is TensorBoard
@@ -73,6 +75,7 @@ class RunDirConfig:
     teacher_gate_spatial: float = 1e-3
     teacher_gate_frequency: float = 4e-3
     teacher_gate_kl: float = 1e-2
+    cache_gate: int = 64
     progress: Literal["auto", "bar", "plain", "quiet", "none", "json"] = "auto"
     monitors: str = ""
     pictures: int = 4
@@ -97,5 +100,6 @@ class RunDirConfig:
         for gate in ("spatial", "frequency", "kl"):
             bound = getattr(self, f"teacher_gate_{gate}")
             require(bound > 0.0, f"run.teacher_gate_{gate}", bound, "positive")
+        require(self.cache_gate >= 0, "run.cache_gate", self.cache_gate, "not negative (0 is off)")
         require(self.pictures >= 0, "run.pictures", self.pictures, "not negative (0 is off)")
         require(self.peak_tflops is None or self.peak_tflops > 0.0, "run.peak_tflops", self.peak_tflops, "positive")

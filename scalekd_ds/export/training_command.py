@@ -28,6 +28,8 @@ def training_command(config: dict[str, Any]) -> str:
     base = _flat(json.loads(json.dumps(start.as_dict())))
     flags = {"recipe": recipe} if recipe in RECIPES else {}
     flags |= {name: value for name, value in _flat(config).items() if name in base and base[name] != value}
+    # the views are named, and the teacher that answered to them
+    flags.pop("teacher_cache", None)
     if recipe not in RECIPES:
         flags.pop("recipe", None)
     if config["data"]["root"]:

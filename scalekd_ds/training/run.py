@@ -17,6 +17,7 @@ from scalekd_ds.data import EvalLoader, TrainLoader
 from scalekd_ds.data.mix import Mixer
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_cache.reader import TeacherCache
 from scalekd_ds.training.ema import StudentEma
 from scalekd_ds.training.nonfinite import NonfiniteGuard
 from scalekd_ds.watching.monitor import Monitor
@@ -34,7 +35,7 @@ class Run:
         classes: Names of the classes.
         train_loader: This rank's training batches.
         val_loader: This rank's validation batches.
-        mixer: Mixup and cutmix, where the run uses them.
+        mixer: Mixup and cutmix within a batch, where the run uses them.
         total_steps: Optimizer steps of the run.
         images_before: Training images by which the run is ahead of `step * global_batch_size`, since earlier starts had
             another global batch; negative where theirs was smaller.
@@ -61,6 +62,7 @@ class Run:
         gate: What `run.teacher_precision` changed of the teacher's answers, for the monitors.
         picture_images: Validation images of the pictures, once they are read.
         logs_pictures: Whether TensorBoard is on, which takes pictures.
+        cache: The teacher cache that gives the targets, or None where the teacher does.
         is_elsewhere: Whether the run goes on from a checkpoint that is none of its own folder's.
     """
 
@@ -97,6 +99,7 @@ class Run:
     gate: dict[str, float] = field(default_factory=dict)
     picture_images: torch.Tensor | None = None
     logs_pictures: bool = False
+    cache: TeacherCache | None = None
     is_elsewhere: bool = False
 
     @property

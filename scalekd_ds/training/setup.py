@@ -33,11 +33,15 @@ from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.engine.time_limits import lift_time_limits, nccl_error
 from scalekd_ds.errors import UserError, say
+from scalekd_ds.headless import headless_teacher
 from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_cache.reader import TeacherCache
+from scalekd_ds.teacher_cache.settings import adopt, check_images
 from scalekd_ds.training.build_engine import build_engine
+from scalekd_ds.training.cache_gate import compare_with_run
 from scalekd_ds.training.changes import (
     check_teacher,
     classes_of,
@@ -75,6 +79,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     """
     check_hostfile()
     join_ranks()
+    cache = TeacherCache(cfg.teacher_cache, cfg.data.max_bad_share) if cfg.teacher_cache is not None else None
+    if cache is not None:
+        cfg = adopt(cfg, cache)
     ds_json = ds_config.read(cfg.run.ds_config)
     run_dir = Path(cfg.run.dir)
     monitors = ds_config.monitors(ds_json, run_dir, cfg.run.monitors)
@@ -106,8 +113,11 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     # the student's weights are those of the checkpoint, wherever the file is that it once began with
     begun = dataclasses.replace(cfg, student_weights="none") if resume_from else cfg
     shows = rank == 0 and cfg.run.progress not in ("quiet", "none")
-    distiller = build_distiller(begun, len(train.classes), verbose=shows, classes=train.classes)
-    record = _record(cfg, distiller, ds_merged, train, val, state)
+    last_stage = headless_teacher(cache.manifest.teacher, cache.last_stage()) if cache is not None else None
+    distiller = build_distiller(begun, len(train.classes), shows, train.classes, last_stage)
+    record = _record(cfg, distiller, ds_merged, train, val, state, cache)
+    if cache is not None and rank == 0:
+        say(compare_with_run(cfg, cache, train, device))
     if state.get("measured_on", record["measured_on"]) != record["measured_on"]:
         say(
             "accuracies before were measured on other images, or otherwise: they are measured anew, and so is the best one"
@@ -160,11 +170,29 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
             print(f"{escape(run_dir)} holds no checkpoint yet: starting at step 0", flush=True)
     mean, std = normalisation_of(distiller.student)
     micro, _ = cfg.batches(world_size)
-    mixer = Mixer(cfg.data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes else None
+    # by view the loader mixes itself
+    data = cfg.data if cfg.mixes else dataclasses.replace(cfg.data, mixup=0.0, cutmix=0.0)
+    mixer = Mixer(data, len(train.classes), micro, cfg.seed, rank) if cfg.mixes and data.mix_by == "batch" else None
     labels = train.labels if cfg.data.balanced else None
     sampler = StreamSampler(
-        len(train), cfg.seed, batch, micro, rank, world_size, cfg.data.repeats, labels, images_before
+        len(train),
+        cfg.seed,
+        batch,
+        micro,
+        rank,
+        world_size,
+        data.repeats,
+        labels,
+        images_before,
+        data.views,
+        data.view_seed,
     )
+    train_loader = TrainLoader(train, data, sampler, device, mean, std, start_step=step)
+    if cache is not None:
+        # the views are those that the teacher has seen; a student of another normalisation gets them in its own
+        made = cache.manifest.mean, cache.manifest.std
+        seen = None if (tuple(mean), tuple(std)) == made else (mean, std)
+        train_loader = TrainLoader(train, data, sampler, device, *made, start_step=step, cached=cache, seen=seen)
     if rank == 0 and monitors.get("wandb", {}).get("enabled"):
         continue_wandb(run_dir)
     return Run(
@@ -173,7 +201,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         engine,
         Monitor(monitors),
         train.classes,
-        TrainLoader(train, cfg.data, sampler, device, mean, std, start_step=step),
+        train_loader,
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
         mixer,
         total_steps,
@@ -197,6 +225,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         seconds_before=state.get("seconds", 0.0),
         joules_before=state.get("joules") or 0.0,
         is_elsewhere=is_elsewhere,
+        cache=cache,
         logs_pictures=monitors.get("tensorboard", {}).get("enabled", False),
     )
 
@@ -217,13 +246,14 @@ def _record(
     train: Source,
     val: Source,
     state: dict[str, Any],
+    cache: TeacherCache | None,
 ) -> dict[str, Any]:
     """What checkpoints say of data, teacher, engine and packages, and what of it has changed since the checkpoint `state`.
 
     Raises:
-        UserError: The teacher's weights are not those of the checkpoint.
+        UserError: The teacher's weights are not those of the checkpoint, or the images are not those of the teacher cache.
     """
-    record: dict[str, Any] = teacher_record(distiller.teacher)
+    record: dict[str, Any] = dict(teacher_record(distiller.teacher) if cache is None else cache.manifest.digests)
     check_teacher(state, record, state.get("config", {}), cfg)
     inputs = model_inputs(distiller)
     record |= {"inputs": inputs, "packages": package_versions(), "ds_config": ds_merged}
@@ -236,6 +266,8 @@ def _record(
         for key, source in (("data.train", train), ("data.val", val)):
             record[key] = images_record(source)
             say(images_change(state.get(key), record[key], key))
+        if cache is not None:
+            check_images(cache.manifest, record["data.train"], cfg)
         record["measured_on"] = measured_on(cfg, record["data.val"], inputs)
     # all ranks evaluate, or none
     shared = [record.get("measured_on")]
@@ -262,7 +294,7 @@ def prepare_teacher(
         teacher.lower_precision(dtype)
     asked = cfg.run.teacher_placement
     placement = planned_placement(teacher, cfg, ds_merged, num_classes, device) if asked == "auto" else asked
-    if precision in ("bf16", "fp8") and placement != "replica":
+    if precision in ("bf16", "fp8") and placement != "replica" and not teacher.headless:
         raise UserError(
             f"run.teacher_precision is {precision} and the teacher is {placement}: its answers are compared with those of "
             "the whole teacher; set --run.teacher_precision autocast or --run.teacher_placement replica."

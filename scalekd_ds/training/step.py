@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from scalekd_ds.engine.compilation import naming_the_compiler
 from scalekd_ds.engine.determinism import naming_the_setting
 from scalekd_ds.engine.zero_layout import shards_of
+from scalekd_ds.teacher import TargetsWithoutTPP, TeacherTargets
 from scalekd_ds.training.nonfinite import statistics, unsharded_grad_norm
 from scalekd_ds.training.run import Run
 
@@ -19,7 +20,7 @@ def train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
 
     Args:
         run: The run.
-        batches: Iterator of micro batches: images (B, 3, H, W), and labels (B,).
+        batches: Iterator of micro batches: images (B, 3, H, W), labels (B,) or (B, K), and with a teacher cache its entries.
 
     Returns:
         The mean of each loss over the micro batches, still on the device.
@@ -39,11 +40,15 @@ def _train_step(run: Run, batches: Any) -> dict[str, torch.Tensor]:
     accumulation = run.engine.gradient_accumulation_steps()
     for micro in range(accumulation):
         with part("data_wait"):
-            images, labels = next(batches)
+            images, labels, *cached = next(batches)
         if run.mixer is not None:
             images, labels = run.mixer(images, labels, run.step, micro)
-        targets = None
-        if run.teacher is not None:
+        targets: TeacherTargets | TargetsWithoutTPP | None = None
+        if run.cache is not None:
+            with part("teacher"):
+                tokens, logits = run.cache.targets(cached[0])
+                targets = TeacherTargets(images.new_empty(0) if tokens is None else tokens, logits)
+        elif run.teacher is not None:
             with part("teacher"):
                 targets = run.distiller.teacher_targets(images)
         losses = run.engine(images, labels, targets)

@@ -50,6 +50,9 @@ class Watch:
         self._logits: tuple[torch.Tensor, torch.Tensor] | None = None
         self._logged = run.step
         self._images = self._seconds = 0.0
+        # steps and seconds between the last two logged steps, and the time that the cache was read for before
+        self._window = (0, 1.0)
+        self._cache_read = 0.0
         self.started = time.perf_counter()
         self.peak_flops: float | None = None
         tflops = device_tflops(run.cfg, run.device)
@@ -74,6 +77,7 @@ class Watch:
         """Begins a new measurement; the time since the last step, such as that of an evaluation, does not count."""
         self.timer.reset()
         self._logged = self.run.step
+        self._cache_read = self.run.cache.seconds if self.run.cache is not None else 0.0
 
     def expect(self, logged: bool) -> None:
         """Call it before a step; `logged` says whether `scalars` will be called after it."""
@@ -104,13 +108,28 @@ class Watch:
         scalars["data/images_seen"] = float(run.images)
         scalars["progress/epoch"] = run.images / (run.steps_per_epoch * run.cfg.global_batch_size)
         self.energy.update()
-        return scalars | self._system()
+        return scalars | self._system() | self._of_cache()
+
+    def _of_cache(self) -> dict[str, float]:
+        """How long this rank has read the teacher cache since the last logged step, beside its steps, and what it has read."""
+        cache = self.run.cache
+        if cache is None:
+            return {}
+        read, self._cache_read = cache.seconds - self._cache_read, cache.seconds
+        steps, wall = self._window
+        return {
+            "cache/read_s": read / max(1, steps),
+            "cache/share_of_step": read / wall,
+            "cache/view": float(cache.last_view),
+            "cache/damaged_entries": sum_over_ranks(len(cache.damaged), self.run.device),
+        }
 
     def _system(self) -> dict[str, float]:
         """Speed, memory, and shares of the time of a step by part, of this rank since the last logged step."""
         steps = self.run.step - self._logged
         self._logged = self.run.step
         wall, shares = self.timer.read()
+        self._window = steps, wall
         images = steps * self.run.cfg.global_batch_size
         self._images, self._seconds = self._images + images, self._seconds + wall
         found = {
