@@ -1,12 +1,13 @@
 """Plans memory and time of a run before it starts.
 
-`scalekd plan --recipe NAME --gpus N --gpu-memory GIB [--dotted.key value ...]`
+`scalekd plan --recipe NAME --gpus N --gpu-memory GIB [--teacher-cache] [--dotted.key value ...]`
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,16 @@ from scalekd_ds.commands.quiet import on_cpu
 from scalekd_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from scalekd_ds.config import RunConfig
+    from scalekd_ds.teacher_cache.sizes import Store
 
 
 def parser() -> Parser:
     """The options of the planner itself; all other arguments are those of the run."""
     from scalekd_ds.plan.assumptions import Assumptions
+    from scalekd_ds.teacher_cache.sizes import STORES, TOP_LOGITS
 
     options = Parser(
         "plan",
@@ -43,6 +48,24 @@ def parser() -> Parser:
         metavar="N",
         help="images in an epoch (default: those in --data.root, else the recipe's, else ImageNet-1K's)",
     )
+    cache = options.add_argument_group("a teacher cache")
+    cache.add_argument(
+        "--teacher-cache",
+        action="store_true",
+        help="plan the run from a teacher cache (scalekd cache), with what making and reading it takes",
+    )
+    cache.add_argument(
+        "--views",
+        type=int,
+        metavar="K",
+        help="views of each image in it (default: --data.views, else 10, or 20 with mixup or cutmix, up to the epochs)",
+    )
+    cache.add_argument("--cache-store", choices=STORES, help=f"how it holds the teacher's tokens (default {STORES[0]})")
+    cache.add_argument(
+        "--cache-logits",
+        metavar="N",
+        help=f"largest logits of each view that it holds, or all (default {TOP_LOGITS})",
+    )
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     for name, value in vars(Assumptions()).items():
         options.add_argument(f"--assume.{name}", type=float, default=value, metavar="X", help=f"(default {value:g})")
@@ -62,6 +85,7 @@ def plan(argv: list[str] | None = None) -> None:
     assume = Assumptions(**{name: given[f"assume.{name}"] for name in vars(Assumptions())})
     from scalekd_ds.plan.choose import Cluster, make_plan
 
+    views, store, logits = _cache_options(arguments)
     cluster = Cluster(arguments.gpus, arguments.gpu_memory, arguments.nodes_of)
     for flag, value in (("--classes", arguments.classes), ("--train-images", arguments.train_images)):
         if value is not None and value < 1:
@@ -69,7 +93,8 @@ def plan(argv: list[str] | None = None) -> None:
     if not any(argument.split("=", 1)[0] in ("--recipe", "--config") for argument in run):
         raise UserError("no --recipe is given: launch/train.py --list-recipes prints them (or --config FILE).")
     from scalekd_ds.engine import ds_config
-    from scalekd_ds.plan.measure import measure
+    from scalekd_ds.plan.cached import Contents, check_can_be_cached, default_views, plan_cache
+    from scalekd_ds.plan.measure import from_cache, measure
     from scalekd_ds.plan.report import plans_as_dict, print_plan
     from scalekd_ds.recipes.command_line import parse_run
 
@@ -79,17 +104,49 @@ def plan(argv: list[str] | None = None) -> None:
     cfg, _ = parsed
     cfg.batches(cluster.gpus)
     classes, images = _size_of_data(cfg, arguments.classes, arguments.train_images)
+    if arguments.teacher_cache or cfg.teacher_cache:
+        check_can_be_cached(cfg)
+    if arguments.teacher_cache:
+        # the run with its teacher, which is what the cache is compared with
+        cfg = replace(cfg, teacher_cache=None)
     measured = measure(cfg, classes, ds_config.autocast_dtype(ds_config.read(cfg.run.ds_config)))
     stage = None if arguments.stage == "auto" else int(arguments.stage)
-    placement = arguments.teacher_placement
-    best, plans = make_plan(cfg, cluster, classes, images, assume, placement, stage, measured)
+    placement, cache = arguments.teacher_placement, None
+    if arguments.teacher_cache:
+        contents = Contents(images, views or default_views(cfg), measured.targets, store, logits)
+        cache, plans = plan_cache(cfg, cluster, classes, assume, placement, stage, measured, contents)
+        best, measured = cache.cached, from_cache(measured, contents.entry)
+    else:
+        best, plans = make_plan(cfg, cluster, classes, images, assume, placement, stage, measured)
     if arguments.json:
-        json.dump(plans_as_dict(cfg, cluster, measured, assume, best, plans), sys.stdout, indent=1)
+        json.dump(plans_as_dict(cfg, cluster, measured, assume, best, plans, cache), sys.stdout, indent=1)
         print()
         return
     from scalekd_ds.process.console import readable_console
 
-    print_plan(readable_console(), cfg, cluster, measured, assume, best, plans)
+    print_plan(readable_console(), cfg, cluster, measured, assume, best, plans, cache)
+
+
+def _cache_options(arguments: Namespace) -> tuple[int | None, Store, int | None]:
+    """(views, store, logits) of a cache as they are asked for, where `None` views are the run's own and `None` logits all.
+
+    Raises:
+        UserError: A number below 1, or an option of a cache where none is planned.
+    """
+    from scalekd_ds.teacher_cache.sizes import STORES, TOP_LOGITS
+
+    given = {
+        f"--{name}": getattr(arguments, name.replace("-", "_")) for name in ("views", "cache-store", "cache-logits")
+    }
+    for flag, value in given.items():
+        if value is not None and not arguments.teacher_cache:
+            raise UserError(f"{flag} is {value}, and no teacher cache is planned: add --teacher-cache or leave it out.")
+    views, store, logits = given.values()
+    if views is not None and views < 1:
+        raise UserError(f"--views is {views}: it must be at least 1.")
+    if logits is not None and logits != "all" and not (logits.isdecimal() and int(logits) > 0):
+        raise UserError(f"--cache-logits is {logits}: it must be at least 1, or all.")
+    return views, store or STORES[0], None if logits == "all" else int(logits or TOP_LOGITS)
 
 
 def _size_of_data(cfg: RunConfig, classes: int | None, images: int | None) -> tuple[int, int]:

@@ -21,6 +21,7 @@ class Assumptions:
         memory_gb_s: A GPU's memory bandwidth, which limits the optimizer, in 10^9 bytes/s.
         intra_gb_s: Bandwidth of one rank within a node (NVLink), in 10^9 bytes/s.
         inter_gb_s: Bandwidth of a node to other nodes, all its network cards together, in 10^9 bytes/s.
+        disk_gb_s: Bandwidth with which a node reads or writes a teacher cache, in 10^9 bytes/s.
         host_gb_s: Bandwidth from host to GPU (PCIe) for each GPU, in 10^9 bytes/s.
         latency_us: Latency of a collective for each level of its tree, in microseconds.
         overlap: Share of the communication beside computation that hides behind it.
@@ -37,6 +38,7 @@ class Assumptions:
     memory_gb_s: float = 1500.0
     intra_gb_s: float = 200.0
     inter_gb_s: float = 50.0
+    disk_gb_s: float = 2.0
     host_gb_s: float = 12.0
     latency_us: float = 15.0
     overlap: float = 0.7

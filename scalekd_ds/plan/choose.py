@@ -12,6 +12,7 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.plan.communication import Collective, collectives
 from scalekd_ds.plan.measure import Measured, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
+from scalekd_ds.plan.teacher_size import TeacherSize
 from scalekd_ds.plan.throughput import Assumptions, StepTime, step_time
 
 GIB = 2**30
@@ -116,10 +117,10 @@ def make_plan(
     for teacher_placement in PLACEMENTS if placement == "auto" else (placement,):
         if placement == "auto" and (
             (teacher_placement == "sharded" and cluster.gpus == 1)
-            or (teacher_placement != "replica" and cfg.teacher == "none")
+            or (teacher_placement != "replica" and not measured.teacher.parameters)
         ):
             continue
-        if teacher_placement == "offload" and _host_bytes(measured, cluster) > assume.host_memory_gib * GIB:
+        if teacher_placement == "offload" and host_bytes(measured.teacher, cluster) > assume.host_memory_gib * GIB:
             continue
         for zero_stage in range(4) if stage is None else (stage,):
             name = cfg.run.ds_config if ds_config.stage_of(config) == zero_stage else f"zero{zero_stage}"
@@ -131,13 +132,15 @@ def make_plan(
     if plans:
         return _best(plans), plans
     if not smallest:
+        on_host = host_bytes(measured.teacher, cluster) / GIB
         raise UserError(
-            f"the teacher does not fit into a node's memory: {_host_bytes(measured, cluster) / GIB:.0f} GiB on the host for "
+            f"the teacher does not fit into a node's memory: {on_host:.0f} GiB on the host for "
             f"{cluster.nodes_of} ranks; set --assume.host_memory_gib or another --teacher-placement."
         )
     num_bytes, zero_stage, teacher_placement = min(smallest)
+    teacher = f"{cfg.teacher} in a cache" if measured.read else cfg.teacher
     raise UserError(
-        f"{cfg.student} with {cfg.teacher} fits into no GPU of {cluster.gpu_memory:g} GiB, whatever the stage: with one image "
+        f"{cfg.student} with {teacher} fits into no GPU of {cluster.gpu_memory:g} GiB, whatever the stage: with one image "
         f"it takes {cluster.memory_for(num_bytes, assume):.1f} GiB at ZeRO {zero_stage}, teacher {teacher_placement}, "
         f"on {cluster.gpus} GPUs."
     )
@@ -168,9 +171,9 @@ def placement_that_fits(
     return PLACEMENTS[-1]
 
 
-def _host_bytes(measured: Measured, cluster: Cluster) -> int:
+def host_bytes(teacher: TeacherSize, cluster: Cluster) -> int:
     """Bytes of host memory that an offloaded teacher takes on a node: the shares of its ranks."""
-    return -(-measured.teacher.bytes * min(cluster.gpus, cluster.nodes_of) // cluster.gpus)
+    return -(-teacher.bytes * min(cluster.gpus, cluster.nodes_of) // cluster.gpus)
 
 
 def _best(plans: list[Plan]) -> Plan:

@@ -54,8 +54,8 @@ def collectives(measured: Measured, cfg: RunConfig, layout: Layout, accumulation
         accumulation: Micro batches in the step.
     """
     if layout.world_size == 1:
-        return [c for c in _teacher_transfers(measured, layout, accumulation) if c.operation == "host_to_device"]
-    sent = _student_transfers(measured, layout, accumulation) + _teacher_transfers(measured, layout, accumulation)
+        return teacher_transfers(measured, layout, accumulation)
+    sent = _student_transfers(measured, layout, accumulation) + teacher_transfers(measured, layout, accumulation)
     if cfg.optim.name == "lamb" and layout.stage:
         norms = 2 * 8 * len(measured.parameters)
         # ZeRO-3 steps one sub-group after the other
@@ -101,14 +101,18 @@ def _student_transfers(measured: Measured, layout: Layout, accumulation: int) ->
     ]
 
 
-def _teacher_transfers(measured: Measured, layout: Layout, accumulation: int) -> list[Collective]:
-    """The teacher's weights: all of them for the targets, and the last stage again for TPP's forward and backward passes."""
+def teacher_transfers(measured: Measured, layout: Layout, accumulation: int) -> list[Collective]:
+    """The teacher's weights: all of them for the targets, and the last stage again for TPP's forward and backward passes.
+
+    With a teacher cache nothing is gathered for the targets.
+    """
     teacher = measured.teacher
     if layout.placement == "replica" or not teacher.parameters:
         return []
-    gathered = accumulation * (teacher.bytes - teacher.kept_whole + 2 * teacher.last_stage)
+    for_targets = teacher.bytes - teacher.kept_whole if teacher.gives_targets else 0
+    gathered = accumulation * (for_targets + 2 * teacher.last_stage)
     blocks = max(1, round(gathered / teacher.block))
-    sent = [Collective("teacher", "all_gather", gathered, blocks, True)]
+    sent = [Collective("teacher", "all_gather", gathered, blocks, True)] if layout.world_size > 1 else []
     if layout.placement == "offload":
         # each rank copies its share to its GPU, where all ranks gather
         sent.append(Collective("teacher's shares", "host_to_device", gathered // layout.world_size, blocks, True))

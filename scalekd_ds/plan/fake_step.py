@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,6 +45,26 @@ def fake_tensors(distiller: ScaleKD) -> Iterator[None]:
                 module._buffers.update(buffers)
 
 
+class StepCount(NamedTuple):
+    """Bytes and FLOP of one micro batch.
+
+    Attributes:
+        saved: Bytes that autograd saves for the backward pass.
+        peak: Most bytes at any time, without parameters and buffers.
+        targets_peak: The same while the teacher gives its targets.
+        peak_from_targets: The same of all that follows, which is what a run has whose targets come from a teacher cache.
+        teacher_flop: FLOP of the teacher's targets.
+        student_flop: FLOP of everything else, forward and backward, TPP's passes through the last stage among them.
+    """
+
+    saved: int
+    peak: int
+    targets_peak: int
+    peak_from_targets: int
+    teacher_flop: int
+    student_flop: int
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations have made and that are not freed yet.
 
@@ -69,6 +89,11 @@ class LiveBytes(TorchDispatchMode):
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def restart(self) -> int:
+        """The peak so far, which is counted anew from here."""
+        peak, self.peak = self.peak, self.live
+        return peak
 
     def _freed(self, count: int) -> None:
         self.live -= count
@@ -118,7 +143,7 @@ def parameters_and_buffers(distiller: ScaleKD) -> list[torch.Tensor]:
     return [t for root in roots for t in (*root.parameters(), *root.buffers())]
 
 
-def count_step(distiller: ScaleKD, images: int, dtype: torch.dtype | None, on_gpu: bool) -> tuple[int, int, int, int]:
+def count_step(distiller: ScaleKD, images: int, dtype: torch.dtype | None, on_gpu: bool) -> StepCount:
     """Runs one micro batch on fake tensors.
 
     Args:
@@ -126,10 +151,6 @@ def count_step(distiller: ScaleKD, images: int, dtype: torch.dtype | None, on_gp
         images: Images in the micro batch.
         dtype: The dtype of autocast, or None for float32.
         on_gpu: Run both views of a stage in one pass, as on accelerators; False runs them as on CPUs.
-
-    Returns:
-        (bytes that autograd saves, peak bytes without parameters and buffers, FLOP of the teacher's targets, FLOP of
-        everything else, forward and backward).
     """
     autocast = torch.autocast("cpu", dtype) if dtype is not None else nullcontext()
     projectors: Iterable[Any] = distiller.projectors.values()
@@ -147,10 +168,13 @@ def count_step(distiller: ScaleKD, images: int, dtype: torch.dtype | None, on_gp
                 if distiller.teacher is not None:
                     targets = distiller.teacher_targets(batch)
                     teacher_flop = flop.get_total_flops()
+                targets_peak = live.restart()
                 with SavedBytes(parameters_and_buffers(distiller)) as saved, autocast:
                     total = distiller(batch, labels, targets)["loss/total"]
                 total.backward()
-            return saved.bytes, live.peak, teacher_flop, flop.get_total_flops() - teacher_flop
+            student_flop = flop.get_total_flops() - teacher_flop
+            peak = max(targets_peak, live.peak)
+            return StepCount(saved.bytes, peak, targets_peak, live.peak, teacher_flop, student_flop)
     finally:
         for pair in pairs:
             del pair.forward

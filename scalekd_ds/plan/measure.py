@@ -16,10 +16,10 @@ from torch import nn
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config import RunConfig
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.engine.teacher_placement import blocks_of, persistence_threshold, persistent_parameters
 from scalekd_ds.optim.optimizers import param_groups
-from scalekd_ds.plan.fake_step import count_step, fake_tensors
-from scalekd_ds.teacher import Teacher
+from scalekd_ds.plan.fake_step import StepCount, count_step
+from scalekd_ds.plan.teacher_size import TargetShape, TeacherSize, last_stage_size, nbytes, target_shape, teacher_size
+from scalekd_ds.teacher_cache.sizes import STORES, TOP_LOGITS, entry_bytes
 
 # sizes at which a step is measured: saved bytes grow linearly, but the slope of the peak changes while the batch is small
 MICRO_BATCHES = (2, 8, 32)
@@ -57,28 +57,7 @@ class Curve:
         return round(y0 + (y1 - y0) * (images - x0) / (x1 - x0))
 
 
-@dataclass(frozen=True)
-class TeacherSize:
-    """Bytes of the frozen teacher in training, where autocast holds its linear layers and convolutions in 16 bits.
-
-    Attributes:
-        parameters: (elements, bytes of an element) of each parameter.
-        buffers: Bytes of the buffers.
-        last_stage: Bytes of the parameters that TPP reads once more, forward and backward, without `kept_whole`.
-        block: Bytes of the largest block, which must be whole while it runs.
-        kept_whole: Bytes of the parameters that every rank holds whole when the others are sharded.
-    """
-
-    parameters: tuple[tuple[int, int], ...] = ()
-    buffers: int = 0
-    last_stage: int = 0
-    block: int = 0
-    kept_whole: int = 0
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(numel * size for numel, size in self.parameters)
+NOTHING = Curve(((1, 0), (2, 0)))
 
 
 @dataclass(frozen=True)
@@ -94,6 +73,11 @@ class Measured:
         teacher_flop: FLOP of the teacher's targets.
         student_flop: FLOP of everything else, forward and backward.
         autocast: Whether the step runs under autocast to 16 bits.
+        last_stage: What is left of the teacher where its targets come from a teacher cache.
+        targets: The shape of these targets.
+        targets_peak: `peak` while the teacher gives its targets.
+        peak_from_targets: `peak` of all that follows.
+        read: Bytes of an image's targets that the run reads from a teacher cache; 0 where the teacher runs.
     """
 
     groups: tuple[tuple[TrainableParameter, ...], ...]
@@ -104,6 +88,11 @@ class Measured:
     teacher_flop: Curve
     student_flop: Curve
     autocast: bool
+    last_stage: TeacherSize
+    targets: TargetShape
+    targets_peak: Curve
+    peak_from_targets: Curve
+    read: int = 0
 
     @property
     def parameters(self) -> list[TrainableParameter]:
@@ -122,7 +111,8 @@ def build_on_meta(cfg: RunConfig, num_classes: int) -> ScaleKD:
     Raises:
         UserError: A model is unknown or its arguments are wrong, or student and teacher do not fit together.
     """
-    plain = replace(cfg, student_weights="none", teacher_weights="none")
+    # of a teacher cache only the shapes count, which are the teacher's
+    plain = replace(cfg, student_weights="none", teacher_weights="none", teacher_cache=None)
     with torch.device("meta"):
         return build_distiller(plain, num_classes, verbose=False)
 
@@ -131,7 +121,7 @@ def measure(cfg: RunConfig, num_classes: int, autocast: torch.dtype | None, on_g
     """Measures a run's models and a step of it.
 
     Args:
-        cfg: The run.
+        cfg: The run. With a teacher cache it is measured as `from_cache` has it, with the smallest entries.
         num_classes: Classes of its data.
         autocast: The dtype of autocast, or None for float32.
         on_gpu: Run both views of a stage in one pass, as on accelerators; False runs them as on CPUs.
@@ -151,18 +141,44 @@ def measure(cfg: RunConfig, num_classes: int, autocast: torch.dtype | None, on_g
         for group in param_groups(distiller, cfg.optim)
     )
     buffers = sum(nbytes(b) for b in distiller.buffers())
-    teacher = teacher_size(distiller)
-    points = [(images, *count_step(distiller, images, autocast, on_gpu)) for images in MICRO_BATCHES]
-    curves = [Curve(tuple((point[0], point[i]) for point in points)) for i in range(1, 5)]
-    saved, peak, targets, rest = curves
-    return Measured(groups, buffers, teacher, saved, peak, targets, rest, autocast is not None)
+    counts = [count_step(distiller, images, autocast, on_gpu) for images in MICRO_BATCHES]
+    curves: dict[str, Any] = {
+        name: Curve(tuple((images, getattr(count, name)) for images, count in zip(MICRO_BATCHES, counts, strict=True)))
+        for name in StepCount._fields
+    }
+    measured = Measured(
+        groups=groups,
+        buffers=buffers,
+        teacher=teacher_size(distiller),
+        autocast=autocast is not None,
+        last_stage=last_stage_size(distiller),
+        targets=target_shape(distiller),
+        **curves,
+    )
+    if cfg.teacher_cache is None:
+        return measured
+    return from_cache(measured, entry_bytes(**vars(measured.targets), store=STORES[0], logits=TOP_LOGITS))
+
+
+def from_cache(measured: Measured, read: int) -> Measured:
+    """The measurements of the same run where a teacher cache gives the targets.
+
+    The trunk of the teacher is not there: what is left is the last stage, whose passes (TPP) count as the student's.
+
+    Args:
+        measured: The measurements of a run with a teacher.
+        read: Bytes of an image's targets in the cache.
+    """
+    return replace(
+        measured, teacher=measured.last_stage, peak=measured.peak_from_targets, teacher_flop=NOTHING, read=read
+    )
 
 
 def step_flop(cfg: RunConfig, num_classes: int, images: int, autocast: torch.dtype | None) -> int:
     """FLOP of one micro batch: teacher, forward and backward passes. It takes a third of the time of `measure`.
 
     Args:
-        cfg: The run.
+        cfg: The run. With a teacher cache the teacher's targets take none.
         num_classes: Classes of its data.
         images: Images in the micro batch.
         autocast: The dtype of autocast, or None for float32.
@@ -172,13 +188,8 @@ def step_flop(cfg: RunConfig, num_classes: int, images: int, autocast: torch.dty
     """
     distiller = build_on_meta(cfg, num_classes)
     distiller.cut = 1
-    *_, teacher_flop, student_flop = count_step(distiller, images, autocast, on_gpu=False)
-    return teacher_flop + student_flop
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+    count = count_step(distiller, images, autocast, on_gpu=False)
+    return count.student_flop if cfg.teacher_cache is not None else count.teacher_flop + count.student_flop
 
 
 def _sent_in_16_bits(module: nn.Module) -> set[int]:
@@ -189,39 +200,3 @@ def _sent_in_16_bits(module: nn.Module) -> set[int]:
         if child.__class__ in LOWER_PRECISION_SAFE_MODULES
         for parameter in child.parameters(recurse=False)
     }
-
-
-def teacher_size(distiller: ScaleKD) -> TeacherSize:
-    """The bytes of the distiller's teacher; all 0 if there is none."""
-    teacher = distiller.teacher
-    if teacher is None:
-        return TeacherSize()
-    kept, small = persistent_parameters(teacher), persistence_threshold(teacher)
-    kept_ids = {id(p) for p in kept}
-    sizes = [sum(nbytes(p) for p in block.parameters() if id(p) not in kept_ids) for block in blocks_of(teacher)]
-    used = _used_by_last_stage(distiller, teacher) if "s3" in distiller.projectors else []
-    return TeacherSize(
-        tuple((p.numel(), p.element_size()) for p in teacher.parameters()),
-        sum(nbytes(b) for b in teacher.buffers()),
-        sum(nbytes(p) for p in used if p.numel() > small),
-        max(sizes),
-        sum(nbytes(p) for p in kept),
-    )
-
-
-def _used_by_last_stage(distiller: ScaleKD, teacher: Teacher) -> list[torch.Tensor]:
-    """The teacher's parameters that its last stage reads, found by running it on fake tensors."""
-    tokens, _ = teacher.stages
-    used: dict[int, nn.Parameter] = {}
-
-    def record(module: nn.Module, *_: Any) -> None:
-        used.update((id(p), p) for p in module.parameters(recurse=False))
-
-    hooks = [module.register_forward_pre_hook(record) for module in teacher.modules()]
-    try:
-        with fake_tensors(distiller), torch.no_grad():
-            teacher.last_stage(torch.empty(1, tokens.grid[0] * tokens.grid[1], tokens.dim))
-            return [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in used.values()]
-    finally:
-        for hook in hooks:
-            hook.remove()

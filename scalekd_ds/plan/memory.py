@@ -117,7 +117,6 @@ def memory_parts(measured: Measured, cfg: RunConfig, layout: Layout, micro_batch
     saved = measured.saved(micro_batch)
     peak = max(saved, measured.peak(micro_batch))
     student = sum(p.numel for p in parameters if p.of_student)
-    batch = 3 * cfg.data.image_size**2 * FLOAT * micro_batch
     return {
         "parameters": FLOAT * {0: elements, 1: padded, 2: padded, 3: shards}[stage],
         "gradients": FLOAT * {0: elements, 1: elements, 2: zero2_gradient_numel(measured, w), 3: shards}[stage],
@@ -130,10 +129,15 @@ def memory_parts(measured: Measured, cfg: RunConfig, layout: Layout, micro_batch
         "temporary": peak - saved,
         "buckets": bucket_bytes(measured, layout),
         "gathered": gathered_bytes(measured, layout),
-        "images": batch * cfg.data.prefetch,
+        "images": image_bytes(cfg, micro_batch),
         "buffers": measured.buffers,
         "evaluation": FLOAT * student if stage == 3 else 0,
     }
+
+
+def image_bytes(cfg: RunConfig, micro_batch: int) -> int:
+    """Bytes of the batches that the loader holds ready."""
+    return 3 * cfg.data.image_size**2 * FLOAT * micro_batch * cfg.data.prefetch
 
 
 def teacher_bytes(measured: Measured, layout: Layout) -> int:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scalekd_ds.config import RunConfig
+from scalekd_ds.plan.cached import CachePlan
+from scalekd_ds.plan.cached_report import cache_as_dict, cache_lines
 from scalekd_ds.plan.choose import GIB, Cluster, Plan
 from scalekd_ds.plan.measure import Measured
 from scalekd_ds.plan.throughput import Assumptions
@@ -43,7 +45,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plans_as_dict(
-    cfg: RunConfig, cluster: Cluster, measured: Measured, assume: Assumptions, best: Plan, plans: list[Plan]
+    cfg: RunConfig,
+    cluster: Cluster,
+    measured: Measured,
+    assume: Assumptions,
+    best: Plan,
+    plans: list[Plan],
+    cache: CachePlan | None = None,
 ) -> dict[str, Any]:
     """Plain data with everything that the tables show, and with the assumptions, for JSON."""
     return {
@@ -60,6 +68,7 @@ def plans_as_dict(
         "plan": as_dict(best),
         "fits": [as_dict(plan) for plan in plans],
         "assumptions": asdict(assume),
+        **({"teacher_cache": cache_as_dict(cache)} if cache else {}),
     }
 
 
@@ -79,12 +88,14 @@ def print_plan(
     assume: Assumptions,
     best: Plan,
     plans: list[Plan],
+    cache: CachePlan | None = None,
 ) -> None:
-    """Prints the best plan with its memory and transfers, all plans that fit, and the assumptions."""
+    """Prints the best plan with its memory and transfers, all plans that fit, the teacher cache, and the assumptions."""
     w = best.layout.world_size
+    teacher = "last stage of the teacher" if measured.read else "teacher"
     console.print(
         f"{cfg.recipe or 'run'}: {cfg.teacher} -> {cfg.student}, {w} GPUs of {cluster.gpu_memory:g} GiB, "
-        f"{measured.numel / 1e6:.1f} M trainable parameters, teacher {format_bytes(measured.teacher.bytes)}"
+        f"{measured.numel / 1e6:.1f} M trainable parameters, {teacher} {format_bytes(measured.teacher.bytes)}"
     )
     console.print(
         f"take --run.ds_config {best.ds_config} --micro_batch_size {best.micro_batch} "
@@ -115,6 +126,8 @@ def print_plan(
         sent.add_row(c.what, c.operation, format_bytes(c.bytes), format_bytes(c.wire(w)))
     console.print(sent)
     console.print(_table_of_plans(plans, best))
+    for line in cache_lines(cache, cluster.gpu_memory) if cache else ():
+        console.print(line)
     console.print("assumed (--assume.NAME VALUE): " + ", ".join(f"{k} {v:g}" for k, v in asdict(assume).items()))
 
 

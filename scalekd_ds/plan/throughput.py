@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalekd_ds.config import RunConfig
 from scalekd_ds.plan.assumptions import Assumptions
@@ -22,6 +22,7 @@ class StepTime:
         waiting: Waiting for the slowest rank.
         optimizer: The update of this rank's share of the parameters.
         communication: Communication that does not hide behind computation.
+        reading: Waiting for a teacher cache, which is read beside all of that; 0 without one.
     """
 
     teacher: float
@@ -29,11 +30,12 @@ class StepTime:
     waiting: float
     optimizer: float
     communication: float
+    reading: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return self.teacher + self.student + self.waiting + self.optimizer + self.communication
+        return self.teacher + self.student + self.waiting + self.optimizer + self.communication + self.reading
 
 
 def step_time(
@@ -76,9 +78,11 @@ def step_time(
             exposed += seconds
     # at most as much as there is computation to hide behind
     hidden = min(assume.overlap * behind_compute, teacher + student)
-    return StepTime(
-        teacher, student, waiting, optimizer_bytes / (assume.memory_gb_s * 1e9), exposed + behind_compute - hidden
-    )
+    optimizer = optimizer_bytes / (assume.memory_gb_s * 1e9)
+    step = StepTime(teacher, student, waiting, optimizer, exposed + behind_compute - hidden)
+    # the ranks of a node share its disk
+    read = measured.read * micro_batch * accumulation * min(w, nodes_of) / (assume.disk_gb_s * 1e9)
+    return replace(step, reading=max(0.0, read - step.total))
 
 
 def _seconds(transfer: Collective, world_size: int, assume: Assumptions, nodes_of: int) -> float:

@@ -14,6 +14,7 @@ sys.path.append(str(WORKERS))
 from plan_worker import CLASSES, RANKS, config_of, ds_json
 
 from scalekd_ds.config import DataConfig, DistillConfig, RunConfig
+from scalekd_ds.plan.fake_step import StepCount
 from scalekd_ds.plan.measure import Measured, measure
 from scalekd_ds.plan.memory import Layout
 
@@ -47,7 +48,7 @@ CASES = {
 def counted(autocast: bool) -> Measured:
     """The cases' pair, counted as it runs on CPUs; its activations are 0, since a step is not counted (`counted_pair` does)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scalekd_ds.plan.measure.count_step", lambda *_: (0, 0, 0, 0))
+        patch.setattr("scalekd_ds.plan.measure.count_step", lambda *_: StepCount(*[0] * 6))
         return measure(config_of("adamw"), CLASSES, torch.bfloat16 if autocast else None, on_gpu=False)
 
 

@@ -12,12 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalekd_ds.build import build_distiller
 from scalekd_ds.config import DistillConfig, RunConfig
 from scalekd_ds.distiller import ScaleKD
-from scalekd_ds.engine.teacher_placement import persistence_threshold
+from scalekd_ds.engine.teacher_placement import PLACEMENTS, persistence_threshold
+from scalekd_ds.headless import headless_teacher, teacher_parts
+from scalekd_ds.plan.choose import placement_that_fits
 from scalekd_ds.plan.communication import collectives
 from scalekd_ds.plan.fake_step import LiveBytes, parameters_and_buffers
-from scalekd_ds.plan.measure import build_on_meta, measure
+from scalekd_ds.plan.measure import build_on_meta, from_cache, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.recipes import RECIPES
+from scalekd_ds.watching.mfu import flop_per_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,3 +189,87 @@ def test_counting_leaves_no_fake_constants_behind():
     assert measure(cfg, CLASSES, None).numel == counted(False).numel
     losses = build_distiller(cfg, CLASSES, verbose=False)(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
     assert losses["loss/total"].isfinite()
+
+
+@pytest.fixture(params=PAIRS)
+def given(request):
+    """(name, distiller, images, labels, targets) of a pair that is given its teacher's targets."""
+    torch.manual_seed(0)
+    distiller = build_distiller(pair_of(request.param), 10, verbose=False).train()
+    for parameter in distiller.parameters():
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
+    images, labels = torch.randn(12, 3, 64, 64), torch.randint(10, (12,))
+    return request.param, distiller, images, labels, distiller.teacher_targets(images)
+
+
+def test_tensors_and_flop_are_those_of_a_step_that_is_given_its_targets(given):
+    """To the byte. The last stage's own passes (TPP) are counted, and the targets' are not."""
+    name, distiller, images, labels, targets = given
+    with FlopCounterMode(display=False) as flop, LiveBytes(parameters_and_buffers(distiller)) as live:
+        for tensor in (images, labels, *targets):
+            live.add(tensor)
+        distiller(images, labels, targets)["loss/total"].backward()
+    whole = counted_pair(name, None)
+    measured = from_cache(whole, 1)
+    assert measured.peak(12) == live.peak
+    assert measured.teacher_flop(12) == 0
+    assert measured.student_flop(12) == flop.get_total_flops()
+    assert measured.saved == whole.saved
+    assert whole.peak(12) == max(whole.targets_peak(12), whole.peak_from_targets(12))
+    shape = whole.targets
+    assert targets.tokens.shape == (12, shape.tokens, shape.dim)
+    assert targets.logits.shape == (12, shape.classes)
+
+
+def test_what_is_left_of_the_teacher_is_its_last_stage(given):
+    """Its weights to the byte of those that a run from a cache builds, which keeps small tables of the trunk besides."""
+    name, distiller, *_ = given
+    headless = headless_teacher(*teacher_parts(distiller.teacher))
+    measured = from_cache(counted_pair(name, None), 1)
+    held = sum(p.numel() * p.element_size() for p in headless.parameters())
+    buffers, kept = measured.teacher.buffers, sum(b.numel() * b.element_size() for b in headless.buffers())
+    assert measured.teacher.bytes == held
+    assert 0 <= kept - buffers < 0.02 * held
+    cfg, layouts = pair_of(name), {where: Layout.of({}, 4, where) for where in PLACEMENTS}
+    parts = {where: memory_parts(measured, cfg, layout, 1)["teacher"] for where, layout in layouts.items()}
+    assert parts["replica"] == held + buffers
+    # it is gathered for TPP's two passes, and no more
+    large = held - measured.teacher.kept_whole
+    assert 0 < measured.teacher.kept_whole < 0.05 * held
+    sent = {where: collectives(measured, cfg, layout, 3)[1:] for where, layout in layouts.items()}
+    assert sent["replica"] == []
+    assert [(t.operation, t.bytes) for t in sent["sharded"]] == [("all_gather", 3 * 2 * large)]
+
+
+def test_a_run_with_a_cache_is_measured_without_its_targets():
+    """The folder is not read: a plan is made before there is a cache."""
+    cfg = pair_of("swin to vit")
+    cached, whole = replace(cfg, teacher_cache="/nowhere"), counted_pair("swin to vit", None)
+    measured = measure(cached, 10, None, on_gpu=False)
+    # int8 tokens, a scale and a middle for each channel, ten logits, and 24 bytes of head and checksum
+    shape = whole.targets
+    assert measured == from_cache(whole, (shape.tokens + 4) * shape.dim + 4 * 10 + 24)
+    assert flop_per_image(cached, 10, 2, None) == whole.student_flop(2) / 2
+
+
+def test_a_teacher_of_which_logits_alone_are_read():
+    cfg = pair_of("dinov3 to resnet")
+    without = replace(cfg, distill=replace(cfg.distill, features=False), teacher_cache="/nowhere")
+    measured = measure(without, 10, None, on_gpu=False)
+    assert measured.teacher.bytes == measured.teacher.buffers == 0
+    assert measured.read == 4 * 10 + 24
+    assert collectives(measured, without, Layout.of({}, 1, "offload"), 1) == []
+
+
+def test_a_teacher_that_a_cache_stands_in_for_need_not_be_sharded(monkeypatch):
+    """In a memory between what a run takes with its teacher on every rank and what one from a cache takes."""
+    cfg, whole = pair_of("dinov3 to resnet"), counted_pair("dinov3 to resnet", None)
+    # a hundred trunks, beside which the rest is small
+    trunk = replace(whole.teacher, parameters=whole.teacher.parameters * 100)
+    whole, layout = replace(whole, teacher=trunk), Layout.of({}, 4, "replica")
+    needed = [sum(memory_parts(measured, cfg, layout, 2).values()) for measured in (from_cache(whole, 1), whole)]
+    memory = (sum(needed) / 2 / 2**30 + 2.0) / 0.95
+    for cached, chosen in ((False, "sharded"), (True, "replica")):
+        measured = from_cache(whole, 1) if cached else whole
+        monkeypatch.setattr("scalekd_ds.plan.choose.measure", lambda *_, m=measured: m)
+        assert placement_that_fits(cfg, {}, 10, 4, memory) == chosen

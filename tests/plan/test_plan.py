@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import cache
@@ -19,19 +20,22 @@ from scalekd_ds.config import EmaConfig
 from scalekd_ds.engine import ds_config
 from scalekd_ds.errors import UserError
 from scalekd_ds.plan.assumptions import Assumptions
+from scalekd_ds.plan.cached import Contents, default_views, plan_cache
+from scalekd_ds.plan.cached_report import cache_lines
 from scalekd_ds.plan.choose import GIB, Cluster, largest_micro_batch, make_plan
 from scalekd_ds.plan.communication import Collective
 from scalekd_ds.plan.measure import Curve, build_on_meta, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.plan.throughput import step_time
 from scalekd_ds.recipes import RECIPES
+from scalekd_ds.teacher_cache.sizes import STORES, TOP_LOGITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_seconds_follow_from_the_assumptions():
     """A hand-made step: rates, a ring's bytes, a tree's latency, what hides, and the slowest of 16 ranks."""
-    _, measured = swin_s()
+    _, measured = swin_l()
     cfg, layout = config_of("sgd"), Layout.of({"zero_optimization": {"stage": 1}}, 16, "replica")
     assume = Assumptions(
         peak_tflops=1.0,
@@ -62,7 +66,7 @@ def test_seconds_follow_from_the_assumptions():
 
 @pytest.mark.parametrize("stage", range(4))
 def test_the_largest_micro_batch_is_the_largest(stage):
-    cfg, measured = swin_s()
+    cfg, measured = swin_l()
     layout = Layout.of({"zero_optimization": {"stage": stage}}, 8, "replica")
     room = 24 * GIB
     largest = largest_micro_batch(measured, cfg, layout, room)
@@ -71,7 +75,7 @@ def test_the_largest_micro_batch_is_the_largest(stage):
 
 
 def test_the_moving_average_and_the_loader_are_counted():
-    (plain, measured), layout = swin_s(), Layout.of({"zero_optimization": {"stage": 2}}, 4, "replica")
+    (plain, measured), layout = swin_l(), Layout.of({"zero_optimization": {"stage": 2}}, 4, "replica")
     cfg = replace(plain, ema=EmaConfig(decay=0.99))
     parts = memory_parts(measured, cfg, layout, 6)
     student = sum(p.numel for p in measured.parameters if p.of_student)
@@ -81,18 +85,18 @@ def test_the_moving_average_and_the_loader_are_counted():
 
 
 @cache
-def swin_s():
-    cfg = RECIPES["swin_s-resnet50-traditional"]()
+def swin_l():
+    cfg = RECIPES["swin_l-resnet50-traditional"]()
     return cfg, measure(cfg, 1000, torch.bfloat16)
 
 
 @pytest.fixture
 def measured_once(monkeypatch):
-    """The command is given what `swin_s` measures, on which neither the batch of all GPUs nor their number has an influence."""
+    """The command is given what `swin_l` measures, on which neither the batch of all GPUs nor their number has an influence."""
     measure_now = measure
 
     def measure_or_remember(cfg, *rest):
-        known, measured = swin_s()
+        known, measured = swin_l()
         same = replace(cfg, global_batch_size=known.global_batch_size) == known and rest == (1000, torch.bfloat16)
         return measured if same else measure_now(cfg, *rest)
 
@@ -101,7 +105,7 @@ def measured_once(monkeypatch):
 
 def test_the_simplest_plan_within_the_margin_is_taken():
     """With plenty of memory the teacher is a replica; where one does not fit, it is sharded."""
-    cfg, measured = swin_s()
+    cfg, measured = swin_l()
     best, plans = make_plan(cfg, Cluster(8, 80.0), 1000, 1_281_167, Assumptions(), measured=measured)
     assert best.layout.placement == "replica" and best.micro_batch == 32 and best.accumulation == 1
     assert len(plans) == 12
@@ -114,7 +118,7 @@ def test_the_simplest_plan_within_the_margin_is_taken():
 
 
 def test_a_pair_that_fits_nowhere_names_the_memory_that_would_do():
-    cfg, measured = swin_s()
+    cfg, measured = swin_l()
     with pytest.raises(UserError) as error:
         make_plan(cfg, Cluster(8, 3.0), 1000, 1, Assumptions(), measured=measured)
     needed = float(str(error.value).split("it takes ")[1].split(" GiB")[0])
@@ -127,7 +131,7 @@ def command(*arguments):
     plan([*map(str, arguments)])
 
 
-FITTING = ("--recipe", "swin_s-resnet50-traditional", "--gpus", 16, "--gpu-memory", 24)
+FITTING = ("--recipe", "swin_l-resnet50-traditional", "--gpus", 16, "--gpu-memory", 24)
 
 
 @pytest.mark.usefixtures("measured_once")
@@ -152,7 +156,7 @@ def test_a_share_without_divisors_is_said(batch, capsys):
     """694 images on two GPUs are 347 each, a prime number and more than fit, so that a micro batch has one of them."""
     command(*FITTING, "--gpus", 2, "--global_batch_size", batch)
     said = " ".join(capsys.readouterr().out.split())
-    words = "a GPU's 347 of the 694 images have no divisor above 1 up to 3"
+    words = "a GPU's 347 of the 694 images have no divisor above 1 up to 2"
     assert (words in said) == (batch == 694), said
 
 
@@ -219,11 +223,25 @@ def test_stages_that_are_planned_are_the_ones_that_are_shipped():
         assert ds_config.stage_of(ds_config.read(f"zero{stage}")) == stage
 
 
-def test_the_table_of_plans_in_the_documents_is_what_the_command_prints(monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def scaling():
+    """benchmarks/scaling.py, which measures each run once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        module, known = importlib.import_module("scaling"), {}
+        measure_now = module.measure
+
+        def measure_or_remember(cfg, *rest):
+            return known[repr(cfg)] if repr(cfg) in known else known.setdefault(repr(cfg), measure_now(cfg, *rest))
+
+        patch.setattr(module, "measure", measure_or_remember)
+        yield module
+
+
+def test_the_table_of_plans_in_the_documents_is_what_the_command_prints(scaling, monkeypatch, capsys):
     """Layouts and gigabytes to the digit; rates within 2%, since releases of torch count a few operations otherwise."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", ["benchmarks/scaling.py", "--table"])
-    importlib.import_module("scaling").main()
+    scaling.main()
 
     def rows(text):
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
@@ -235,3 +253,19 @@ def test_the_table_of_plans_in_the_documents_is_what_the_command_prints(monkeypa
         if ours[-1].isdigit():
             assert [float(cell) for cell in ours[-2:]] == pytest.approx([float(c) for c in theirs[-2:]], rel=0.02)
     assert len(printed) == 11
+
+
+@pytest.mark.parametrize(("teacher", "memory"), [("swin_l", 40.0), ("dinov3", 24.0)])
+def test_the_caches_in_the_documents_are_what_the_command_says(scaling, teacher, memory):
+    """The words, and the numbers within 2% or the last digit."""
+    cfg, measured = swin_l() if teacher == "swin_l" else (scaling.huge_teacher(), None)
+    measured, cluster = measured or scaling.measure(cfg, 1000, torch.bfloat16), Cluster(8, memory)
+    contents = Contents(scaling.IMAGENET, default_views(cfg), measured.targets, STORES[0], TOP_LOGITS)
+    found, _ = plan_cache(cfg, cluster, 1000, Assumptions(), "auto", None, measured, contents)
+    said = " ".join(cache_lines(found, memory))
+    texts = re.findall(r"```text\n(teacher cache of .*?)```", (ROOT / "docs" / "planning.md").read_text(), re.DOTALL)
+    document = " ".join(texts[0 if teacher == "swin_l" else 1].split())
+    number = re.compile(r"\d[\d,]*(?:\.\d+)?")
+    assert number.sub("N", document) == number.sub("N", said), said
+    ours, theirs = ([float(n.replace(",", "")) for n in number.findall(text)] for text in (said, document))
+    assert ours == pytest.approx(theirs, rel=0.02, abs=0.11)
