@@ -55,6 +55,12 @@ PAIRS = {
     "dinov2_large-convnext_tiny": lambda: _pair(
         "vit_large_patch14_dinov2", "convnext_tiny", _BEIT, OptimConfig("adamw"), teacher_kwargs={"num_classes": 1000}
     ),
+    "swin_tiny-resnet18": lambda: _pair(
+        "swin_tiny_patch4_window7_224",
+        "resnet18",
+        DistillConfig(heads_s3=3, heads_s4=6, softmax_scale=5.0),
+        _SGD,
+    ),
     "tiny": _tiny,
 }
 
