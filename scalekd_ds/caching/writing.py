@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,13 +41,17 @@ class EntryWriter:
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
+        failed = True
         try:
             if kind is None:
                 self.finish()
+                failed = False
         finally:
             self._pool.shutdown(cancel_futures=True)
-            if self._shard is not None:
-                self._shard.close()
+            # what a full disk does not take of the last batch is made again; another error has said why
+            with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+                if self._shard is not None:
+                    self._shard.close()
 
     def add(
         self,

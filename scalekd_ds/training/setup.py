@@ -187,12 +187,9 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         data.views,
         data.view_seed,
     )
-    train_loader = TrainLoader(train, data, sampler, device, mean, std, start_step=step)
-    if cache is not None:
-        # the views are those that the teacher has seen; a student of another normalisation gets them in its own
-        made = cache.manifest.mean, cache.manifest.std
-        seen = None if (tuple(mean), tuple(std)) == made else (mean, std)
-        train_loader = TrainLoader(train, data, sampler, device, *made, start_step=step, cached=cache, seen=seen)
+    # views from a cache are those that the teacher has seen; a student of another normalisation gets them in its own
+    made = (mean, std) if cache is None else (cache.manifest.mean, cache.manifest.std)
+    seen = None if (tuple(mean), tuple(std)) == made else (mean, std)
     if rank == 0 and monitors.get("wandb", {}).get("enabled"):
         continue_wandb(run_dir)
     return Run(
@@ -201,7 +198,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
         engine,
         Monitor(monitors),
         train.classes,
-        train_loader,
+        TrainLoader(train, data, sampler, device, *made, start_step=step, cached=cache, seen=seen),
         EvalLoader(val, cfg.data, cfg.data.eval_batch_size, rank, world_size, device, mean, std),
         mixer,
         total_steps,
