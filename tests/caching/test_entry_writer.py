@@ -12,7 +12,7 @@ from written_caches import answers, manifest_of
 from scalekd_ds.caching.order import Batch
 from scalekd_ds.caching.writing import EntryWriter
 from scalekd_ds.errors import UserError
-from scalekd_ds.teacher_cache.records import Layout
+from scalekd_ds.teacher_cache.records import Layout, decode, unpack
 from scalekd_ds.teacher_cache.shards import ShardWriter, entries_done, shard_path
 
 LAYOUT = Layout((4, 8), "fp32", 5, None)
@@ -84,3 +84,31 @@ def test_eight_bits_hide_no_overflow(tmp_path, value):
         EntryWriter(tmp_path, manifest, torch.device("cpu")) as writer,
     ):
         add(writer, 0, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [LAYOUT, Layout((4, 8), "int8", 5, 3), Layout((4, 8), "bf16", 0, None)])
+def test_a_gpu_writes_and_reads_what_a_cpu_does(tmp_path, layout):
+    """Answers are encoded there, and copied beside the next batch; entries are decoded there."""
+    manifest = manifest_of(layout, samples=256, views=1, batch=4)
+    files, targets = [], []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        folder = tmp_path / device.type
+        folder.mkdir()
+        with EntryWriter(folder, manifest, device) as writer:
+            for first in range(0, manifest.shard_entries, 4):
+                samples = np.arange(first, first + 4)
+                both = [answers(int(sample), 0, layout) for sample in samples]
+                tokens = torch.stack([each for each, _ in both]).to(device)
+                logits = torch.stack([scores for _, scores in both]).to(device) if layout.classes else None
+                images = torch.full((4, 3, 8, 8), float(first), device=device)
+                writer.add(Batch(0, 0, first, 4), samples, {}, images, tokens, logits)
+        records = np.load(shard_path(folder, 0, 0))
+        files.append({name: records[name] for name in records.dtype.names if name != "checksum"})
+        entries = {name: values.to(device) for name, values in unpack(layout, records).items()}
+        targets.append([None if each is None else each.cpu() for each in decode(layout, entries)])
+    for name in files[0]:
+        # the logarithms of a GPU may differ in their last bit
+        assert np.allclose(files[0][name], files[1][name], rtol=1e-5, atol=1e-6), name
+    for one, other in zip(*targets, strict=True):
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-5, atol=1e-5)
