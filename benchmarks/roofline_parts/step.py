@@ -102,6 +102,7 @@ def trace_step(
             engine=engine,
             teacher=distiller.teacher,
             mixer=None,
+            cache=None,
             ema=start_ema(engine, 0.99, None),
             saver=SimpleNamespace(wait_copied=lambda: None),
             nonfinite=NonfiniteGuard(distiller, Path("unused"), 3),

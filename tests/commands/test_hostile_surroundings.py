@@ -13,8 +13,10 @@ from odd_things import NAMES, OUT_SITUATIONS, PATHS, SITUATIONS, copied
 from source_fixtures import as_nobody
 from tiny_run import RESNET, images, supervised_arguments
 from verb_ends import Ends
+from written_caches import manifest_of, write_cache
 
 from scalekd_ds.commands.verbs import VERBS
+from scalekd_ds.teacher_cache.records import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +51,7 @@ def world(tmp_path_factory):
     ]
     (folder / "table.csv").write_text("path,label\n" + "".join(rows))
     (folder / "image.jpg").write_bytes(next((folder / "data" / "val").rglob("*.jpg")).read_bytes())
+    write_cache(folder / "cache", manifest_of(Layout(None, "int8", 3, None), samples=40, views=1, batch=8))
     return World(folder)
 
 
@@ -85,6 +88,13 @@ def train(w: World, *words: str) -> list[str]:
     ]
 
 
+def cache(w: World, *words: str) -> list[str]:
+    """A cache of the logits of a slim teacher."""
+    teacher = ["--teacher", "resnet18", "--teacher_kwargs", json.dumps(RESNET | {"num_classes": 3})]
+    run = [*TRAIN[1:], "--data.root", w.data, *teacher, "--teacher_weights", "none", "--distill.features", "false"]
+    return ["cache", "--views", "1", *run, *words]
+
+
 # slot -> (what is right there, the words of the command with the odd path X); a slot without a right thing is an output
 INPUTS = {
     "train --config": ("config.json", lambda w, x: [*TRAIN, "--config", x, "--run.dir", w.new, "--data.root", w.data]),
@@ -96,6 +106,12 @@ INPUTS = {
     "train --student_weights": ("student.safetensors", lambda w, x: train(w, "--student_weights", x)),
     "train --student_weights pth": ("weights.pth", lambda w, x: train(w, "--student_weights", x)),
     "train --teacher": ("student.safetensors", lambda w, x: train(w, "--teacher", x, "--distill.features", "false")),
+    "train --teacher_cache": (
+        "cache",
+        lambda w, x: train(w, "--teacher", "resnet18", "--distill.features", "false", "--teacher_cache", x),
+    ),
+    "cache --info": ("cache", lambda w, x: ["cache", "--info", x]),
+    "cache --verify": ("cache", lambda w, x: ["cache", "--verify", x]),
     "train --hostfile": ("hosts", lambda w, x: ["train", "--hostfile", x, "--gpus", "1"]),
     "evaluate MODEL": ("student.safetensors", lambda w, x: ["evaluate", x, "--data", w.data]),
     "evaluate --data": ("data", lambda w, x: ["evaluate", w.student + ".safetensors", "--data", x]),
@@ -168,6 +184,7 @@ INPUTS = {
 }
 OUTPUTS = {
     "train --run.dir": lambda w, x: train(w, "--run.dir", x),
+    "cache --out": lambda w, x: cache(w, "--out", x),
     "train --dump-config": lambda w, x: train(w, "--dump-config", x),
     "evaluate --logits": lambda w, x: ["evaluate", w.student + ".safetensors", "--data", w.data, "--logits", x],
     "consolidate OUT": lambda w, x: ["consolidate", w.run, x],

@@ -88,6 +88,7 @@ def count_step(case: Case, distiller: ScaleKD | None, device: torch.device) -> d
         images = [torch.empty(BATCH, 3, *distiller.image_size, device=device) for _ in range(case.accumulation)]
         labels = torch.empty(BATCH, dtype=torch.int64, device=device)
         run = SimpleNamespace(
+            cache=None,
             cfg=case.cfg,
             distiller=distiller,
             engine=engine,
