@@ -50,13 +50,14 @@ def make_cache(cfg: RunConfig, options: CacheOptions) -> None:
         RankLostError: Another rank failed, died, or cannot be reached.
     """
     checked(cfg, options)
-    check_hostfile()
-    join_ranks()
     cfg = with_views(cfg, options)
-    train, val = read_sources(cfg)
     if options.dry_run:
+        train, _ = read_sources(cfg)
         _say_sizes(build(cfg, options, train).manifest, options)
         return
+    check_hostfile()
+    join_ranks()
+    train, val = read_sources(cfg)
     device = start_processes()
     choose_algorithms(cfg.run.deterministic, device.type)
     with ExitStack() as stack:

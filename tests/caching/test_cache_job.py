@@ -197,7 +197,9 @@ def test_the_verb_makes_a_cache_over_ranks_and_looks_at_it(data, tmp_path, capsy
     assert "2 of 21 files are damaged; remove them, and go on" in found
 
 
-def test_a_dry_run_says_sizes_and_makes_nothing(data, tmp_path, capsys):
+def test_a_dry_run_says_sizes_and_makes_nothing(data, tmp_path, capsys, monkeypatch):
+    # what another test of this process may have left
+    monkeypatch.delenv("RANK", raising=False)
     options = CacheOptions(tmp_path / "cache", 3, dry_run=True)
     cfg, _ = parse_run([str(word) for word in tiny_run.arguments(data, tmp_path / "none", *AUGMENTED)])
     make_cache(cfg, options)
@@ -206,6 +208,8 @@ def test_a_dry_run_says_sizes_and_makes_nothing(data, tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert not options.out.exists()
+    # it is no rank of a job
+    assert "RANK" not in os.environ
 
 
 @pytest.mark.parametrize(
