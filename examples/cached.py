@@ -20,8 +20,8 @@ from PIL import Image
 from scalekd_ds import ScaleKD
 from scalekd_ds.data import StreamSampler, TrainLoader
 from scalekd_ds.data.sources.open import open_source
-from scalekd_ds.headless import headless_teacher
 from scalekd_ds.teacher import TeacherTargets
+from scalekd_ds.teacher_cache.headless import headless_teacher
 from scalekd_ds.teacher_cache.reader import TeacherCache
 from scalekd_ds.teacher_cache.settings import views_of
 

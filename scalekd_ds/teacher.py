@@ -91,7 +91,7 @@ class Teacher(nn.Module):
         family: The functions that run it and its last stage; None without features.
         last_input, last_output: `Stage` of the tokens that enter and leave the last stage; None without features.
         preprocessing: The mean, std and size of the images that it was trained on.
-        headless: It is its last stage alone, built by `headless.headless_teacher`: its targets come from elsewhere.
+        headless: It is its last stage alone, built by `headless_teacher`: its targets come from elsewhere.
         title: What people read as its model.
         built_from: (name, constructor arguments, image size) that it was built from; None for a model that was built before.
         precision: The dtype of its own autocast, set by `lower_precision`; None leaves autocast to the caller.
@@ -149,7 +149,7 @@ class Teacher(nn.Module):
     def become_headless(
         self, title: str, family: Family | None, preprocessing: Preprocessing, num_classes: int, same_classes: bool
     ) -> None:
-        """Makes it the last stage of another teacher, whose weights its model has there; see `headless.headless_teacher`.
+        """Makes it the last stage of another teacher, whose weights its model has there; see `headless_teacher`.
 
         Args:
             title: Name of the other's model.

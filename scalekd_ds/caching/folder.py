@@ -10,12 +10,13 @@ from pathlib import Path
 from scalekd_ds.caching.options import CacheOptions
 from scalekd_ds.caching.order import Batch, CacheSampler
 from scalekd_ds.caching.prepare import Built
-from scalekd_ds.caching.sizes import as_text
 from scalekd_ds.errors import UserError, cure_of, problem_of
 from scalekd_ds.files.durable import save_tensors, written_aside
+from scalekd_ds.files.room import free_bytes
 from scalekd_ds.names import escape
 from scalekd_ds.teacher_cache.manifest import LAST_STAGE, NAME, Manifest, read_manifest
 from scalekd_ds.teacher_cache.shards import digest_of, notes_path, shard_path
+from scalekd_ds.teacher_cache.sizes import format_decimal
 
 # fields of a manifest that a command must share with the cache that it goes on with
 _SAME = ("settings", "view_seed", "order_seed", "subset_seed", "batch", "mean", "std", "data", "digests")
@@ -128,14 +129,9 @@ def check_room(folder: Path, needed: int) -> None:
     Raises:
         UserError: The disk has less than `needed` bytes.
     """
-    try:
-        disk = os.statvfs(folder)
-    except OSError:
-        return
-    free = disk.f_bavail * disk.f_frsize
-    # some file systems of networks and programs do not know their size
-    if disk.f_blocks and free < needed:
+    free = free_bytes(folder)
+    if free is not None and free < needed:
         raise UserError(
-            f"--out is on a disk with {as_text(free)} free, and the cache takes {as_text(needed)} more: free space on it, name "
-            "another, or ask for fewer --views."
+            f"--out is on a disk with {format_decimal(free)} free, and the cache takes {format_decimal(needed)} more: free "
+            "space on it, name another, or ask for fewer --views."
         )

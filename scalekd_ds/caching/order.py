@@ -59,7 +59,7 @@ class CacheSampler:
     def __init__(self, manifest: Manifest, batches: list[Batch]) -> None:
         self.manifest, self.batches = manifest, batches
         self.micro_batch = manifest.batch
-        self.seed, self.view_seed = manifest.order_seed, manifest.view_seed
+        self.view_seed = manifest.view_seed
 
     def indices(self, step: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) sample indices and (B,) view numbers of batch `step`; `micro` is 0."""

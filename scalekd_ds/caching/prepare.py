@@ -16,9 +16,9 @@ from scalekd_ds.data.sources.source import Source
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine import compilation, ds_config
 from scalekd_ds.errors import UserError, say
-from scalekd_ds.headless import teacher_parts
 from scalekd_ds.models.preprocessing import normalisation_of
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_cache.headless import teacher_parts
 from scalekd_ds.teacher_cache.manifest import Manifest
 from scalekd_ds.teacher_cache.records import Layout
 from scalekd_ds.teacher_cache.settings import settings_of

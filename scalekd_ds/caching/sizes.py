@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scalekd_ds.teacher_cache.manifest import Manifest
 from scalekd_ds.teacher_cache.shards import header
+from scalekd_ds.teacher_cache.sizes import format_decimal
 
 
 def bytes_of(manifest: Manifest) -> int:
@@ -15,16 +16,8 @@ def bytes_of(manifest: Manifest) -> int:
 
 def describe(manifest: Manifest) -> str:
     """Views, images and bytes of a cache, as text."""
-    per_view = as_text(bytes_of(manifest) / manifest.views)
+    per_view = format_decimal(bytes_of(manifest) / manifest.views)
     return (
         f"{manifest.views} view{'s' * (manifest.views != 1)} of {manifest.samples:,} images, {per_view} a view, "
-        f"{as_text(bytes_of(manifest))} in all"
+        f"{format_decimal(bytes_of(manifest))} in all"
     )
-
-
-def as_text(count: float) -> str:
-    """Bytes as text, such as `1.2 GB`, in the units in which disks are sold."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -41,6 +41,11 @@ class DistillConfig:
     tpp: bool = True
     cut: int = 1
 
+    @property
+    def needs_tokens_before(self) -> bool:
+        """Whether a term compares with the teacher's tokens before its last stage, which no teacher cache holds."""
+        return self.features and not self.tpp and max(self.weights_s3) > 0.0
+
     def __post_init__(self) -> None:
         require(0.0 <= self.kd_weight <= 1.0, "distill.kd_weight", self.kd_weight, "0 to 1")
         require(self.temperature > 0.0, "distill.temperature", self.temperature, "positive")

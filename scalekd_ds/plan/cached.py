@@ -177,7 +177,7 @@ def check_can_be_cached(cfg: RunConfig) -> None:
         raise UserError(
             "a teacher cache needs a teacher, and teacher is none: choose another --recipe or set --teacher."
         )
-    if not cfg.distill.tpp and cfg.distill.features and max(cfg.distill.weights_s3) > 0.0:
+    if cfg.distill.needs_tokens_before:
         raise UserError(
             "distill.tpp is false, which needs the teacher's tokens before its last stage, and a teacher cache does not hold "
             "them: leave out --distill.tpp false or the cache."

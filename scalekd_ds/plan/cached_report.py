@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scalekd_ds.plan.cached import CachePlan
+from scalekd_ds.teacher_cache.sizes import format_decimal
 
 
 def cache_as_dict(plan: CachePlan) -> dict[str, Any]:
@@ -93,11 +94,3 @@ def _when_it_pays(plan: CachePlan) -> str:
 def _hours(hours: float, gpus: int) -> str:
     digits = 1 if hours >= 1.0 else 2
     return f"{hours:,.{digits}f} h ({hours * gpus:,.1f} GPU hours)"
-
-
-def format_decimal(count: float) -> str:
-    """Bytes as disks are sold, such as `1.2 MB` of 10^6."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.{2 if unit == 'TB' else 1}f} {unit}"
-    return f"{round(count)} B"

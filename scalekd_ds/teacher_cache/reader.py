@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -245,19 +244,6 @@ class TeacherCache:
                 f"{escape(path)} of the teacher cache is damaged: bring it back from a copy, or make the cache anew."
             )
         return load_file(path)
-
-    def describe(self) -> dict[str, Any]:
-        """What `--info` shows, as plain data."""
-        m = self.manifest
-        count = m.samples * m.views
-        return {
-            "images": m.samples,
-            "views": m.views,
-            "bytes": count * self._dtype.itemsize,
-            "bytes_of_an_entry": self._dtype.itemsize,
-            "shards": m.views * m.shards_of_a_view,
-            "bad_images": len(m.bad),
-        }
 
 
 class _Shard:

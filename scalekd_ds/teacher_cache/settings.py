@@ -109,7 +109,7 @@ def _check_targets(manifest: Manifest, cfg: RunConfig, where: str) -> None:
             f"--distill.features is true, and the teacher cache {where} holds logits only, since it was made with false: give "
             "--distill.features false, or make another cache."
         )
-    if cfg.distill.features and not cfg.distill.tpp:
+    if cfg.distill.needs_tokens_before:
         raise UserError(
             "--distill.tpp is false, which compares stage n-1 with the teacher's tokens before its last stage, and a teacher "
             f"cache ({where}) holds those after it: leave out --distill.tpp or --teacher_cache."

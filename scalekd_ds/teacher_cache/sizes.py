@@ -45,3 +45,11 @@ def entry_bytes(tokens: int, dim: int, classes: int, store: Store, logits: int |
 def class_bytes(classes: int) -> int:
     """Bytes of the number of a class: an unsigned 16-bit integer where `classes` allow one, else a 32-bit one."""
     return 2 if classes <= 2**16 else 4
+
+
+def format_decimal(count: float) -> str:
+    """Bytes as disks are sold, such as `1.2 MB` of 10^6."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.{2 if unit == 'TB' else 1}f} {unit}"
+    return f"{round(count)} B"

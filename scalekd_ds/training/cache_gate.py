@@ -29,7 +29,7 @@ class _Chosen:
 
     def __init__(self, cache: TeacherCache, pairs: list[tuple[int, int]]) -> None:
         self.micro_batch, self.pairs = _BATCH, pairs
-        self.seed, self.view_seed = cache.manifest.order_seed, cache.manifest.view_seed
+        self.view_seed = cache.manifest.view_seed
 
     def __len__(self) -> int:
         return -(-len(self.pairs) // _BATCH)

@@ -11,6 +11,7 @@ from scalekd_ds.cluster.folder_lock import held
 from scalekd_ds.config import RunConfig
 from scalekd_ds.errors import UserError, cure_of, problem_of
 from scalekd_ds.files.durable import write_json
+from scalekd_ds.files.room import free_bytes
 
 
 def make_run_dir(run_dir: Path) -> Path:
@@ -85,13 +86,8 @@ def check_room(run_dir: Path, needed: int) -> None:
     Raises:
         UserError: The disk has less.
     """
-    try:
-        disk = os.statvfs(run_dir)
-    except OSError:
-        return
-    free = disk.f_bavail * disk.f_frsize
-    # some file systems of networks and programs do not know their size
-    if disk.f_blocks and free < needed:
+    free = free_bytes(run_dir)
+    if free is not None and free < needed:
         raise UserError(
             f"run.dir is {str(run_dir)!r}, whose disk has {free / 2**20:,.1f} MiB free, and a checkpoint of this run takes "
             f"{needed / 2**20:,.1f} MiB with its student: free space on it, or name another."

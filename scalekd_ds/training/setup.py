@@ -33,11 +33,11 @@ from scalekd_ds.engine.processes import job_store, start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
 from scalekd_ds.engine.time_limits import lift_time_limits, nccl_error
 from scalekd_ds.errors import UserError, say
-from scalekd_ds.headless import headless_teacher
 from scalekd_ds.models.preprocessing import cut_off_notice, normalisation_of
 from scalekd_ds.names import escape
 from scalekd_ds.rng import seed_everything
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_cache.headless import headless_teacher
 from scalekd_ds.teacher_cache.reader import TeacherCache
 from scalekd_ds.teacher_cache.settings import adopt, check_images
 from scalekd_ds.training.build_engine import build_engine
@@ -189,7 +189,7 @@ def build(cfg: RunConfig, supervised: ExitStack | None = None) -> Run:
     )
     # views from a cache are those that the teacher has seen; a student of another normalisation gets them in its own
     made = (mean, std) if cache is None else (cache.manifest.mean, cache.manifest.std)
-    seen = None if (tuple(mean), tuple(std)) == made else (mean, std)
+    seen = None if (tuple(mean), tuple(std)) == tuple(map(tuple, made)) else (mean, std)
     if rank == 0 and monitors.get("wandb", {}).get("enabled"):
         continue_wandb(run_dir)
     return Run(

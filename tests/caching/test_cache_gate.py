@@ -1,13 +1,14 @@
 """What a run compares with its cache before the first step: the views that it makes, and the teacher where it has one."""
 
 import dataclasses
+import json
 
 import pytest
 import tiny_run
 import torch
+from cache_jobs import AUGMENTED, caching, run_all
 from forking import forked_ranks
 from launching import WORKERS
-from test_cached_runs import AUGMENTED, caching, run_all
 
 from scalekd_ds.data.run_sources import read_sources
 from scalekd_ds.errors import UserError
@@ -78,8 +79,6 @@ def test_a_refusal_of_a_run_is_one_line(made, tmp_path):
     """On every rank the same, whichever of them finds it."""
     data, folder = made
     words = tiny_run.arguments(data, tmp_path / "run", *AUGMENTED, "--teacher_cache", folder, "--data.hflip", 0.25)
-    import json
-
     listed = tmp_path / "jobs.json"
     listed.write_text(json.dumps([{"cache": None, "run": [str(word) for word in words]}]))
     done = forked_ranks(WORKERS / "cache_many.py", listed, ranks=2)

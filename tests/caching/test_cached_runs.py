@@ -4,49 +4,15 @@ import json
 
 import pytest
 import tiny_run
-from forking import forked_ranks
-from launching import WORKERS
+from cache_jobs import cached, caching, live, run_all
 from safetensors.torch import load_file
 
-# every augmentation that a view has
-AUGMENTED = [
-    *("--data.hflip", 0.5, "--data.random_crop", "true", "--data.auto_augment", "rand-m9-n2-mstd0.5-inc1"),
-    *("--data.color_jitter", "[0.4,0.4,0.4]", "--data.random_erasing", 0.5, "--data.erasing_fill", "noise"),
-    *("--data.mixup", 0.8, "--data.cutmix", 1.0, "--data.mix_probability", 0.7),
-]
 LOSSES = {f"loss/{term}" for term in (*tiny_run.TERMS, "total")}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tiny_run.images(tmp_path_factory.mktemp("images") / "data")
-
-
-def words(data, run_dir, *more):
-    """A run whose batches of two are those of the cache, since 40 images are an even number."""
-    common = [*AUGMENTED, "--run.pictures", 0, "--run.eval_every", 0, "--schedule.epochs", 4, *more]
-    return [str(word) for word in tiny_run.arguments(data, run_dir, "--global_batch_size", 12, *common)]
-
-
-def live(data, run_dir, views, *more):
-    return {"cache": None, "run": words(data, run_dir, "--data.views", views, "--data.mix_by", "view", *more)}
-
-
-def cached(data, run_dir, cache, *more):
-    return {"cache": None, "run": words(data, run_dir, "--teacher_cache", cache, *more)}
-
-
-def caching(data, out, views, *more, **options):
-    given = {"out": str(out), "views": views, "store": "fp32", "logits": "all", **options}
-    return {"cache": given, "run": words(data, out.parent / "none", *more)}
-
-
-def run_all(tmp_path, jobs, ranks):
-    listed = tmp_path / "jobs.json"
-    listed.write_text(json.dumps(jobs))
-    done = forked_ranks(WORKERS / "cache_many.py", listed, ranks=ranks)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
 
 
 def assert_equal_runs(first, second):
@@ -86,7 +52,8 @@ def test_a_run_from_a_cache_is_the_run_with_its_teacher_on_two_ranks_and_resumed
     assert_equal_runs(tmp_path / "live", crossed)
     found = tiny_run.scalars(tmp_path / "cached")
     assert found["cache/read_s"].keys() == found["loss/total"].keys()
-    assert all(0 < share < 1 for share in found["cache/share_of_step"].values())
+    # in threads beside the step: on a machine that does much else it has no upper bound
+    assert all(share > 0 for share in found["cache/share_of_step"].values())
     # pass 0, 1, 2 and then 0 again, as the last batch of this rank has it
     assert set(found["cache/view"].values()) == {0.0, 1.0, 2.0}
     assert set(found["cache/damaged_entries"].values()) == {0.0}

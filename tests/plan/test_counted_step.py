@@ -13,13 +13,13 @@ from scalekd_ds.build import build_distiller
 from scalekd_ds.config import DistillConfig, RunConfig
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.teacher_placement import PLACEMENTS, persistence_threshold
-from scalekd_ds.headless import headless_teacher, teacher_parts
 from scalekd_ds.plan.choose import placement_that_fits
 from scalekd_ds.plan.communication import collectives
 from scalekd_ds.plan.fake_step import LiveBytes, parameters_and_buffers
 from scalekd_ds.plan.measure import build_on_meta, from_cache, measure
 from scalekd_ds.plan.memory import Layout, memory_parts
 from scalekd_ds.recipes import RECIPES
+from scalekd_ds.teacher_cache.headless import headless_teacher, teacher_parts
 from scalekd_ds.watching.mfu import flop_per_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")

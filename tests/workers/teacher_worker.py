@@ -16,10 +16,10 @@ from scalekd_ds.config import TeacherPlacement
 from scalekd_ds.distiller import ScaleKD
 from scalekd_ds.engine.processes import start_processes
 from scalekd_ds.engine.teacher_placement import held_bytes, place_teacher
-from scalekd_ds.headless import headless_teacher, teacher_parts
 from scalekd_ds.plan.memory import Layout, teacher_bytes
 from scalekd_ds.plan.teacher_size import teacher_size
 from scalekd_ds.teacher import Teacher
+from scalekd_ds.teacher_cache.headless import headless_teacher, teacher_parts
 
 CLASSES, BATCH, STEPS = 7, 2, 3
 # shrunk by their constructors; matrices that three ranks do not divide among them

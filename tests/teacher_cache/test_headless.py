@@ -19,9 +19,9 @@ from scalekd_ds.config import RunConfig, RunDirConfig
 from scalekd_ds.engine.compilation import try_teacher
 from scalekd_ds.engine.teacher_placement import place_teacher
 from scalekd_ds.errors import UserError
-from scalekd_ds.headless import headless_teacher, teacher_parts
 from scalekd_ds.inspection.inspected_models import ModelSource, wrap_model
 from scalekd_ds.models.window_attention import FrozenSwinBlock
+from scalekd_ds.teacher_cache.headless import headless_teacher, teacher_parts
 from scalekd_ds.training.planned_placement import planned_placement
 from scalekd_ds.training.teacher_precision import lower_teacher
 from scalekd_ds.watching.run_pictures import draw_run_pictures
