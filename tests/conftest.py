@@ -1,5 +1,6 @@
 """Fixtures and environment that every test shares."""
 
+import logging
 import os
 import signal
 import sys
@@ -89,3 +90,17 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _process_left_as_found():
+    """Verbs that run in the tests' process set variables and silence logging, and the next test would run under them."""
+    variables, silenced = dict(os.environ), logging.root.manager.disable
+    yield
+    logging.disable(silenced)
+    # pytest's own names the phase of the test
+    for name in os.environ.keys() - variables.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    for name, value in variables.items():
+        if os.environ.get(name) != value and name != "PYTEST_CURRENT_TEST":
+            os.environ[name] = value

@@ -1,8 +1,10 @@
 """A teacher without its trunk: its last stage as part of a cache, which gives the whole teacher's numbers bit for bit."""
 
 import copy
+import ctypes
 import json
 import pickle
+import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -285,6 +287,9 @@ def most_bytes_until(call):
     def held(key):
         return next(int(v.split()[1]) for v in Path("/proc/self/status").read_text().splitlines() if v.startswith(key))
 
+    # what earlier tests freed is still the process's own where a run has told malloc to keep it (engine.host_memory)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
