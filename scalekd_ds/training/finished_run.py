@@ -16,6 +16,8 @@ from scalekd_ds.errors import UserError
 from scalekd_ds.names import escape
 from scalekd_ds.process import signals
 from scalekd_ds.recipes.command_line import parse_run
+from scalekd_ds.teacher_cache.reader import TeacherCache
+from scalekd_ds.teacher_cache.settings import adopt
 
 # with -P, since a file of the current folder would else stand for a library of its name
 TRAIN = (sys.executable, "-P", "-m", "scalekd_ds", "train")
@@ -67,7 +69,7 @@ def finished_run(arguments: list[str], threads: int, log: Path) -> dict[str, Any
         The contents of the run's `results.json`.
 
     Raises:
-        UserError: The run failed; the message has the last line of its output.
+        UserError: The run failed (the message has the last line of its output), or its teacher cache cannot be used.
         ValueError: The arguments list the recipes.
     """
     command = [*arguments, "--run.resume", "auto"]
@@ -77,13 +79,13 @@ def finished_run(arguments: list[str], threads: int, log: Path) -> dict[str, Any
     cfg, _ = parsed
     run_dir = Path(cfg.run.dir)
     results, config = run_dir / "results.json", run_dir / "config.json"
-    # converted through JSON, so that tuples equal the lists in the file
-    if (
-        results.is_file()
-        and config.is_file()
-        and json.loads(config.read_text()) == json.loads(json.dumps(cfg.as_dict()))
-    ):
-        return json.loads(results.read_text())
+    if results.is_file() and config.is_file():
+        if cfg.teacher_cache is not None:
+            # the file has the run as it was trained: with the views of its cache
+            cfg = adopt(cfg, TeacherCache(cfg.teacher_cache))
+        # converted through JSON, so that tuples equal the lists in the file
+        if json.loads(config.read_text()) == json.loads(json.dumps(cfg.as_dict())):
+            return json.loads(results.read_text())
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as out:

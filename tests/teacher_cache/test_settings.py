@@ -1,5 +1,7 @@
 """What would change a view or an answer is refused by its name, with both values and what to do; all else goes."""
 
+import json
+
 import pytest
 from written_caches import manifest_of, write_cache
 
@@ -8,6 +10,7 @@ from scalekd_ds.recipes.command_line import parse_run
 from scalekd_ds.teacher_cache.reader import TeacherCache
 from scalekd_ds.teacher_cache.records import Layout
 from scalekd_ds.teacher_cache.settings import adopt, check_images, settings_of
+from scalekd_ds.training.finished_run import finished_run
 
 RECIPE = ("--recipe", "swin_l-resnet50-traditional", "--data.root", "images")
 LAYOUT = Layout((4, 8), "int8", 5, None)
@@ -33,6 +36,18 @@ def test_a_run_takes_the_views_of_the_cache(cache):
     assert (cfg.data.views, cfg.data.view_seed, cfg.data.subset_seed, cfg.data.mix_by) == (4, 3, 5, "batch")
     assert cfg.seed == 7
     assert adopt(run("--data.views", 2, "--data.view_seed", 3), cache).data.views == 2
+
+
+def test_a_finished_run_from_a_cache_is_not_repeated(cache, tmp_path):
+    """Its file has the views of the cache, which its command line has not."""
+    words = [*RECIPE, "--run.dir", str(tmp_path / "run"), "--teacher_cache", str(cache.folder)]
+    trained = adopt(run(*words, "--run.resume", "auto"), cache)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(trained.as_dict()))
+    (tmp_path / "run" / "results.json").write_text('{"top1": 80.0}')
+    assert finished_run(words, 1, tmp_path / "logs" / "log") == {"top1": 80.0}
+    # nothing was started
+    assert not (tmp_path / "logs").exists()
 
 
 def test_what_a_cache_does_not_depend_on_goes(cache):
