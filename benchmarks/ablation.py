@@ -61,18 +61,19 @@ def run_rows(args: argparse.Namespace) -> dict[str, list[float]]:
         return {row: [jobs[row, seed].result() for seed in range(args.seeds)] for row in args.rows}
 
 
-def summary(found: dict[str, list[float]]) -> list[dict]:
-    """Summarises each row: mean, standard deviation, and paired difference to the full method with its standard error.
+def summary(found: dict[str, list[float]], against: str = FULL) -> list[dict]:
+    """Summarises each row: mean, standard deviation, and paired difference to one of them with its standard error.
 
     Args:
         found: Row -> top-1 of each seed in percent.
+        against: The row to which the difference is taken.
 
     Returns:
         For each row `row`, `top1`, `mean`, `deviation`, `difference` and `error`, which are None where they are undefined.
     """
     rows = []
     for row, values in found.items():
-        paired = [a - b for a, b in zip(values, found[FULL], strict=True)] if FULL in found else []
+        paired = [a - b for a, b in zip(values, found[against], strict=True)] if against in found else []
         several_seeds = len(values) > 1
         rows.append(
             {
@@ -85,6 +86,24 @@ def summary(found: dict[str, list[float]]) -> list[dict]:
             }
         )
     return rows
+
+
+def table(rows: list[dict], difference: str) -> str:
+    """The rows of `summary` as a Markdown table.
+
+    Args:
+        rows: From `summary`.
+        difference: Title of the column of paired differences.
+    """
+
+    def shown(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.2f}"
+
+    lines = [f"| row | top-1 | deviation | {difference} | error |", "|---|---|---|---|---|"]
+    for r in rows:
+        cells = [shown(r["mean"]), shown(r["deviation"]), shown(r["difference"], "+"), shown(r["error"])]
+        lines.append(f"| {r['row']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -134,16 +153,9 @@ def main() -> None:
     result = {"benchmark": "ablation", "epochs": args.epochs, "seeds": args.seeds, "rows": rows}
     harness.write_json(folder / "ablation.json", result)
     plot(rows, folder / "ablation.png")
-
-    def shown(value: float | None, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.2f}"
-
-    lines = ["| row | top-1 | deviation | to the full method | error |", "|---|---|---|---|---|"]
-    for r in rows:
-        cells = [shown(r["mean"]), shown(r["deviation"]), shown(r["difference"], "+"), shown(r["error"])]
-        lines.append(f"| {r['row']} | {' | '.join(cells)} |")
-    (folder / "ablation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    lines = table(rows, "to the full method")
+    (folder / "ablation.md").write_text(lines)
+    print(lines, end="")
 
 
 if __name__ == "__main__":

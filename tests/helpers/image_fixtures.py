@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from scalekd_ds.data import fashion
+
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
     """A smooth random picture: noise alone would make every resize filter look wrong."""
@@ -37,4 +39,15 @@ def make_dataset(root: Path, train: int = 24, val: int = 10, classes: int = 3, s
             folder.mkdir(parents=True, exist_ok=True)
             pixels = np.asarray(picture(rng, *size), dtype=np.float32) * 0.3 + 255 * 0.7 * label / max(1, classes - 1)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.jpg", quality=95)
+    return root
+
+
+def make_fashion(root: Path, train: int, val: int) -> Path:
+    """Noise in the place of Fashion-MNIST's images, as `scalekd prepare-data fashion-mnist` writes them."""
+    rng = np.random.default_rng(0)
+    sets = {
+        name: (rng.integers(0, 255, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10)
+        for name, count in (("train", train), ("val", val))
+    }
+    fashion.write(root, sets, fashion.CLASSES, "noise")
     return root

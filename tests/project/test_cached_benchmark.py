@@ -2,7 +2,9 @@
 
 import json
 
+import pytest
 from forking import forked_with
+from image_fixtures import make_fashion
 from launching import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "cached.py"
@@ -63,3 +65,23 @@ def test_one_part_alone_and_what_cannot_be_measured(tmp_path):
     ):
         refused = run(*words, out=tmp_path)
         assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(said), refused.stderr
+
+
+@pytest.mark.slow
+def test_seeds_from_an_exact_cache_are_those_with_the_teacher(tmp_path):
+    """The script of several seeds, on images of noise: its two rows are the same runs where tokens are kept in float32."""
+    images = make_fashion(tmp_path / "images", train=160, val=40)
+    script = ROOT / "benchmarks" / "cached_seeds.py"
+    words = ["--data", str(images), "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    words += ["--store", "fp32", "--seeds", "2", "--views", "2", "--epochs", "2", "--images", "100"]
+    done = forked_with([{"DS_ACCELERATOR": "cpu"}], script, *words)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    live, cached = json.loads((tmp_path / "cached-seeds-fp32.json").read_text())["rows"]
+    assert cached["row"] == "fp32 cache" and cached["top1"] == live["top1"] and len(live["top1"]) == 2
+    assert cached["difference"] == cached["error"] == 0.0
+    assert (tmp_path / "cached-seeds-fp32.md").read_text() in done.stdout
+    # finished runs, and the finished cache, are not made again
+    results = sorted((tmp_path / "runs").glob("*/results.json"))
+    stamps = [path.stat().st_mtime_ns for path in results]
+    assert len(stamps) == 5 and forked_with([{"DS_ACCELERATOR": "cpu"}], script, *words).returncode == 0
+    assert [path.stat().st_mtime_ns for path in results] == stamps
