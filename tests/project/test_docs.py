@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_fixtures import make_dataset
+from image_fixtures import make_fashion
 from launching import LIMIT, ROOT, environment
 
 from scalekd_ds.recipes import RECIPES
@@ -119,11 +119,11 @@ def test_every_message_of_the_handbook_is_one_that_is_given():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkout's scripts beside runs/, with a small data set under the quickstart's name."""
+    """A checkout's scripts beside runs/, with images of noise where the quickstart would write Fashion-MNIST."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("launch", "examples", "benchmarks", "scalekd_ds", "kernels", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
-    make_dataset(folder / "runs" / "fashion-mnist", train=120, val=40, classes=10, size=(28, 28))
+    make_fashion(folder / "runs" / "fashion-mnist", train=120, val=40)
     return folder
 
 
