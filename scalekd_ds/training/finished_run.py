@@ -20,7 +20,7 @@ from scalekd_ds.teacher_cache.reader import TeacherCache
 from scalekd_ds.teacher_cache.settings import adopt
 
 # with -P, since a file of the current folder would else stand for a library of its name
-TRAIN = (sys.executable, "-P", "-m", "scalekd_ds", "train")
+SCALEKD = (sys.executable, "-P", "-m", "scalekd_ds")
 
 
 def place_fashion(data: Path) -> None:
@@ -86,13 +86,29 @@ def finished_run(arguments: list[str], threads: int, log: Path) -> dict[str, Any
         # converted through JSON, so that tuples equal the lists in the file
         if json.loads(config.read_text()) == json.loads(json.dumps(cfg.as_dict())):
             return json.loads(results.read_text())
+    run_logged("train", command, threads, log, run_dir.name)
+    return json.loads(results.read_text())
+
+
+def run_logged(verb: str, arguments: list[str], threads: int, log: Path, name: str) -> None:
+    """Runs a verb in a process of its own, with its output in a file.
+
+    Args:
+        verb: The verb, as `train` or `cache`.
+        arguments: Its command line arguments.
+        threads: Number of threads of the process (OMP_NUM_THREADS).
+        log: File for the output of the process.
+        name: What it makes, for the error message.
+
+    Raises:
+        UserError: It failed; the message has the last line of its output.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as out:
-        status, number = run_job([*TRAIN, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
+        status, number = run_job([*SCALEKD, verb, *arguments], env=env, stdout=out, stderr=subprocess.STDOUT)
     if number is not None:
         raise signals.Interrupted(number)
     if status:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise UserError(f"{run_dir.name} failed with status {status} ({last[0]}); the whole log is {log}.")
-    return json.loads(results.read_text())
+        raise UserError(f"{name} failed with status {status} ({last[0]}); the whole log is {log}.")
